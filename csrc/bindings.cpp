@@ -1,0 +1,83 @@
+// The Python face of dsp.h: addresses and sizes as integers in, a status out; the GIL is released meanwhile.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "dsp.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+int conv2d_forward(Address x, int64_t x_numel, Address weight, int64_t weight_numel, Address plan,
+                   int64_t plan_numel, Address bias, Address residual, Address out, int64_t out_numel,
+                   int64_t batch, int64_t height, int64_t width, int64_t kh, int64_t kw, int64_t sh, int64_t sw,
+                   int64_t ph, int64_t pw, int64_t dh, int64_t dw, int32_t activation, int32_t threads) {
+  const dsp_conv2d_shape shape{batch, height, width, kh, kw, sh, sw, ph, pw, dh, dw};
+  return dsp_conv2d_forward(&shape, at<const float>(x), x_numel, at<const float>(weight), weight_numel,
+                            at<const int32_t>(plan), plan_numel, at<const float>(bias), at<const float>(residual),
+                            at<float>(out), out_numel, activation, threads);
+}
+
+int conv2d_grad_input(Address grad, int64_t grad_numel, Address weight, int64_t weight_numel, Address plan,
+                      int64_t plan_numel, Address grad_x, int64_t grad_x_numel, int64_t batch, int64_t height,
+                      int64_t width, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+                      int64_t dh, int64_t dw, int32_t threads) {
+  const dsp_conv2d_shape shape{batch, height, width, kh, kw, sh, sw, ph, pw, dh, dw};
+  return dsp_conv2d_grad_input(&shape, at<const float>(grad), grad_numel, at<const float>(weight), weight_numel,
+                               at<const int32_t>(plan), plan_numel, at<float>(grad_x), grad_x_numel, threads);
+}
+
+int conv2d_grad_weight(Address grad, int64_t grad_numel, Address x, int64_t x_numel, Address plan,
+                       int64_t plan_numel, Address grad_w, int64_t weight_numel, int64_t batch, int64_t height,
+                       int64_t width, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+                       int64_t dh, int64_t dw, int32_t threads) {
+  const dsp_conv2d_shape shape{batch, height, width, kh, kw, sh, sw, ph, pw, dh, dw};
+  return dsp_conv2d_grad_weight(&shape, at<const float>(grad), grad_numel, at<const float>(x), x_numel,
+                                at<const int32_t>(plan), plan_numel, at<float>(grad_w), weight_numel, threads);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["abi_version"] = dsp_abi_version();
+  info["cpu_isa"] = dsp_cpu_isa();
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels: addresses and sizes in, a status out (0 is success).";
+  m.def("abi_version", &dsp_abi_version);
+  m.def("cpu_isa", &dsp_cpu_isa);
+  m.def("last_error", &dsp_last_error);
+  m.def("build_info", &build_info);
+
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def("conv2d_forward", &conv2d_forward, nogil, py::arg("x"), py::arg("x_numel"), py::arg("weight"),
+        py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("bias"), py::arg("residual"),
+        py::arg("out"), py::arg("out_numel"), py::arg("batch"), py::arg("height"), py::arg("width"),
+        py::arg("kh"), py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"),
+        py::arg("dw"), py::arg("activation"), py::arg("threads"));
+  m.def("conv2d_grad_input", &conv2d_grad_input, nogil, py::arg("grad"), py::arg("grad_numel"),
+        py::arg("weight"), py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("grad_x"),
+        py::arg("grad_x_numel"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kh"),
+        py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"), py::arg("dw"),
+        py::arg("threads"));
+  m.def("conv2d_grad_weight", &conv2d_grad_weight, nogil, py::arg("grad"), py::arg("grad_numel"), py::arg("x"),
+        py::arg("x_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("grad_w"), py::arg("weight_numel"),
+        py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kh"), py::arg("kw"), py::arg("sh"),
+        py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"), py::arg("dw"), py::arg("threads"));
+}

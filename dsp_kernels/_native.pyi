@@ -1,0 +1,77 @@
+"""Types of the compiled module; addresses are integers, every call returns a status (0 is success)."""
+
+from typing import Any
+
+def abi_version() -> int: ...
+def cpu_isa() -> str: ...
+def last_error() -> str: ...
+def build_info() -> dict[str, Any]: ...
+def conv2d_forward(
+    x: int,
+    x_numel: int,
+    weight: int,
+    weight_numel: int,
+    plan: int,
+    plan_numel: int,
+    bias: int,
+    residual: int,
+    out: int,
+    out_numel: int,
+    batch: int,
+    height: int,
+    width: int,
+    kh: int,
+    kw: int,
+    sh: int,
+    sw: int,
+    ph: int,
+    pw: int,
+    dh: int,
+    dw: int,
+    activation: int,
+    threads: int,
+) -> int: ...
+def conv2d_grad_input(
+    grad: int,
+    grad_numel: int,
+    weight: int,
+    weight_numel: int,
+    plan: int,
+    plan_numel: int,
+    grad_x: int,
+    grad_x_numel: int,
+    batch: int,
+    height: int,
+    width: int,
+    kh: int,
+    kw: int,
+    sh: int,
+    sw: int,
+    ph: int,
+    pw: int,
+    dh: int,
+    dw: int,
+    threads: int,
+) -> int: ...
+def conv2d_grad_weight(
+    grad: int,
+    grad_numel: int,
+    x: int,
+    x_numel: int,
+    plan: int,
+    plan_numel: int,
+    grad_w: int,
+    weight_numel: int,
+    batch: int,
+    height: int,
+    width: int,
+    kh: int,
+    kw: int,
+    sh: int,
+    sw: int,
+    ph: int,
+    pw: int,
+    dh: int,
+    dw: int,
+    threads: int,
+) -> int: ...

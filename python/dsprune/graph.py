@@ -1,0 +1,467 @@
+"""One view of the exported graph, shared by structure search, liveness, packing and the summary.
+
+``trace`` exports a model in evaluation mode with ``torch.export``, functionalises it and names every convolution and
+linear layer by the module that owns its weight. Batch and image size stay symbolic wherever the model allows it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize, prune
+
+aten = torch.ops.aten
+
+__all__ = ["ConvInfo", "ExportError", "NetworkGraph", "prunable_convs", "trace"]
+
+
+class ExportError(RuntimeError):
+    """The model cannot be exported; the text says why."""
+
+
+@dataclass(frozen=True)
+class ConvInfo:
+    """A convolution of a network, as seen at one example input.
+
+    ``macs`` counts multiply-accumulates of one image with dense weights. ``uses`` is how often the module is called.
+    The roles come from the graph: ``is_stem`` reads the network's input, ``is_shortcut`` is the projection on the short
+    branch of a residual addition, ``last_in_block`` is the last convolution on its long branch.
+    """
+
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    groups: int
+    output_size: tuple[int, int]
+    macs: int
+    uses: int = 1
+    is_stem: bool = False
+    is_shortcut: bool = False
+    last_in_block: bool = False
+
+    @property
+    def prunable(self) -> bool:
+        """Every plain convolution except the stem, shortcut projections, depthwise and grouped ones."""
+        return self.groups == 1 and self.in_channels > 1 and not self.is_stem and not self.is_shortcut
+
+
+@dataclass
+class Site:
+    """One call of a convolution or linear layer whose weight is a parameter of the model."""
+
+    node: fx.Node
+    kind: str  # "conv", "linear"
+    name: str  # the module that owns the weight
+    weight_name: str
+    bias_name: str | None
+    x: fx.Node
+    out_channels: int
+    in_channels: int  # of the whole convolution, groups included
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    output_size: tuple[int, int] = (1, 1)
+    positions: int = 1  # output positions of one image
+    uses: int = 1
+
+    @property
+    def dense_macs(self) -> int:
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        return self.out_channels * (self.in_channels // self.groups) * taps * self.positions
+
+
+@dataclass
+class NetworkGraph:
+    """The functional graph of a model with its layers; see ``trace``.
+
+    ``module`` is a flat ``torch.fx.GraphModule`` over ATen calls, whose ``get_attr`` nodes carry the model's own parameter
+    names. ``tensors`` maps these names to the tensors. ``sites`` are the layers in execution order.
+    """
+
+    module: fx.GraphModule
+    guard: nn.Module | None
+    tensors: dict[str, torch.Tensor]
+    sites: list[Site]
+    dynamic: bool
+    move_cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def convs(self) -> list[Site]:
+        return [site for site in self.sites if site.kind == "conv"]
+
+    def infos(self) -> list[ConvInfo]:
+        """One ``ConvInfo`` per convolution module, in the order of first execution."""
+        roles = _roles(self)
+        out: dict[str, ConvInfo] = {}
+        for site in self.convs:
+            known = out.get(site.name)
+            stem, shortcut, last = roles[site.node]
+            out[site.name] = ConvInfo(
+                name=site.name,
+                in_channels=site.in_channels,
+                out_channels=site.out_channels,
+                kernel_size=site.kernel_size,
+                groups=site.groups,
+                output_size=site.output_size if known is None else known.output_size,
+                macs=site.dense_macs + (0 if known is None else known.macs),
+                uses=site.uses,
+                is_stem=stem or (known is not None and known.is_stem),
+                is_shortcut=shortcut or (known is not None and known.is_shortcut),
+                last_in_block=last or (known is not None and known.last_in_block),
+            )
+        return list(out.values())
+
+
+def as_inputs(example_input: Any) -> tuple[Any, ...]:
+    """The positional arguments that ``example_input`` stands for: a tensor, or a tuple or list of arguments."""
+    if isinstance(example_input, torch.Tensor):
+        return (example_input,)
+    if isinstance(example_input, (tuple, list)) and any(isinstance(t, torch.Tensor) for t in example_input):
+        return tuple(example_input)
+    raise TypeError(
+        "example_input: expected a tensor, or a tuple of positional arguments with at least one tensor, "
+        f"got {type(example_input).__name__}"
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and ``DistributedDataParallel`` wrappers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def clean_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose prune masks and parametrizations are applied for good; the argument is left alone.
+
+    ``copy.deepcopy`` alone raises on a model that carries prune masks: its ``weight`` is then not a graph leaf.
+    """
+    model = unwrap(model)
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    clone = copy.deepcopy(model, memo)
+    for module in clone.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type, union-attr]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+    return clone
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def hint(size: Any) -> int:
+    """The example's value of a size that may be symbolic."""
+    if isinstance(size, torch.SymInt):
+        value = size.node.hint
+        return int(value if value is not None else size)
+    return int(size)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The example shape of a node's value, or None where it is not one tensor."""
+    value = node.meta.get("val")
+    return tuple(hint(s) for s in value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _widen_batch(value: Any) -> Any:
+    # Export treats a size of one as a constant; two images keep the batch symbolic.
+    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[0] == 1:
+        return torch.cat([value, value])
+    return value
+
+
+def _dynamic_shapes(inputs: Sequence[Any], spatial: bool) -> tuple[Any, ...]:
+    auto = torch.export.Dim.AUTO
+    shapes: list[Any] = []
+    for value in inputs:
+        if not isinstance(value, torch.Tensor):
+            shapes.append(None)
+        elif value.dim() == 4 and spatial:
+            shapes.append({0: auto, 2: auto, 3: auto})
+        else:
+            shapes.append({0: auto} if value.dim() >= 1 else None)
+    return tuple(shapes)
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.export.ExportedProgram, bool]:
+    wide = tuple(_widen_batch(value) for value in inputs)
+    attempts = [(wide, _dynamic_shapes(wide, True)), (wide, _dynamic_shapes(wide, False)), (inputs, None)]
+    errors: list[str] = []
+    for args, shapes in attempts:
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                # The tuple of shapes only fits models that name their arguments one by one.
+                program = torch.export.export(model, args, dynamic_shapes=shapes)
+                return program.run_decompositions({}), shapes is not None
+        except Exception as error:  # any failure of the tracer means: try a plainer export
+            lines = str(error).strip().splitlines()
+            errors.append(f"{type(error).__name__}: {lines[0] if lines else ''}")
+    raise ExportError(f"torch.export failed: {errors[-1]}")
+
+
+def trace(model: nn.Module, example_input: Any) -> NetworkGraph:
+    """Exports ``model`` (evaluation mode, masks applied by the caller) into a ``NetworkGraph``.
+
+    Args:
+        model: a module without prune masks (see ``clean_copy``); its mode is restored afterwards.
+        example_input: a tensor (N, C, H, W), or a tuple of positional arguments.
+
+    Raises:
+        ExportError: the model cannot be exported.
+        TypeError: ``example_input`` is not made of tensors.
+    """
+    inputs = as_inputs(example_input)
+    with evaluating(model):
+        program, dynamic = _export(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    guard = None
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            guard = module.get_submodule("_guards_fn")
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    tensors = {
+        node.target: _attribute(module, node.target) for node in module.graph.nodes if node.op == "get_attr"
+    }
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    return NetworkGraph(module, guard, tensors, _sites(module, tensors), dynamic)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value)
+    values = tuple(int(v) for v in value)
+    return (values[0], values[-1])
+
+
+def arguments(node: fx.Node, defaults: Sequence[Any]) -> list[Any]:
+    """Positional arguments of an ATen call, filled up from its keywords and ``defaults``."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    out = list(node.args)
+    for position in range(len(out), len(defaults)):
+        out.append(node.kwargs.get(names[position], defaults[position]))
+    return out
+
+
+def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Site]:
+    sites: list[Site] = []
+
+    def parameter(node: Any) -> str | None:
+        if isinstance(node, fx.Node) and node.op == "get_attr" and node.target in tensors:
+            return str(node.target)
+        return None
+
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in (aten.conv2d.default, aten.conv2d.padding):
+            x, weight, bias, stride, padding, dilation, groups = arguments(
+                node, [None, None, None, [1, 1], [0, 0], [1, 1], 1]
+            )
+            weight_name, shape = parameter(weight), shape_of(node)
+            if weight_name is None or shape is None or len(shape) != 4:
+                continue
+            if bias is not None and parameter(bias) is None:
+                continue
+            w = tensors[weight_name]
+            kernel, dilation = (int(w.shape[2]), int(w.shape[3])), _pair(dilation)
+            if isinstance(padding, str):
+                total = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+                if padding == "same" and any(t % 2 for t in total):
+                    continue  # asymmetric padding: left to torch
+                padding = [0, 0] if padding == "valid" else [t // 2 for t in total]
+            sites.append(
+                Site(
+                    node, "conv", weight_name.rpartition(".")[0], weight_name, parameter(bias), x,
+                    out_channels=int(w.shape[0]), in_channels=int(w.shape[1]) * groups, kernel_size=kernel,
+                    stride=_pair(stride), padding=_pair(padding), dilation=dilation, groups=int(groups),
+                    output_size=(shape[2], shape[3]), positions=shape[2] * shape[3],
+                )
+            )  # fmt: skip
+        elif node.target is aten.linear.default:
+            x, weight, bias = arguments(node, [None, None, None])
+            weight_name, shape = parameter(weight), shape_of(node)
+            if weight_name is None or shape is None or (bias is not None and parameter(bias) is None):
+                continue
+            w = tensors[weight_name]
+            sites.append(
+                Site(
+                    node, "linear", weight_name.rpartition(".")[0], weight_name, parameter(bias), x,
+                    out_channels=int(w.shape[0]), in_channels=int(w.shape[1]),
+                    positions=math.prod(shape[1:-1]) if len(shape) > 2 else 1,
+                )
+            )  # fmt: skip
+    for site in sites:
+        site.uses = sum(other.weight_name == site.weight_name for other in sites)
+    return sites
+
+
+def _roles(graph: NetworkGraph) -> dict[fx.Node, tuple[bool, bool, bool]]:
+    """(stem, shortcut, last in block) of every convolution, from the shape of the graph alone."""
+    nodes = list(graph.module.graph.nodes)
+    index = {node: i for i, node in enumerate(nodes)}
+    ancestors = [0] * len(nodes)  # bit sets over node indices, the node itself included
+    for i, node in enumerate(nodes):
+        bits = 1 << i
+        for parent in node.all_input_nodes:
+            bits |= ancestors[index[parent]]
+        ancestors[i] = bits
+    sites = {site.node: site for site in graph.convs}
+    conv_bits = sum(1 << index[node] for node in sites)
+
+    def nearest(start: fx.Node, within: int) -> set[fx.Node]:
+        """Convolutions that reach ``start`` through no other convolution."""
+        found: set[fx.Node] = set()
+        queue, seen = [start], {start}
+        while queue:
+            node = queue.pop()
+            if node in sites:
+                found.add(node)
+                continue
+            for parent in node.all_input_nodes:
+                if parent not in seen and within >> index[parent] & 1:
+                    seen.add(parent)
+                    queue.append(parent)
+        return found
+
+    stems: set[fx.Node] = set()
+    for node in sites:
+        if not (ancestors[index[node]] & conv_bits & ~(1 << index[node])):
+            stems.add(node)
+    shortcuts: set[fx.Node] = set()
+    last: set[fx.Node] = set()
+    for node in nodes:
+        if node.op != "call_function" or node.target is not aten.add.Tensor:
+            continue
+        a, b = node.args[:2]
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+            continue
+        shapes = shape_of(a), shape_of(b)
+        if shapes[0] is None or shapes[0] != shapes[1] or len(shapes[0]) != 4:
+            continue
+        bits_a, bits_b = ancestors[index[a]], ancestors[index[b]]
+        only_a, only_b = bits_a & ~bits_b, bits_b & ~bits_a
+        count_a, count_b = (only_a & conv_bits).bit_count(), (only_b & conv_bits).bit_count()
+        if count_a == count_b:  # two branches of one convolution each: the smaller kernel is the projection
+            if count_a != 1:
+                continue
+            kernels = [sites[next(iter(nearest(n, bits)))].kernel_size for n, bits in ((a, only_a), (b, only_b))]
+            if kernels[0] == kernels[1]:
+                continue
+            a_is_main = kernels[0] > kernels[1]
+        else:
+            a_is_main = count_a > count_b
+        main, main_bits = (a, only_a) if a_is_main else (b, only_b)
+        short, short_bits = (b, only_b) if a_is_main else (a, only_a)
+        short_count = (short_bits & conv_bits).bit_count()
+        if short_count > 1:
+            continue
+        if short_count == 1:
+            shortcuts |= nearest(short, short_bits)
+        ends = nearest(main, main_bits)
+        if len(ends) == 1:
+            last |= ends
+    return {node: (node in stems, node in shortcuts, node in last) for node in sites}
+
+
+def _hooked_infos(model: nn.Module, inputs: tuple[Any, ...]) -> list[ConvInfo]:
+    """What a forward pass shows where export fails: no roles but the first convolution's."""
+    seen: dict[str, ConvInfo] = {}
+    handles = []
+
+    def watch(name: str, conv: nn.Conv2d) -> None:
+        def hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+            h, w = int(output.shape[-2]), int(output.shape[-1])
+            kernel = _pair(conv.kernel_size)
+            macs = conv.weight.shape[0] * conv.weight.shape[1] * kernel[0] * kernel[1] * h * w
+            known = seen.get(name)
+            seen[name] = ConvInfo(
+                name, conv.in_channels, conv.out_channels, kernel, conv.groups, (h, w),
+                macs + (known.macs if known else 0), 1 + (known.uses if known else 0),
+                is_stem=not seen or (known is not None and known.is_stem),
+            )  # fmt: skip
+
+        handles.append(conv.register_forward_hook(hook))
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            watch(name, module)
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen.values())
+
+
+def conv_infos(model: nn.Module, example_input: Any) -> list[ConvInfo]:
+    """Every convolution that ``example_input`` reaches, in execution order; works without export, with fewer roles."""
+    clone = clean_copy(model)
+    inputs = as_inputs(example_input)
+    try:
+        return trace(clone, inputs).infos()
+    except ExportError as error:
+        warnings.warn(f"{error}; only the first convolution is taken for a stem", stacklevel=2)
+        return _hooked_infos(clone, inputs)
+
+
+def prunable_convs(model: nn.Module, example_input: Any) -> list[ConvInfo]:
+    """The convolutions that the method groups and prunes, in execution order.
+
+    Prunable is every ``Conv2d`` except the stem, shortcut projections, depthwise and already grouped ones; the roles are
+    found in the exported graph, not from names.
+
+    Args:
+        model: any ``torch.nn.Module``; it is not changed.
+        example_input: a tensor (N, C, H, W), or a tuple of positional arguments.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``example_input`` holds no tensor.
+    """
+    return [info for info in conv_infos(model, example_input) if info.prunable]

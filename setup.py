@@ -1,8 +1,8 @@
 """Builds csrc/ with CMake and ninja into ``dsp_kernels/_native``; everything else stands in pyproject.toml.
 
 Environment:
-    DSP_KERNELS_NATIVE      unset: build the native core if the tools are there, else install pure Python and record
-                            the reason; "0": never build it; "1": fail where it cannot be built.
+    DSP_KERNELS_NATIVE      unset: build the native core if the tools are there, else install pure Python and
+                            record the reason; "0": never build it; "1": fail where it cannot be built.
     DSP_KERNELS_CMAKE_ARGS  further arguments for CMake, split as a shell would.
     CXX                     the C++ compiler, as CMake reads it.
 
@@ -80,7 +80,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         wanted = os.environ.get("DSP_KERNELS_NATIVE", "")
         if wanted not in ("", "0", "1"):
-            raise SystemExit(f"DSP_KERNELS_NATIVE={wanted!r} is not understood: 0 (off), 1 (required) or unset")
+            raise SystemExit(f"DSP_KERNELS_NATIVE={wanted!r} must be 0 (off), 1 (required) or unset")
         name = "dsp_kernels._native"
         target = Path(self.get_ext_fullpath(name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,6 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DPYTHON_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11_dir}",
             *shlex.split(os.environ.get("DSP_KERNELS_CMAKE_ARGS", "")),
         ]

@@ -1,0 +1,95 @@
+# Everything runs in .venv, which the first target that needs it makes. `make gpu` alone takes the system's Python.
+
+PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+GPU_PYTHON ?= python3
+OUT ?= outputs/gpu
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+VENV := .venv/.ready
+NATIVE := build/native.stamp
+CHECKED := build/native-werror.stamp
+SANITIZED := build/sanitize
+CORE := CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test pytest bench gpu lint format sanitize clean
+
+help:
+	@echo "make setup      .venv with the package in it"
+	@echo "make demo       learn, prune, finetune, pack and time a network: outputs/demo"
+	@echo "make test       lint, native build with warnings as errors, sanitized native tests, pytest"
+	@echo "make bench      benchmarks on this CPU: outputs/bench"
+	@echo "make gpu OUT=d  GPU tests and benchmarks with the system's Python: JSON under d"
+	@echo "make lint, format, sanitize, clean"
+
+setup: $(NATIVE)
+
+# The pins come first: the package's own requirements would otherwise fetch the newest torch there is.
+$(VENV): requirements/dev.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "dsp-kernels needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) -V 2>&1`. Name another: make PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	DSP_KERNELS_NATIVE=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+# In place, beside the Python files. A machine without a compiler gets the reference backend and a word about it.
+$(NATIVE): $(VENV) $(CORE)
+	@mkdir -p build
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# The same module with warnings as errors; `make demo` after `make test` keeps it.
+$(CHECKED): $(VENV) $(CORE)
+	@mkdir -p build
+	DSP_KERNELS_NATIVE=1 DSP_KERNELS_CMAKE_ARGS="$(DSP_KERNELS_CMAKE_ARGS) -DDSP_WERROR=ON" \
+		$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $(NATIVE) $@
+
+demo: $(NATIVE)
+	$(BIN)/dsprune demo --out outputs/demo
+
+bench: $(NATIVE)
+	$(BIN)/python -m bench --out outputs/bench
+
+test: lint $(CHECKED) sanitize pytest
+
+pytest: $(CHECKED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run -Werror $(CPP_FILES))
+
+format: $(VENV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+
+# The core and its own tests under AddressSanitizer and UBSan; no Python in it.
+sanitize: $(VENV)
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DDSP_SANITIZE=ON -DDSP_WERROR=ON -DDSP_PYTHON=OFF
+	$(BIN)/cmake --build $(SANITIZED)
+	$(BIN)/ctest --test-dir $(SANITIZED) --output-on-failure --no-tests=error
+
+gpu:
+	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || \
+		{ echo "make gpu: $(GPU_PYTHON) has no torch. Name a Python that has one: make gpu GPU_PYTHON=..."; exit 1; }
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "make gpu: no CUDA device: torch.cuda.is_available() is False in $(GPU_PYTHON)"; exit 1; }
+	mkdir -p "$(OUT)"
+	DSP_KERNELS_NATIVE=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" DSP_TEST_REPORT="$(abspath $(OUT))/gpu-tests.json" \
+		$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(GPU_PYTHON) -m bench --device cuda --out "$(abspath $(OUT))/bench"
+
+clean:
+	rm -rf build dist *.egg-info python/*.egg-info outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f dsp_kernels/_native*.so dsp_kernels/_build_info.json
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	rm -f $(VENV)

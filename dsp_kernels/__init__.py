@@ -1,5 +1,7 @@
 """Operators for dynamic structure pruning: permuted, uneven grouped convolution and group assignment."""
 
+from .backends import available_backends
+from .conv import permuted_grouped_conv2d
 from .layout import GroupLayout
 
-__all__ = ["GroupLayout"]
+__all__ = ["GroupLayout", "available_backends", "permuted_grouped_conv2d"]

@@ -34,12 +34,11 @@ def _indices(name: str, values: object, limit: int) -> Indices:
     """``values`` as a tuple of distinct ints in [0, limit)."""
     if isinstance(values, Tensor | np.ndarray):
         kind = values.dtype
-        integral = (
-            np.issubdtype(kind, np.integer)
-            if isinstance(values, np.ndarray)
-            else not (values.is_floating_point() or values.is_complex() or kind == torch.bool)
-        )
-        if values.ndim != 1 or not (integral or len(values) == 0):
+        if isinstance(kind, torch.dtype):
+            integral = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+        else:
+            integral = np.issubdtype(kind, np.integer)
+        if values.ndim != 1 or not (integral or values.shape[0] == 0):
             raise TypeError(
                 f"{name} must be a 1-D sequence of integers, got {kind} of shape {tuple(values.shape)}"
             )
@@ -79,16 +78,36 @@ def _kernel_size(kernel_size: object) -> tuple[int, int]:
     return size, size
 
 
+def _check_groups(groups: object) -> None:
+    if isinstance(groups, str | bytes) or not isinstance(groups, Iterable):
+        raise TypeError(f"groups must be a sequence of (channels, filters), got {groups!r}")
+
+
+def _bool_array(mask: object) -> np.ndarray:
+    """A bool mask (filters, channels), tensor or array, as an array."""
+    if not isinstance(mask, Tensor | np.ndarray):
+        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
+    if mask.dtype not in (torch.bool, np.bool_):
+        raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(
+            f"mask must have shape (out_channels, in_channels), each at least 1, got {tuple(array.shape)}"
+        )
+    return array
+
+
 class GroupLayout:
     """Which input channels each group of filters reads. Immutable and hashable.
 
     ``in_channels``, ``out_channels``: ints, at least 1.
-    ``groups``: a sequence of (channels, filters), each an index sequence (list, tuple, range, array or integer tensor),
-    kept in the given order. Channel sets may overlap; a filter belongs to at most one group; a filter in no group is
-    *dead*: its output is the bias (and residual) alone. A group without filters is allowed and has no weights.
+    ``groups``: a sequence of (channels, filters), each an index sequence (list, tuple, range, array or
+    integer tensor), kept in the given order. Channel sets may overlap; a filter belongs to at most one
+    group; a filter in no group is *dead*: its output is the bias (and residual) alone. A group without
+    filters is allowed and has no weights.
 
-    Raises ValueError or TypeError, naming the argument, for a size below 1, an index that is no integer, out of range or
-    repeated in its group, a filter in two groups, and a group with filters but no channels.
+    Raises ValueError or TypeError, naming the argument, for a size below 1, an index that is no integer, out
+    of range or repeated in its group, a filter in two groups, and a group with filters but no channels.
     """
 
     in_channels: int
@@ -106,8 +125,7 @@ class GroupLayout:
     ) -> None:
         in_channels = _positive("in_channels", in_channels)
         out_channels = _positive("out_channels", out_channels)
-        if isinstance(groups, str | bytes) or not isinstance(groups, Iterable):
-            raise TypeError(f"groups must be a sequence of (channels, filters), got {groups!r}")
+        _check_groups(groups)
         checked: list[tuple[Indices, Indices]] = []
         owner: dict[int, int] = {}
         for g, group in enumerate(groups):
@@ -117,12 +135,14 @@ class GroupLayout:
             filters = _indices(f"groups[{g}] filters", group[1], out_channels)
             if filters and not channels:
                 raise ValueError(
-                    f"groups[{g}] has filters {_short(filters)} but no channels; dead filters belong to no group"
+                    f"groups[{g}] has filters {_short(filters)} but no channels; "
+                    "dead filters belong to no group"
                 )
             for f in filters:
                 if f in owner:
                     raise ValueError(
-                        f"groups[{g}] holds filter {f}, which groups[{owner[f]}] holds; a filter belongs to one group"
+                        f"groups[{g}] holds filter {f}, which groups[{owner[f]}] holds too; "
+                        "a filter belongs to one group at most"
                     )
                 owner[f] = g
             checked.append((channels, filters))
@@ -138,7 +158,8 @@ class GroupLayout:
             sorted({c for channels, filters in checked if filters for c in channels})
         )
         fields["_hash"] = hash((in_channels, out_channels, fields["groups"]))
-        # A real tensor whatever surrounds this call: kernels refuse fake ones, autograd those made in inference mode.
+        # A real tensor whatever surrounds this call: kernels refuse fake ones, autograd refuses to save
+        # those made in inference mode.
         with torch.inference_mode(False), unset_fake_temporarily():
             fields["_plan"] = torch.tensor(values, dtype=torch.int32, device="cpu")
 
@@ -146,23 +167,12 @@ class GroupLayout:
     def from_mask(cls, mask: Tensor, max_groups: int = 32) -> GroupLayout:
         """The layout of a mask: filters with equal rows form a group, in the order of their first filter.
 
-        ``mask``: bool (out_channels, in_channels), tensor or array; True where a filter reads a channel. Filters with an
-        empty row are dead. Raises TypeError for another dtype, ValueError for another shape and for more than
-        ``max_groups`` distinct rows that are not empty.
+        ``mask``: bool (out_channels, in_channels), tensor or array; True where a filter reads a channel.
+        Filters with an empty row are dead. Raises TypeError for another dtype, ValueError for another shape
+        and for more than ``max_groups`` distinct rows that are not empty.
         """
         max_groups = _positive("max_groups", max_groups)
-        if isinstance(mask, Tensor):
-            mask_array = mask.detach().cpu().numpy() if mask.dtype == torch.bool else None
-        elif isinstance(mask, np.ndarray):
-            mask_array = mask if mask.dtype == np.bool_ else None
-        else:
-            raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
-        if mask_array is None:
-            raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
-        if mask_array.ndim != 2 or 0 in mask_array.shape:
-            raise ValueError(
-                f"mask must have shape (out_channels, in_channels), each at least 1, got {tuple(mask_array.shape)}"
-            )
+        mask_array = _bool_array(mask)
         out_channels, in_channels = mask_array.shape
         rows: dict[bytes, list[int]] = {}
         for f, row in enumerate(np.packbits(mask_array, axis=1)):
@@ -174,8 +184,8 @@ class GroupLayout:
         ]
         if len(groups) > max_groups:
             raise ValueError(
-                f"mask has {len(groups)} distinct rows that are not empty, max_groups is {max_groups}: it is not "
-                f"structured by groups, or max_groups must be raised"
+                f"mask has {len(groups)} distinct rows that are not empty, max_groups is {max_groups}: "
+                "it is not structured by groups, or max_groups must be raised"
             )
         return cls(in_channels, out_channels, groups)
 
@@ -189,7 +199,7 @@ class GroupLayout:
         return cls(obj["in_channels"], obj["out_channels"], obj["groups"])
 
     def to_json(self) -> dict[str, Any]:
-        """The layout as lists and ints: ``{"in_channels", "out_channels", "groups": [[channels, filters], ...]}``."""
+        """As lists and ints: ``{"in_channels", "out_channels", "groups": [[channels, filters], ...]}``."""
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
@@ -225,8 +235,9 @@ class GroupLayout:
         """The weights that are read, in the order the kernels expect.
 
         ``weight``: (out_channels, in_channels, kh, kw), any dtype and device. Returns a new 1-D tensor of
-        ``weight_numel((kh, kw))`` elements, same dtype and device: groups in order, each (filters, channels, kh, kw)
-        row-major. Differentiable. Raises TypeError for something that is no tensor, ValueError for another shape.
+        ``weight_numel((kh, kw))`` elements, same dtype and device: groups in order, each (filters, channels,
+        kh, kw) row-major. Differentiable. Raises TypeError for something that is no tensor, ValueError for
+        another shape.
         """
         weight = _check_weight("weight", weight)
         expected = (self.out_channels, self.in_channels)
@@ -241,15 +252,16 @@ class GroupLayout:
     def unpack(self, packed: Tensor, kernel_size: int | Sequence[int]) -> Tensor:
         """The dense weight (out_channels, in_channels, kh, kw) of a packed one, zeros where pruned.
 
-        ``packed``: 1-D of ``weight_numel(kernel_size)`` elements, any dtype and device. The inverse of :meth:`pack`;
-        differentiable. Raises TypeError for something that is no tensor, ValueError for another shape.
+        ``packed``: 1-D of ``weight_numel(kernel_size)`` elements, any dtype and device. The inverse of
+        :meth:`pack`; differentiable. Raises TypeError for something that is no tensor, ValueError for
+        another shape.
         """
         packed = _check_weight("packed", packed)
         kh, kw = _kernel_size(kernel_size)
         if packed.dim() != 1 or packed.numel() != self.pairs * kh * kw:
             raise ValueError(
-                f"packed must be 1-D with {self.pairs * kh * kw} elements ({self.pairs} pairs, kernel {kh}x{kw}), "
-                f"got shape {tuple(packed.shape)}"
+                f"packed must be 1-D with {self.pairs * kh * kw} elements ({self.pairs} pairs, "
+                f"kernel {kh}x{kw}), got shape {tuple(packed.shape)}"
             )
         dense = packed.new_zeros(self.out_channels * self.in_channels, kh * kw)
         index = self._pair_index(packed.device)
@@ -259,7 +271,8 @@ class GroupLayout:
     def plan(self) -> Tensor:
         """The layout as one 1-D int32 CPU tensor (:mod:`dsp_kernels.plan` describes it).
 
-        The same tensor at each call; do not write to it. A module that keeps it as a buffer should keep a clone.
+        The same tensor at each call; do not write to it. A module that keeps it as a buffer should keep a
+        clone.
         """
         return self._plan
 

@@ -1,11 +1,11 @@
 """The plan: a layout written as one tensor of integers, and the order of channels that keeps it short.
 
-An operator's schema takes no Python objects and a long ``int[]`` is slow to parse, so a layout travels to the kernels as
-one contiguous 1-D ``int32`` tensor:
+An operator's schema takes no Python objects and a long ``int[]`` is slow to parse, so a layout travels to
+the kernels as one contiguous 1-D ``int32`` tensor:
 
-====================  ==============================================================================================
+====================  ======================================================================================
 position              meaning
-====================  ==============================================================================================
+====================  ======================================================================================
 0                     magic number, ``0x44535031``
 1, 2                  input channels, output channels
 3                     number of groups, G
@@ -13,10 +13,11 @@ position              meaning
 5                     length of the whole tensor
 6                     number of live filters (the sum over groups of filters)
 7                     0
-8 + 5 g ... + 4       of group g: number of channels, number of filters, position of its channel list, position of
-                      its filter list, pairs before it (times the kernel's taps: where its weights start)
+8 + 5 g ... + 4       of group g: number of channels, number of filters, position of its channel list,
+                      position of its filter list, pairs before it (times the kernel's taps: where its
+                      weights start)
 8 + 5 G ...           all channel lists in group order, then all filter lists in group order
-====================  ==============================================================================================
+====================  ======================================================================================
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _MAX_PERMUTED_GROUPS = 5
 
 
 class GroupHeader(NamedTuple):
-    """Where one group's lists and weights are. Positions count elements of the plan, ``weight_offset`` counts pairs."""
+    """Where one group's lists and weights are: positions in the plan, and ``weight_offset`` in pairs."""
 
     n_channels: int
     n_filters: int
@@ -67,8 +68,8 @@ def encode(
 ) -> list[int]:
     """The plan of a layout, as a list of ints (see the module's text for the format).
 
-    ``groups`` are (channels, filters) index sequences, taken as valid: :class:`~dsp_kernels.GroupLayout` has checked them.
-    Raises ValueError where a size does not fit 32 bits.
+    ``groups`` are (channels, filters) index sequences, taken as valid: :class:`~dsp_kernels.GroupLayout` has
+    checked them. Raises ValueError where a size does not fit 32 bits.
     """
     n_channels = sum(len(channels) for channels, _ in groups)
     n_filters = sum(len(filters) for _, filters in groups)
@@ -99,8 +100,9 @@ def _refuse(what: str) -> ValueError:
 def read_header(plan: Tensor) -> PlanHeader:
     """The fixed part of a plan tensor, checked so that every list lies inside the tensor.
 
-    ``plan``: 1-D int32. On a GPU this waits for the device. Raises TypeError for another dtype and ValueError for
-    anything that :func:`encode` would not have written; the indices in the lists are not read (:func:`decode` does).
+    ``plan``: 1-D int32. On a GPU this waits for the device. Raises TypeError for another dtype and
+    ValueError for anything that :func:`encode` would not have written; the indices in the lists are not read
+    (:func:`decode` does).
     """
     if plan.dtype != torch.int32:
         raise TypeError(f"plan must be an int32 tensor, got {plan.dtype}")
@@ -209,12 +211,14 @@ def _total_runs(codes: Sequence[int], bits: int) -> int:
 def gray_order(groups_membership: Sequence[int | Iterable[Hashable]]) -> list[int]:
     """An order of channels in which each group's channels form few contiguous runs.
 
-    ``groups_membership``: for each channel the groups that read it, as a bit mask or as a set. Channels with the same set
-    (an *atom*) stay together in their old order; atoms follow a reflected Gray code, so neighbours differ in one group
-    where all atoms are present: at most 2, 4, 8 runs over all groups for 2, 3, 4 groups. Which group takes which bit is
-    chosen to minimise the runs for up to five groups. Channels that nobody reads come last.
+    ``groups_membership``: for each channel the groups that read it, as a bit mask or as a set. Channels with
+    the same set (an *atom*) stay together in their old order; atoms follow a reflected Gray code, so
+    neighbours differ in one group where all atoms are present: at most 2, 4, 8 runs over all groups for 2,
+    3, 4 groups. Which group takes which bit is chosen to minimise the runs for up to five groups. Channels
+    that nobody reads come last.
 
-    Returns the old channel index for each new position. Raises TypeError or ValueError for negative or mixed masks.
+    Returns the old channel index for each new position. Raises TypeError or ValueError for negative or mixed
+    masks.
     """
     masks, bits = _as_bits(groups_membership)
     atoms = sorted(set(masks) - {0})

@@ -1,0 +1,175 @@
+"""Which implementation runs, and why the others do not.
+
+The choice is made by argument, then by the environment variable ``DSP_KERNELS_BACKEND``, then by rule: the
+first of native, triton, reference that can run. :func:`can_run` is the one check behind both the choice and
+the error text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+__all__ = ["ENVIRONMENT", "NAMES", "available_backends", "can_run", "choose", "native_module"]
+
+ENVIRONMENT = "DSP_KERNELS_BACKEND"
+NAMES = ("reference", "native", "triton")
+
+_ABI_VERSION = 1
+_RULE = ("native", "triton", "reference")
+_BUILD_INFO = Path(__file__).with_name("_build_info.json")
+_log = logging.getLogger("dsp_kernels")
+_logged: set[tuple[str, str]] = set()
+_native: tuple[ModuleType | None, str | None] | None = None
+_chosen: dict[tuple[str | None, str | None, str, torch.dtype], str] = {}
+
+
+def _build_reason() -> str:
+    """Why the compiled module is missing, as the build left it."""
+    try:
+        info = json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
+        reason = info.get("native")
+    except (OSError, ValueError, AttributeError):
+        reason = None
+    return str(reason) if reason else "not built"
+
+
+def _load_native() -> tuple[ModuleType | None, str | None]:
+    global _native
+    if _native is None:
+        try:
+            module = importlib.import_module("dsp_kernels._native")
+        except ModuleNotFoundError as error:
+            missing = error.name == "dsp_kernels._native"
+            _native = (None, _build_reason() if missing else f"cannot be loaded: {error}")
+        except ImportError as error:
+            _native = (None, f"cannot be loaded: {error}")
+        else:
+            version = module.abi_version()
+            if version == _ABI_VERSION:
+                _native = (module, None)
+            else:
+                _native = (
+                    None,
+                    f"built for ABI {version}, this package needs {_ABI_VERSION}: build it again",
+                )
+    return _native
+
+
+def native_module() -> ModuleType:
+    """The compiled module. Raises RuntimeError with the reason where there is none."""
+    module, reason = _load_native()
+    if module is None:
+        raise RuntimeError(f"the native backend is not available: {reason}")
+    return module
+
+
+def _available(name: str) -> str | None:
+    if name == "native":
+        return _load_native()[1]
+    if name == "triton":
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        return "no Triton kernels in this version"
+    return None
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name, with None where it can be used here and else the reason why not."""
+    return {name: _available(name) for name in NAMES}
+
+
+def can_run(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None if backend ``name`` runs a convolution of ``dtype`` on ``device_type``, else why not."""
+    reason = _available(name)
+    if reason is not None:
+        return reason
+    if name == "native":
+        if device_type != "cpu":
+            return f"runs on cpu, not on {device_type}"
+        if dtype != torch.float32:
+            return f"takes torch.float32, not {dtype}"
+    if name == "triton" and device_type != "cuda":
+        return f"runs on cuda, not on {device_type}"
+    return None
+
+
+def _log_once(name: str, reason: str, level: int) -> None:
+    if (name, reason) not in _logged:
+        _logged.add((name, reason))
+        _log.log(level, "backend %s not used: %s", name, reason)
+
+
+def _by_rule(device_type: str, dtype: torch.dtype, tried: str | None) -> str:
+    for name in _RULE:
+        if name == tried:
+            continue
+        reason = can_run(name, device_type, dtype)
+        if reason is None:
+            return name
+        _log_once(name, reason, logging.INFO)
+    return "reference"
+
+
+def _unknown(where: str, name: object) -> str:
+    return f"{where} must be one of {', '.join(NAMES)}, got {name!r}"
+
+
+def _choose(backend: str | None, env: str | None, device_type: str, dtype: torch.dtype) -> str:
+    if backend is not None:
+        if not isinstance(backend, str):
+            raise TypeError(_unknown("backend", backend))
+        if backend not in NAMES:
+            raise ValueError(_unknown("backend", backend))
+        reason = can_run(backend, device_type, dtype)
+        if reason is not None:
+            usable = [name for name in NAMES if can_run(name, device_type, dtype) is None]
+            raise ValueError(
+                f"backend {backend!r} cannot run here: {reason}; "
+                f"for {dtype} on {device_type} accepted: {usable}"
+            )
+        return backend
+    if env:
+        if env not in NAMES:
+            raise ValueError(_unknown(f"the environment variable {ENVIRONMENT}", env))
+        reason = can_run(env, device_type, dtype)
+        if reason is None:
+            return env
+        # A wish for the whole process: a call that it does not fit still runs.
+        _log_once(env, reason, logging.WARNING)
+    return _by_rule(device_type, dtype, env or None)
+
+
+def choose(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The name of the backend that runs a convolution of ``dtype`` on ``device_type`` ("cpu", "cuda", ...).
+
+    ``backend``: the caller's wish or None. Raises ValueError (TypeError for something that is no string),
+    with what is accepted, for an unknown name and for a wish that cannot be met. A backend named by the
+    environment variable that does not fit this call is logged once and the rule decides. Under
+    ``torch.compile`` the choice is made while tracing and is part of the graph.
+    """
+    env = os.environ.get(ENVIRONMENT)
+    key = (backend, env, device_type, dtype)
+    name = _chosen.get(key)
+    if name is None:
+        name = _chosen[key] = _choose(backend, env, device_type, dtype)
+    return name
+
+
+# Dynamo runs the function while tracing and keeps its result: it sees neither the environment nor the logger.
+# The public decorator, torch.compiler.assume_constant_result, sets this and imports Dynamo, which takes a second.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def forget() -> None:
+    """Forgets what was found, chosen and logged, so that all is looked up again. For tests."""
+    global _native
+    _native = None
+    _chosen.clear()
+    _logged.clear()

@@ -34,7 +34,7 @@ def _build_reason() -> str:
     """Why the compiled module is missing, as the build left it."""
     try:
         info = json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
-        reason = info.get("native")
+        reason = info.get("native")  # null where the build succeeded
     except (OSError, ValueError, AttributeError):
         reason = None
     return str(reason) if reason else "not built"
@@ -163,7 +163,7 @@ def choose(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
 
 
 # Dynamo runs the function while tracing and keeps its result: it sees neither the environment nor the logger.
-# The public decorator, torch.compiler.assume_constant_result, sets this and imports Dynamo, which takes a second.
+# The public decorator, torch.compiler.assume_constant_result, sets this and imports Dynamo: a second.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -45,7 +45,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _live_groups(
     header: PlanHeader, plan: Tensor, kernel: Pair
 ) -> Iterator[tuple[Tensor, Tensor, slice, tuple[int, ...]]]:
-    """Of each group with filters: channels and filters as indices, its part of the weight, that part's shape."""
+    """Of each group with filters: its channels, its filters, its part of the weight, that part's shape."""
     taps = kernel[0] * kernel[1]
     for g in header.groups:
         if g.n_filters == 0:
@@ -135,7 +135,7 @@ def grad_input(
     padding: Pair,
     dilation: Pair,
 ) -> Tensor:
-    """The gradient of sum(grad * conv(x, weight)) for x, in the shape ``input_size`` and ``grad``'s format."""
+    """The gradient of sum(grad * conv(x, weight)) for x: shape ``input_size``, ``grad``'s format."""
     header = _header(plan, kernel, channels=input_size[1], filters=grad.shape[1], weight_numel=weight.numel())
     out = empty_output(grad, tuple(input_size))
     if out.numel() == 0 or grad.numel() == 0:

@@ -28,7 +28,7 @@ def output_size(
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether torch's convolutions would answer in channels_last, judged by strides; ties go to contiguous."""
+    """Whether torch's convolutions would answer in channels_last, by its strides; ties go to contiguous."""
     stride = x.stride()
     if stride[1] != 1:
         return False

@@ -30,7 +30,8 @@ settings.load_profile("ci")
 # Fresh memory is often zero, and an element that a kernel forgets to write then looks like a right answer. So
 # what torch hands out uninitialised is filled with NaN, or with the largest integer. torch's own
 # fill_uninitialized_memory is not used: it needs deterministic mode, which swaps torch's algorithms and would
-# hide a lack of determinism of ours. The replacement stays for the whole run: compilers keep function identities.
+# hide a lack of determinism of ours. The replacement stays for the whole run: compilers keep functions by
+# identity.
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,141 @@
+"""The penalty on all layers of a network at once, for training loops: in place, without autograd.
+
+One (G, N) matrix of log-probabilities serves the whole network, N being the filters of all layers in order:
+layer i owns the columns ``offsets[i]:offsets[i + 1]``. What a step needs of the weights is S = sum over
+taps of W^2, T = sum over taps of W D, and the multiplication of each (filter, channel) by one factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .op import check_scales
+from .reference import accumulation_dtype, lasso_terms, spread, square_sum, tap_product
+
+__all__ = ["LassoTable"]
+
+
+class LassoTable:
+    """A fixed list of weights with their scales.
+
+    ``weights``: tensors (O, C, ...taps) on one device and of one accumulation dtype, which the methods
+    change in place.
+    ``groups``: G. ``scales``: one finite number a layer, 1 if None.
+
+    ``rates`` are one number a layer: the step length that multiplies the scaled gradient dR/dW. Everything
+    runs under
+    ``torch.no_grad``.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], groups: int, scales: Sequence[float] | None = None) -> None:
+        if not weights:
+            raise ValueError("weights: expected at least one layer, got none")
+        if isinstance(groups, bool) or not isinstance(groups, int):
+            raise TypeError(f"groups: expected an integer, got {type(groups).__name__}")
+        if groups < 1:
+            raise ValueError(f"groups: expected at least 1, got {groups}")
+        self.weights = list(weights)
+        self.groups = groups
+        self.scales = check_scales(scales, len(self.weights))
+        self.dtype = accumulation_dtype(self.weights[0].dtype)
+        self.device = self.weights[0].device
+        for index, weight in enumerate(self.weights):
+            if not weight.is_floating_point() or weight.ndim < 2 or weight.numel() == 0:
+                raise ValueError(
+                    f"weights[{index}]: expected a non-empty floating-point (filters, channels, ...) tensor, "
+                    f"got {weight.dtype} of shape {tuple(weight.shape)}"
+                )
+            if accumulation_dtype(weight.dtype) != self.dtype:
+                raise TypeError(
+                    f"weights[{index}]: dtype {weight.dtype} cannot stand beside {self.weights[0].dtype}"
+                )
+            if weight.device != self.device:
+                raise ValueError(f"weights[{index}]: expected device {self.device}, got {weight.device}")
+        self.offsets = [0, *accumulate(weight.shape[0] for weight in self.weights)]
+        self._shapes = [(weight.shape, weight.dtype) for weight in self.weights]
+
+    @property
+    def filters(self) -> int:
+        """N, the filters of all layers."""
+        return self.offsets[-1]
+
+    def stale(self) -> int | None:
+        """The index of a weight whose shape, dtype or device is no longer that of the table, else None."""
+        for index, (weight, (shape, dtype)) in enumerate(zip(self.weights, self._shapes, strict=True)):
+            if weight.shape != shape or weight.dtype != dtype or weight.device != self.device:
+                return index
+        return None
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """The columns of a (G, N) matrix by layer, as views."""
+        if matrix.shape != (self.groups, self.filters) or matrix.dtype != self.dtype:
+            raise ValueError(
+                f"log_probabilities: expected {self.dtype} of shape {(self.groups, self.filters)}, "
+                f"got {matrix.dtype} of shape {tuple(matrix.shape)}"
+            )
+        return [matrix[:, a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+
+    @torch.no_grad()
+    def penalties(self, log_probabilities: Tensor) -> Tensor:
+        """The scaled penalty of each layer, (L,)."""
+        layers = zip(self.weights, self.split(log_probabilities), self.scales, strict=True)
+        return torch.stack([lasso_terms(square_sum(w), logs).penalty() * scale for w, logs, scale in layers])
+
+    @torch.no_grad()
+    def shrink(
+        self,
+        log_probabilities: Tensor,
+        rates: Sequence[float],
+        *,
+        proximal: bool = False,
+        keep: Sequence[Tensor] | None = None,
+    ) -> None:
+        """One penalty step on all weights, in place: W <- W - rate dR/dW.
+
+        ``proximal``: instead the exact minimiser of |X - W|^2 / 2 + rate R(X) for a hard assignment
+        (log-probabilities 0 and -inf), which shrinks each (group, channel) block by rate * s in norm and
+        gives exact zeros. ``keep``: tensors shaped as the weights that receive the weights as they were.
+        """
+        layers = zip(self.weights, self.split(log_probabilities), self.scales, rates, strict=True)
+        for index, (weight, logs, scale, rate) in enumerate(layers):
+            if keep is not None:
+                keep[index].copy_(weight)
+            terms = lasso_terms(square_sum(weight), logs)
+            amount = rate * scale
+            if proximal:
+                left = (1 - amount * terms.size[:, None] * terms.inverse).clamp_(min=0)
+                factor = logs.exp().t() @ left.masked_fill(terms.norm == 0, 0.0)
+            else:
+                factor = 1 - amount * terms.multiplier()
+            weight.mul_(spread(factor, weight))
+
+    @torch.no_grad()
+    def log_gradient(
+        self, log_probabilities: Tensor, rates: Sequence[float], displacements: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """The gradient (G, N) for the log-probabilities after one penalty step, the weights being still
+        those before it.
+
+        With W' = W - rate dR/dW(W), this is dR/dl at W', plus, where ``displacements`` D are given (one a
+        layer, shaped as the weights), the mixed product d<dR/dW(W), D - rate dR/dW(W')>/dl. D is the move
+        that the optimizer would make at W'; the penalty's own move at W' is added here.
+        """
+        out = torch.empty_like(log_probabilities)
+        layers = zip(
+            self.weights, self.split(log_probabilities), self.scales, rates, self.split(out), strict=True
+        )
+        for index, (weight, logs, scale, rate, target) in enumerate(layers):
+            terms = lasso_terms(square_sum(weight), logs)
+            factor = 1 - rate * scale * terms.multiplier()
+            moved = lasso_terms(terms.square * factor.square(), logs)
+            gradient = moved.log_gradient()
+            if displacements is not None:
+                own_move = terms.square * factor * moved.multiplier()
+                product = tap_product(weight, displacements[index]) - rate * scale * own_move
+                gradient += terms.hessian(product)[1]
+            torch.mul(gradient, scale, out=target)
+        return out

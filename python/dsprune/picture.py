@@ -110,7 +110,7 @@ def channel_order(layer: LayerPicture) -> list[int]:
 
     def rank(channel: int) -> tuple[bool, int]:
         code = 0
-        for bit, (channels, filters) in enumerate(layer.groups):
+        for bit, (_, filters) in enumerate(layer.groups):
             if filters and channel in sets[bit]:
                 code |= 1 << bit
         position = code
@@ -149,7 +149,9 @@ def _panel(axes: Axes, layer: LayerPicture, font: float) -> None:
     )  # fmt: skip
     live = rows - layer.dead_filters
     if live < rows:
-        axes.fill_between([0, columns], live, rows, facecolor="none", hatch="////", edgecolor="#BBBBBB", linewidth=0)
+        axes.fill_between(
+            [0, columns], live, rows, facecolor="none", hatch="////", edgecolor="#BBBBBB", linewidth=0
+        )
     line = dict(color="white", linewidth=0.5 if max(rows, columns) <= 24 else 0.25)
     if max(rows, columns) <= 40:
         axes.vlines(range(1, columns), 0, live, **line)
@@ -186,7 +188,9 @@ def _legend(figure: Figure | SubFigure, layers: Sequence[LayerPicture], y: float
     handles = [Patch(facecolor=group_color(i), label=f"group {i + 1}") for i in range(count)]
     handles.append(Patch(facecolor=_PRUNED, edgecolor="#C8C8C8", linewidth=0.6, label="pruned"))
     if any(layer.dead_filters for layer in layers):
-        handles.append(Patch(facecolor="white", edgecolor="#BBBBBB", hatch="////", linewidth=0.6, label="dead filters"))
+        handles.append(
+            Patch(facecolor="white", edgecolor="#BBBBBB", hatch="////", linewidth=0.6, label="dead filters")
+        )
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(0.005, y), ncols=len(handles), frameon=False,
         fontsize=font, handlelength=1.1, handleheight=1.1, columnspacing=1.4, handletextpad=0.5, borderaxespad=0,
@@ -229,7 +233,12 @@ def draw_structure(source: Any, path: str | Path, *, title: str = "Learned struc
     body.set_facecolor("white")
     _grid(body, layers, columns, 7.5)
     body.subplots_adjust(
-        left=0.012, right=0.988, top=1 - 0.22 / (height - 0.95), bottom=0.28 / (height - 0.95), wspace=0.12, hspace=0.36
+        left=0.012,
+        right=0.988,
+        top=1 - 0.22 / (height - 0.95),
+        bottom=0.28 / (height - 0.95),
+        wspace=0.12,
+        hspace=0.36,
     )
     return _write(figure, path)
 
@@ -278,7 +287,7 @@ def _accuracy_panel(axes: Axes, accuracy: Mapping[str, float]) -> None:
     _plain(axes, "Test accuracy")
     low = min(accuracy.values())
     floor = 0.0 if low < 60 else 10 * math.floor((low - 5) / 10)
-    for y, (name, value) in enumerate(accuracy.items()):
+    for y, value in enumerate(accuracy.values()):
         color = PALETTE[0] if y == len(accuracy) - 1 else "#9A9A9A"
         axes.plot([floor, value], [y, y], color=color, linewidth=2, alpha=0.45, solid_capstyle="butt")
         axes.plot([value], [y], "o", color=color, markersize=8)
@@ -347,7 +356,12 @@ def draw_report(
     _grid(left, layers, columns, 8)
     inner = height - 1.15
     left.subplots_adjust(
-        left=0.012, right=0.985, top=1 - 0.22 / inner, bottom=0.3 / inner, wspace=0.1, hspace=0.55 / (inner / rows)
+        left=0.012,
+        right=0.985,
+        top=1 - 0.22 / inner,
+        bottom=0.3 / inner,
+        wspace=0.1,
+        hspace=0.55 / (inner / rows),
     )
     grid = right.add_gridspec(3, 1, height_ratios=[max(4.2, 0.2 * len(layers)), 1.25, 1.75], hspace=0.38)
     _macs_panel(right.add_subplot(grid[0]), layers, macs)

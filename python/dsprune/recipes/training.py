@@ -84,6 +84,7 @@ class Learn:
     strength: float = 2e-3
     temperature: float = 0.5
     first_order: bool = False
+    proximal: bool = False
     epochs: int = 12
     batch: int = 64
     lr: float = 0.05
@@ -113,8 +114,8 @@ class Prune:
             raise ValueError("prune: expected exactly one target, flops or params")
         for name in ("flops", "params"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name}: expected a fraction in [0, 1), got {value!r}")
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name}: expected the fraction to remove, between 0 and 1, got {value!r}")
         if self.count not in ("network", "prunable"):
             raise ValueError(f"count: expected 'network' or 'prunable', got {self.count!r}")
 
@@ -231,7 +232,9 @@ class Loop:
                 for key in {*meta["settings"], *self.settings}
                 if meta["settings"].get(key) != self.settings.get(key)
             )
-            raise CheckpointError(f"{path}: made with other settings ({', '.join(changed)}); start without resume")
+            raise CheckpointError(
+                f"{path}: made with other settings ({', '.join(changed)}); start without resume"
+            )
         load_weights(self.model, part_of(tensors, "model."), path)
         restore_optimizer(self.optimizer, part_of(tensors, "optimizer."), meta["optimizer"], "")
         if self.learner is not None:
@@ -327,7 +330,9 @@ def _run(
             )
         score = evaluate(loop.model, data.validation)
         loop.epoch += 1
-        loop.history.append({"loss": mean, "validation_accuracy": score.accuracy, "validation_loss": score.loss})
+        loop.history.append(
+            {"loss": mean, "validation_accuracy": score.accuracy, "validation_loss": score.loss}
+        )
         if after_epoch is not None:
             after_epoch()
         if checkpoint is not None:
@@ -416,7 +421,7 @@ def learn(
     The assignment is that of `GroupLearner.assignment()`: for each conv, the group (O,) of each filter.
     Raises as `pretrain` does.
     """
-    from dsprune import GroupLearner
+    from dsprune.learn import GroupLearner
 
     generator = seed_everything(seed, 2)
     optimizer = _sgd(model, settings)
@@ -429,7 +434,8 @@ def learn(
         total_steps=total,
         temperature=settings.temperature,
         seed=seed,
-        first_order=settings.first_order,
+        order="first" if settings.first_order else "exact",
+        update="proximal" if settings.proximal else "subgradient",
     )
     loop = Loop("learn", _identity(settings, data, seed), model, optimizer, generator, learner)
 

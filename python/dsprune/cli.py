@@ -1,0 +1,583 @@
+"""The command line: learn, prune, finetune, pack, show and bench on a run folder, and the demonstration.
+
+Anything wrong with what was asked ends with one line on stderr and exit status 1 (2 for wrong options, 130
+after Ctrl-C). Results go to stdout, progress to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dsprune.recipes.data import ImageData
+    from dsprune.recipes.runs import Config, Run
+
+app = typer.Typer(
+    name="dsprune",
+    help="Learn filter groups in a CNN, prune input channels per group, and pack what is left into a fast network.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+INTERRUPTED = 130
+
+
+class Arch(StrEnum):
+    """Built-in architectures."""
+
+    cifar_resnet = "cifar_resnet"
+    resnet18 = "resnet18"
+    resnet50 = "resnet50"
+
+
+class Count(StrEnum):
+    """What a target counts."""
+
+    network = "network"
+    prunable = "prunable"
+
+
+RunOption = Annotated[
+    Path, typer.Option("--run", "--out", help="The run folder.", show_default=False, metavar="FOLDER")
+]
+ArchOption = Annotated[Arch | None, typer.Option(help="The architecture. [cifar_resnet]", show_default=False)]
+DepthOption = Annotated[int | None, typer.Option(help="Depth of cifar_resnet: 20, 32, 44, 56, 110. [20]")]
+DataOption = Annotated[str | None, typer.Option(help="The data set: digits. [digits]")]
+SizeOption = Annotated[int | None, typer.Option(help="Side of the images in pixels. [16]")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of everything random. [0]")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Threads to compute with. [torch's choice]")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite a run that is in the folder already.")]
+EpochsOption = Annotated[int | None, typer.Option(help="Epochs (of one cycle, for finetune).")]
+BatchOption = Annotated[int | None, typer.Option(help="Images in a training batch.")]
+LrOption = Annotated[float | None, typer.Option(help="Largest learning rate.")]
+SecondsOption = Annotated[float, typer.Option(help="Seconds to time each form for.")]
+InductorOption = Annotated[
+    bool, typer.Option("--inductor", help="Time torch.compile with freezing too (slow start).")
+]
+
+
+def _out() -> Console:
+    return Console(highlight=False, soft_wrap=False)
+
+
+def _err() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+class _Bars:
+    """Progress bars, one a stage, on stderr."""
+
+    def __init__(self, bars: Progress, prefix: str = "") -> None:
+        self.bars = bars
+        self.prefix = prefix
+        self.tasks: dict[str, Any] = {}
+
+    def step(self, stage: str, done: int, total: int, note: str) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(self.prefix + stage, total=total, note="")
+        self.bars.update(self.tasks[stage], completed=done, note=note)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    with Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=_err(),
+        refresh_per_second=5,
+    ) as bars:
+        yield bars
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        if not 1 <= count <= 1024:
+            raise ValueError(f"threads: expected 1 to 1024, got {count}")
+        torch.set_num_threads(count)
+
+
+def _new_config(base: Config, network: dict[str, Any], **stages: dict[str, Any]) -> Config:
+    """`base` with what the user gave; for each stage its own settings."""
+    changed = {
+        name: dataclasses.replace(getattr(base, name), **given) for name, given in stages.items() if given
+    }
+    return dataclasses.replace(base, **network, **changed)
+
+
+def _changed(stored: Config, wanted: Config) -> list[str]:
+    """The names of the settings in which two configurations differ."""
+    names = []
+    for name, value in dataclasses.asdict(stored).items():
+        other = dataclasses.asdict(wanted)[name]
+        if isinstance(value, dict):
+            names += [f"{name}.{key}" for key in value if value[key] != other[key]]
+        elif value != other:
+            names.append(name)
+    return names
+
+
+def _update_stage(run: Run, stage: str, given: dict[str, Any], *, resume: bool) -> None:
+    """Give a stage of a run the user's settings; with resume they must be those it was begun with."""
+    settings = dataclasses.replace(getattr(run.config, stage), **given)
+    if settings != getattr(run.config, stage):
+        if resume:
+            raise ValueError(
+                f"{stage}: --resume goes on with the settings it began with; leave out other options"
+            )
+        run.reconfigure(**{stage: settings})
+
+
+@app.command()
+def learn(
+    run: RunOption,
+    arch: ArchOption = None,
+    depth: DepthOption = None,
+    data: DataOption = None,
+    size: SizeOption = None,
+    seed: SeedOption = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Trained dense weights (safetensors); else they are trained first.")
+    ] = None,
+    pretrain_epochs: Annotated[int | None, typer.Option(help="Epochs of dense training.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Groups of filters in each layer.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Strength of the group lasso.")] = None,
+    first_order: Annotated[
+        bool | None, typer.Option("--first-order", help="Drop the mixed second-order term: cheaper steps.")
+    ] = None,
+    epochs: EpochsOption = None,
+    batch: BatchOption = None,
+    lr: LrOption = None,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train a dense network (or take its weights), and learn the groups of its filters."""
+    from dsprune.recipes import stages
+    from dsprune.recipes.runs import Config, Run
+
+    _threads(threads)
+    network = _given(arch=arch and arch.value, depth=depth, data=data, size=size, seed=seed)
+    given = {
+        "pretrain": _given(epochs=pretrain_epochs, batch=batch),
+        "learn": _given(
+            groups=groups, strength=strength, first_order=first_order, epochs=epochs, batch=batch, lr=lr
+        ),
+    }
+    exists = (run / "run.json").exists()
+    if resume and exists:
+        here = Run.open(run)
+        wanted = _new_config(here.config, network, **given)
+        if changed := _changed(here.config, wanted):
+            raise ValueError(f"{run}: was begun with another {', '.join(changed)}; start over with --force")
+    elif resume:
+        raise ValueError(f"{run}: nothing to resume, it is not a run folder")
+    elif exists and not force:
+        raise ValueError(
+            f"{run}: already holds a run; give --resume to go on with it or --force to start over"
+        )
+    else:
+        config = _new_config(Config(), network, **given)
+        if weights is not None:
+            stages.read_weights(weights)
+        here = Run.create(run, config)
+    images = here.data()
+    with _bars() as bars:
+        shown = _Bars(bars)
+        stages.make_dense(here, images, weights=weights, resume=resume, progress=shown)
+        stages.make_learned(here, images, resume=resume, progress=shown)
+    _say_accuracy(here, images, "learned")
+
+
+def _say_accuracy(run: Run, data: ImageData, stage: str) -> None:
+    from dsprune.recipes.training import evaluate
+
+    model = run.packed(data) if stage == "packed" else run.read(stage, data)[0]
+    accuracy = evaluate(model, data.validation).accuracy
+    _out().print(f"{run.file(stage)}: validation accuracy {accuracy:.2f}%")
+
+
+@app.command()
+def prune(
+    run: RunOption,
+    flops: Annotated[
+        float | None, typer.Option(help="Fraction of the FLOPs to remove, 0 to 1. [0.62]")
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Fraction of the parameters to remove, 0 to 1.")
+    ] = None,
+    count: Annotated[
+        Count, typer.Option(help="Count the whole network or its prunable convs.")
+    ] = Count.network,
+    threads: ThreadsOption = None,
+) -> None:
+    """Remove input channels per group until a target is met."""
+    from dsprune.recipes import stages
+    from dsprune.recipes.runs import Run
+    from dsprune.recipes.training import Prune
+
+    _threads(threads)
+    here = Run.open(run)
+    here.need("learned", "learn")
+    settings = (
+        Prune(flops=flops, params=params, count=count.value) if flops or params else Prune(count=count.value)
+    )
+    images = here.data()
+    here.reconfigure(prune=settings)
+    stages.make_pruned(here, images)
+    _print_summary(here.read("pruned", images)[0], images)
+    _say_accuracy(here, images, "pruned")
+
+
+@app.command()
+def finetune(
+    run: RunOption,
+    cycles: Annotated[int | None, typer.Option(help="Learning rate cycles.")] = None,
+    epochs: EpochsOption = None,
+    batch: BatchOption = None,
+    lr: LrOption = None,
+    resume: ResumeOption = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train the pruned network on, with its masks held."""
+    from dsprune.recipes import stages
+    from dsprune.recipes.runs import Run
+
+    _threads(threads)
+    here = Run.open(run)
+    here.need("pruned", "prune")
+    _update_stage(here, "finetune", _given(cycles=cycles, epochs=epochs, batch=batch, lr=lr), resume=resume)
+    images = here.data()
+    with _bars() as bars:
+        stages.make_finetuned(here, images, resume=resume, progress=_Bars(bars))
+    _say_accuracy(here, images, "finetuned")
+
+
+@app.command()
+def pack(run: RunOption, threads: ThreadsOption = None) -> None:
+    """Pack the pruned network into a fast one, and save it."""
+    from dsprune.recipes import stages
+    from dsprune.recipes.runs import Run
+
+    _threads(threads)
+    here = Run.open(run)
+    here.need("pruned", "prune")
+    images = here.data()
+    difference = stages.make_packed(here, images)
+    _print_summary(here.packed(images), images)
+    _say_accuracy(here, images, "packed")
+    _out().print(f"largest difference from the masked network's logits: {difference:.1e}")
+
+
+def _print_summary(model: nn.Module, data: ImageData) -> None:
+    import dsprune
+
+    print(dsprune.summary(model, data.example))
+
+
+@dataclasses.dataclass
+class _Source:
+    """A network to show or time: as it is, the dense one it stands for, and one zero image."""
+
+    model: nn.Module
+    dense: nn.Module
+    example: Any
+    title: str
+    folder: Path
+
+
+def _source(
+    run: Path | None, file: Path | None, stage: str | None, arch: Arch | None, depth: int, size: int
+) -> _Source:
+    """Find what the user means: a stage of a run folder, or a file of weights or of a packed network."""
+    from dsprune.recipes.checkpoint import CheckpointError
+    from dsprune.recipes.runs import STAGES, Run
+
+    if (run is None) == (file is None):
+        raise ValueError("expected either --run FOLDER or a FILE")
+    if run is not None:
+        here = Run.open(run)
+        if stage is not None and stage not in STAGES:
+            raise ValueError(f"stage: expected one of {list(STAGES)}, got {stage!r}")
+        stage = stage or here.latest()
+        if not here.has(stage):
+            raise CheckpointError(f"{run}: has no {stage} network")
+        data = here.data()
+        model = here.packed(data) if stage == "packed" else here.read(stage, data)[0]
+        dense = here.read("dense", data)[0] if here.has("dense") else here.network(data).eval()
+        return _Source(model, dense, data.example, f"{here.config.title}, {stage}, {run}", run)
+    assert file is not None
+    model, dense, example, title = _from_file(file, arch.value if arch else "cifar_resnet", depth, size)
+    return _Source(model, dense, example, title, file.parent)
+
+
+@app.command()
+def show(
+    file: Annotated[Path | None, typer.Argument(help="Weights or a packed network; or give --run.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "--out", help="The run folder.", metavar="FOLDER")
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="dense, learned, pruned, finetuned or packed. [the last there is]")
+    ] = None,
+    arch: ArchOption = None,
+    depth: Annotated[int, typer.Option(help="Depth of cifar_resnet, for a FILE.")] = 20,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels, for a FILE.")] = 32,
+    picture: Annotated[
+        Path | None, typer.Option(help="Where the picture goes. [structure.png beside the network]")
+    ] = None,
+) -> None:
+    """Print what is left of a network, layer by layer, and draw its structure."""
+    import dsprune
+    from dsprune.picture import draw_structure
+
+    source = _source(run, file, stage, arch, depth, size)
+    print(dsprune.summary(source.model, source.example))
+    path = picture or source.folder / "structure.png"
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"picture: expected a name ending in .png, .svg or .pdf, got {str(path)!r}")
+    try:
+        draw_structure(source.model, path, title=source.title)
+    except ValueError as error:
+        if "nothing to draw" not in str(error):
+            raise
+        _out().print("no picture: nothing is pruned in this network")
+    else:
+        _out().print(f"picture: {path}")
+
+
+@app.command()
+def bench(
+    file: Annotated[Path | None, typer.Argument(help="Weights or a packed network; or give --run.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "--out", help="The run folder.", metavar="FOLDER")
+    ] = None,
+    arch: ArchOption = None,
+    depth: Annotated[int, typer.Option(help="Depth of cifar_resnet, for a FILE.")] = 20,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels, for a FILE.")] = 32,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size; may be given again. [1 and 128]")
+    ] = None,
+    seconds: SecondsOption = 1.0,
+    inductor: InductorOption = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Time the dense network against the packed one: interleaved in one run, medians."""
+    import dsprune
+    from dsprune.recipes import latency
+
+    _threads(threads)
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected more than 0, got {seconds}")
+    source = _source(run, file, None, arch, depth, size)
+    model = source.model
+    packed = model if _is_packed(model) else dsprune.pack(model, source.example).eval()
+    channels, side = source.example.shape[1], source.example.shape[2]
+    rows = {}
+    for count in batch or [1, 128]:
+        images = latency.random_images(count, channels, side)
+        rows[str(count)] = latency.compare(source.dense, packed, images, seconds=seconds, inductor=inductor)
+    _out().print(_latency_table(rows, source.title))
+
+
+def _is_packed(model: nn.Module) -> bool:
+    from dsprune.nn import PermutedGroupedConv2d
+
+    return any(isinstance(module, PermutedGroupedConv2d) for module in model.modules())
+
+
+def _latency_table(rows: dict[str, dict[str, float]], title: str) -> Table:
+    import torch
+
+    from dsprune.recipes.latency import best_dense
+
+    threads = torch.get_num_threads()
+    table = Table(
+        title=f"{title}: median ms, {threads} thread{'s' if threads > 1 else ''}", title_justify="left"
+    )
+    forms = [name for name in next(iter(rows.values())) if name != "packed"]
+    for column in ("batch", *(f"dense, {name}" for name in forms), "packed", "best dense / packed"):
+        table.add_column(column, justify="right")
+    for batch, times in rows.items():
+        best, value = best_dense(times)
+        cells = [
+            f"[bold]{times[name]:.2f}[/bold]" if name == best else f"{times[name]:.2f}" for name in forms
+        ]
+        table.add_row(batch, *cells, f"{times['packed']:.2f}", f"{value / times['packed']:.2f}x")
+    return table
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "--run", help="The run folder.", metavar="FOLDER")] = Path(
+        "outputs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of everything random (the first one, with --seeds).")] = 0,
+    seeds: Annotated[int, typer.Option(help="How many seeds to run; their mean is reported.")] = 1,
+    size: SizeOption = None,
+    groups: Annotated[int | None, typer.Option(help="Groups of filters in each layer.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Fraction of the network's FLOPs to remove.")] = None,
+    pretrain_epochs: Annotated[int | None, typer.Option(help="Epochs of dense training.")] = None,
+    learn_epochs: Annotated[int | None, typer.Option(help="Epochs of group learning.")] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(help="Epochs of a finetuning cycle.")] = None,
+    cycles: Annotated[int | None, typer.Option(help="Finetuning cycles.")] = None,
+    seconds: SecondsOption = 0.6,
+    inductor: InductorOption = False,
+    resume: ResumeOption = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """ResNet-20 on real handwritten digits: train, learn groups, prune, finetune, pack, reload, time."""
+    from dsprune.recipes.checkpoint import write_json
+    from dsprune.recipes.demo import Timing, mean_report, run_demo
+    from dsprune.recipes.runs import Config
+
+    start = time.perf_counter()
+    _threads(threads)
+    if not 1 <= seeds <= 1000:
+        raise ValueError(f"seeds: expected 1 to 1000, got {seeds}")
+    timing = Timing(seconds=seconds, inductor=inductor)
+    base = _new_config(
+        Config(),
+        _given(size=size),
+        pretrain=_given(epochs=pretrain_epochs),
+        learn=_given(groups=groups, epochs=learn_epochs),
+        prune=_given(flops=flops),
+        finetune=_given(epochs=finetune_epochs, cycles=cycles),
+    )
+    reports = []
+    with _bars() as bars:
+        for offset in range(seeds):
+            config = dataclasses.replace(base, seed=seed + offset)
+            folder = out if seeds == 1 else out / f"seed{config.seed}"
+            shown = _Bars(bars, f"seed {config.seed}: " if seeds > 1 else "")
+            reports.append(
+                run_demo(
+                    folder, config, resume=resume, timing=timing, progress=shown,
+                    say=lambda text, shown=shown: bars.console.print(f"  {shown.prefix}{text}"),
+                )
+            )  # fmt: skip
+    report = reports[0]
+    if seeds > 1:
+        report = mean_report(reports)
+        write_json(out / "report.json", report)
+    console = _out()
+    for table in _demo_tables(report, seeds):
+        console.print(table)
+    console.print(
+        f"packed and masked logits differ by at most {report['packed_minus_masked']:.1e}; "
+        "reloaded in a new process: the same bits"
+    )
+    last = out if seeds == 1 else out / f"seed{seed}"
+    console.print(f"picture: {last / 'report.png'}")
+    console.print(f"packed network: {last / 'packed.safetensors'}")
+    console.print(f"figures: {out / 'report.json'}")
+    console.print(f"took {time.perf_counter() - start:.0f} s")
+
+
+def _demo_tables(report: dict[str, Any], seeds: int) -> list[Table]:
+    accuracy, cost = report["test_accuracy"], report["cost"]
+    images = report["data"]["images"]
+    mean = f", mean of {seeds} seeds" if seeds > 1 else ""
+    table = Table(title=f"{report['network']} on {report['data']['name']}{mean}", title_justify="left")
+    for column in ("", "dense", "pruned", "finetuned", "packed"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row(
+        f"test accuracy, {images['test']} images",
+        *(f"{accuracy[name]:.2f}%" for name in ("dense", "pruned", "finetuned", "packed")),
+    )
+    rows = (
+        ("multiply-adds, whole network", "macs"),
+        ("multiply-adds, prunable convs", "prunable_macs"),
+        ("parameters, whole network", "params"),
+        ("parameters, prunable convs", "prunable_params"),
+    )
+    for label, key in rows:
+        left = f"{cost[key + '_left']:,.0f} (-{cost[key + '_cut_percent']:.2f}%)"
+        table.add_row(label, f"{cost[key + '_dense']:,.0f}", left, left, left)
+    return [table, _latency_table(report["latency_ms"], "Latency")]
+
+
+def _known_errors() -> tuple[type[BaseException], ...]:
+    from dsprune.recipes.demo import DemoError
+    from dsprune.recipes.training import TrainingError
+
+    return (ValueError, TypeError, OSError, ImportError, DemoError, TrainingError)
+
+
+def _fail(text: str, status: int) -> int:
+    line = " ".join(str(text).split())
+    print(f"dsprune: {line}", file=sys.stderr)
+    return status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        previous = None
+    try:
+        result = app(args=arguments, prog_name="dsprune", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; the last finished epoch is kept, --resume goes on from it", INTERRUPTED)
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            return _usage(error)
+        if isinstance(error, _known_errors()):
+            return _fail(str(error) or type(error).__name__, 1)
+        raise
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _usage(error: Exception) -> int:
+    if type(error).__name__ == "Abort":
+        return _fail("interrupted; the last finished epoch is kept, --resume goes on from it", INTERRUPTED)
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    return _fail(text, getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

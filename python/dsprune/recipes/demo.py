@@ -1,0 +1,204 @@
+"""The demonstration: one network on real digits, from its training to a packed file reloaded elsewhere."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsprune import picture
+from dsprune.recipes import latency, stages, training
+from dsprune.recipes.checkpoint import CheckpointError, write_json
+from dsprune.recipes.data import ImageData
+from dsprune.recipes.runs import Config, Run
+from dsprune.recipes.training import Progress, Silent
+
+TOLERANCE = 1e-4
+"""The largest difference allowed between the logits of the packed and of the masked network."""
+
+
+class DemoError(RuntimeError):
+    """A promise of the demonstration that did not hold."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How latency is measured: batch sizes, seconds for each form, and whether Inductor competes."""
+
+    batches: Sequence[int] = (1, 128)
+    seconds: float = 0.6
+    inductor: bool = False
+
+
+def run_demo(
+    out: Path,
+    config: Config,
+    *,
+    resume: bool = False,
+    timing: Timing | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Run all stages in the folder `out` and return the report, which is also written there as report.json.
+
+    Test images are evaluated once all choices have been made. Raises DemoError where the packed network
+    differs from the masked one, or its reloaded copy from it; TrainingError and CheckpointError as the
+    stages do.
+    """
+    progress = progress or Silent()
+    timing = timing or Timing()
+    run = open_or_create(out, config, resume=resume)
+    data = run.data()
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        seconds[name] = time.perf_counter() - start
+        say(f"{name}: {seconds[name]:.1f} s")
+        return result
+
+    timed("train the dense network", lambda: stages.make_dense(run, data, resume=resume, progress=progress))
+    timed("learn the groups", lambda: stages.make_learned(run, data, resume=resume, progress=progress))
+    timed("prune", lambda: stages.make_pruned(run, data, resume=resume))
+    timed("finetune", lambda: stages.make_finetuned(run, data, resume=resume, progress=progress))
+    timed("pack and save", lambda: stages.make_packed(run, data))
+
+    dense, _, _ = run.read("dense", data)
+    pruned, _, _ = run.read("pruned", data)
+    masked, _, _ = run.read("finetuned", data)
+    packed = run.packed(data)
+    masked_test = training.evaluate(masked, data.test)
+    packed_test = training.evaluate(packed, data.test)
+    difference = (masked_test.logits - packed_test.logits).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise DemoError(f"packed and masked logits differ by {difference:.2e}, more than {TOLERANCE:.0e}")
+    reloaded = timed("reload in a new process", lambda: stages.logits_in_new_process(run))
+    if not torch.equal(reloaded, packed_test.logits):
+        raise DemoError("the packed network, reloaded in a new process, does not give the same bits")
+
+    times = timed("measure latency", lambda: measure(dense, packed, data, timing))
+    report: dict[str, Any] = {
+        "network": config.title,
+        "data": {
+            "name": data.name, "size": data.size,
+            "images": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        },
+        "seed": config.seed,
+        "settings": config.to_json(),
+        "test_accuracy": {
+            "dense": training.evaluate(dense, data.test).accuracy,
+            "pruned": training.evaluate(pruned, data.test).accuracy,
+            "finetuned": masked_test.accuracy,
+            "packed": packed_test.accuracy,
+        },
+        "cost": stages.cost(dense, packed, data),
+        "latency_ms": times,
+        "packed_minus_masked": difference,
+        "reloaded_same_bits": True,
+        "seconds": seconds,
+        "machine": {
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version(), "processor": platform.machine(),
+        },
+    }  # fmt: skip
+    timed("draw", lambda: draw_run(run.path / "report.png", report, masked, dense, data))
+    write_json(run.path / "report.json", report)
+    return report
+
+
+def open_or_create(out: Path, config: Config, *, resume: bool) -> Run:
+    """The run in `out`: with `resume` the one there, which must have these settings; else a new one."""
+    if not (resume and (out / "run.json").exists()):
+        return Run.create(out, config)
+    run = Run.open(out)
+    theirs, ours = run.config.to_json(), config.to_json()
+    changed = [key for key in ours if theirs[key] != ours[key]]
+    if changed:
+        raise CheckpointError(
+            f"{out}: was begun with other settings ({', '.join(changed)}); start without --resume"
+        )
+    return run
+
+
+def measure(
+    dense: nn.Module, packed: nn.Module, data: ImageData, timing: Timing
+) -> dict[str, dict[str, float]]:
+    """For each batch size (as text, for JSON), milliseconds of every dense form and of "packed"."""
+    return {
+        str(batch): latency.compare(
+            dense,
+            packed,
+            latency.random_images(batch, data.channels, data.size),
+            seconds=timing.seconds,
+            inductor=timing.inductor,
+        )
+        for batch in timing.batches
+    }
+
+
+def draw_run(
+    path: Path, report: dict[str, Any], masked: nn.Module, dense: nn.Module, data: ImageData
+) -> Path:
+    """Draw the picture of a finished run: its structure, what is left of it, accuracy and latency."""
+    layers = picture.layers_of(masked)
+    dense_macs = stages.layer_macs(dense, data.example)
+    cost, accuracy = report["cost"], report["test_accuracy"]
+    times = {
+        int(batch): {"dense": latency.best_dense(row)[1], "packed": row["packed"]}
+        for batch, row in report["latency_ms"].items()
+    }
+    return picture.draw_report(
+        masked,
+        path,
+        macs={layer.name: (layer.kept * dense_macs[layer.name], dense_macs[layer.name]) for layer in layers},
+        accuracy={
+            "dense": accuracy["dense"],
+            "pruned": accuracy["pruned"],
+            "packed, finetuned": accuracy["packed"],
+        },
+        latency=times,
+        title=f"{report['network']} on {len(data.test) + len(data.train) + len(data.validation):,} real {data.name}",
+        subtitle=(
+            f"{report['settings']['learn']['groups']} groups of filters learned in each layer;  "
+            f"{cost['macs_cut_percent']:.2f}% of the network's FLOPs and "
+            f"{cost['params_cut_percent']:.2f}% of its parameters removed"
+        ),
+    )
+
+
+def mean_report(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several seeds give together: mean accuracies, cuts and latencies, and every seed's accuracies."""
+
+    def mean(pick: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.fmean(pick(report) for report in reports)
+
+    first = reports[0]
+    return {
+        "network": first["network"],
+        "data": first["data"],
+        "seeds": [report["seed"] for report in reports],
+        "test_accuracy": {
+            name: mean(lambda report, name=name: report["test_accuracy"][name])
+            for name in first["test_accuracy"]
+        },
+        "test_accuracy_by_seed": [report["test_accuracy"] for report in reports],
+        "cost": {name: mean(lambda report, name=name: report["cost"][name]) for name in first["cost"]},
+        "latency_ms": {
+            batch: {form: mean(lambda report, b=batch, f=form: report["latency_ms"][b][f]) for form in forms}
+            for batch, forms in first["latency_ms"].items()
+        },
+        "packed_minus_masked": max(report["packed_minus_masked"] for report in reports),
+        "reloaded_same_bits": all(report["reloaded_same_bits"] for report in reports),
+        "seconds": {
+            name: mean(lambda report, name=name: report["seconds"][name]) for name in first["seconds"]
+        },
+        "machine": first["machine"],
+    }

@@ -1,0 +1,102 @@
+"""Timing a dense network against its packed form: interleaved in one run, medians, after a warm-up."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+Call = Callable[[], torch.Tensor]
+
+
+def dense_forms(
+    model: nn.Module, images: torch.Tensor, *, inductor: bool = False
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """The ways to run a dense network that packed networks are measured against, each ready to call.
+
+    `model` is in eval mode; `images`: float32 (N, C, H, W). Eager, eager on channels_last images, frozen
+    TorchScript, and with `inductor` torch.compile with freezing (which compiles for a minute or so).
+    A form that fails to build is left out.
+    """
+    import copy
+
+    forms: dict[str, Call] = {"eager": lambda: model(images)}
+    last = images.contiguous(memory_format=torch.channels_last)
+    model_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    forms["channels_last"] = lambda: model_last(last)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            frozen = torch.jit.freeze(torch.jit.trace(copy.deepcopy(model), images))
+            frozen(images)
+        forms["frozen TorchScript"] = lambda: frozen(images)
+    except RuntimeError:
+        pass
+    if inductor:
+        import torch._inductor.config as config
+
+        with config.patch(freezing=True), torch.no_grad():
+            compiled = torch.compile(copy.deepcopy(model))
+            compiled(images)
+        forms["Inductor"] = lambda: compiled(images)
+    return forms
+
+
+def interleaved_medians(
+    calls: Mapping[str, Call], *, seconds: float = 0.5, warmup: int = 3
+) -> dict[str, float]:
+    """The median duration of each call, in milliseconds.
+
+    The calls take turns, so that whatever else the machine does meets all of them; `seconds` is the time
+    spent on each, with at least five and at most 2,000 rounds.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected more than 0, got {seconds!r}")
+    # no_grad, not inference_mode: a compiled form was traced so, and all are to run alike.
+    with torch.no_grad():
+        for _ in range(warmup):
+            for call in calls.values():
+                call()
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        end = time.perf_counter() + seconds * len(calls)
+        rounds = 0
+        while rounds < 5 or (time.perf_counter() < end and rounds < 2000):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                samples[name].append(time.perf_counter() - start)
+            rounds += 1
+    return {name: 1e3 * statistics.median(times) for name, times in samples.items()}
+
+
+def compare(
+    dense: nn.Module,
+    packed: nn.Module,
+    images: torch.Tensor,
+    *,
+    seconds: float = 0.5,
+    inductor: bool = False,
+) -> dict[str, float]:
+    """Medians in milliseconds of every dense form and of "packed", measured in one run on `images`."""
+    dense.eval()
+    packed.eval()
+    forms = dense_forms(dense, images, inductor=inductor)
+    return interleaved_medians({**forms, "packed": lambda: packed(images)}, seconds=seconds)
+
+
+def best_dense(times: Mapping[str, float]) -> tuple[str, float]:
+    """The name and the milliseconds of the fastest dense form in what `compare` returned."""
+    name = min((name for name in times if name != "packed"), key=lambda name: times[name])
+    return name, times[name]
+
+
+def random_images(batch: int, channels: int, size: int) -> torch.Tensor:
+    """Standard normal images (batch, channels, size, size), float32, always the same."""
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, channels, size, size, generator=generator)

@@ -1,0 +1,193 @@
+"""The stages of a run folder: dense, learned, pruned, finetuned, packed, and the check in a new process.
+
+Each takes a `Run` and leaves its result in the folder. Training stages go on from their checkpoint with
+`resume=True` and start over without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsprune.recipes import training
+from dsprune.recipes.checkpoint import CheckpointError, read_checkpoint
+from dsprune.recipes.data import ImageData
+from dsprune.recipes.runs import Run
+from dsprune.recipes.training import Progress
+
+
+def make_dense(
+    run: Run,
+    data: ImageData,
+    *,
+    weights: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Train the dense network from scratch, or take its weights from a safetensors file."""
+    if resume and run.has("dense"):
+        return
+    model = run.network(data)
+    if weights is not None:
+        tensors = read_weights(weights)
+        run.forget("dense")
+        training.load_weights(model, tensors, weights)
+        history: list[dict[str, Any]] = []
+    else:
+        run.forget("dense", checkpoints=not resume)
+        history = training.pretrain(
+            model, data, run.config.pretrain,
+            seed=run.config.seed, checkpoint=run.checkpoint("pretrain"), resume=resume, progress=progress,
+        )  # fmt: skip
+    run.write("dense", model, history=history)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a safetensors file: a plain one, or that of one of our checkpoints."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors, _ = read_checkpoint(path)
+        return training.part_of(tensors, "model.")
+    except CheckpointError as error:
+        if "not a dsprune checkpoint" not in str(error):
+            raise
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def make_learned(
+    run: Run, data: ImageData, *, resume: bool = False, progress: Progress | None = None
+) -> None:
+    """Learn the groups, from the dense network."""
+    if resume and run.has("learned"):
+        return
+    run.forget("learned", checkpoints=not resume)
+    model, _, _ = run.read("dense", data)
+    assignment, history = training.learn(
+        model, data, run.config.learn,
+        seed=run.config.seed, checkpoint=run.checkpoint("learn"), resume=resume, progress=progress,
+    )  # fmt: skip
+    run.write("learned", model, assignment=assignment, history=history)
+
+
+def make_pruned(run: Run, data: ImageData, *, resume: bool = False) -> None:
+    """Find the structure for the run's target and hold it by masks."""
+    from dsprune.structure import apply_structure, find_structure
+
+    if resume and run.has("pruned"):
+        return
+    model, assignment, _ = run.read("learned", data)
+    target = {k: v for k, v in dataclasses.asdict(run.config.prune).items() if v is not None}
+    structure = find_structure(model, data.example, assignment, **target)
+    apply_structure(model, structure)
+    run.forget("pruned")
+    run.write("pruned", model)
+
+
+def make_finetuned(
+    run: Run, data: ImageData, *, resume: bool = False, progress: Progress | None = None
+) -> None:
+    """Train the pruned network on, with its masks held."""
+    if resume and run.has("finetuned"):
+        return
+    run.forget("finetuned", checkpoints=not resume)
+    model, _, _ = run.read("pruned", data)
+    history = training.finetune(
+        model, data, run.config.finetune,
+        seed=run.config.seed, checkpoint=run.checkpoint("finetune"), resume=resume, progress=progress,
+    )  # fmt: skip
+    run.write("finetuned", model, history=history)
+
+
+def make_packed(run: Run, data: ImageData) -> float:
+    """Pack the finetuned (else the pruned) network and save it.
+
+    Returns the largest difference of its logits from the masked network's, over the validation images.
+    """
+    import dsprune
+
+    model, _, _ = run.read("finetuned" if run.has("finetuned") else "pruned", data)
+    packed = dsprune.pack(model, data.example).eval()
+    masked_logits = training.evaluate(model, data.validation).logits
+    packed_logits = training.evaluate(packed, data.validation).logits
+    run.path.mkdir(parents=True, exist_ok=True)
+    dsprune.save(packed, run.file("packed"))
+    return (masked_logits - packed_logits).abs().max().item()
+
+
+def logits_in_new_process(run: Run, *, timeout: float = 600.0) -> torch.Tensor:
+    """Load the packed file in a new Python process; its logits (N, classes) on the test images.
+
+    Raises RuntimeError with the process's last line where it fails.
+    """
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "logits.safetensors"
+        command = [
+            sys.executable,
+            "-m",
+            "dsprune.recipes.stages",
+            str(run.path),
+            str(out),
+            str(torch.get_num_threads()),
+        ]
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path}
+        )
+        if result.returncode != 0:
+            lines = result.stderr.strip().splitlines() or ["no output"]
+            raise RuntimeError(f"loading {run.file('packed')} in a new process failed: {lines[-1]}")
+        return load_file(out)["logits"]
+
+
+def _main(folder: str, out: str, threads: str) -> None:
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(int(threads))
+    run = Run.open(Path(folder))
+    data = run.data()
+    save_file({"logits": training.evaluate(run.packed(data), data.test).logits}, out)
+
+
+def layer_macs(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """The dense multiply-adds of each Conv2d for one image of `example` (1, C, H, W), by module name."""
+    counts: dict[str, int] = {}
+    handles = []
+
+    def counted(name: str) -> Any:
+        def hook(module: nn.Conv2d, _: Any, output: torch.Tensor) -> None:
+            taps = module.kernel_size[0] * module.kernel_size[1] * module.in_channels // module.groups
+            counts[name] = counts.get(name, 0) + taps * output[0].numel()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            handles.append(module.register_forward_hook(counted(name)))
+    training_mode = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        model.train(training_mode)
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -47,11 +47,13 @@ class ConvInfo:
     is_stem: bool = False
     is_shortcut: bool = False
     last_in_block: bool = False
+    is_module: bool = True
 
     @property
     def prunable(self) -> bool:
-        """Every plain convolution except the stem, shortcut projections, depthwise and grouped ones."""
-        return self.groups == 1 and self.in_channels > 1 and not self.is_stem and not self.is_shortcut
+        """Every plain ``Conv2d`` except the stem, shortcut projections, depthwise and grouped ones."""
+        plain = self.is_module and self.groups == 1 and self.in_channels > 1
+        return plain and not self.is_stem and not self.is_shortcut
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Site:
 
     node: fx.Node
     kind: str  # "conv", "linear"
-    name: str  # the module that owns the weight
+    name: str  # the module that owns the weight, or the weight itself where it is no module's "weight"
     weight_name: str
     bias_name: str | None
     x: fx.Node
@@ -74,6 +76,7 @@ class Site:
     output_size: tuple[int, int] = (1, 1)
     positions: int = 1  # output positions of one image
     uses: int = 1
+    is_module: bool = True
 
     @property
     def dense_macs(self) -> int:
@@ -90,10 +93,9 @@ class NetworkGraph:
     """
 
     module: fx.GraphModule
-    guard: nn.Module | None
     tensors: dict[str, torch.Tensor]
     sites: list[Site]
-    dynamic: bool
+    limits: tuple[tuple[tuple[int, int | None], ...] | None, ...]
     move_cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -119,6 +121,7 @@ class NetworkGraph:
                 is_stem=stem or (known is not None and known.is_stem),
                 is_shortcut=shortcut or (known is not None and known.is_shortcut),
                 last_in_block=last or (known is not None and known.last_in_block),
+                is_module=site.is_module,
             )
         return list(out.values())
 
@@ -216,7 +219,34 @@ def _dynamic_shapes(inputs: Sequence[Any], spatial: bool) -> tuple[Any, ...]:
     return tuple(shapes)
 
 
-def _export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.export.ExportedProgram, bool]:
+def _limits(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    names = set(program.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+    tensors = iter([value for value in values if isinstance(value, torch.Tensor)])
+    out: list[Any] = []
+    for value in inputs:
+        if not isinstance(value, torch.Tensor):
+            out.append(None)
+            continue
+        sizes: list[tuple[int, int | None]] = []
+        for size in next(tensors).shape:
+            if isinstance(size, torch.SymInt):
+                bounds = program.range_constraints.get(size.node.expr)
+                if bounds is None:
+                    sizes.append((hint(size), hint(size)))
+                    continue
+                least, most = int(bounds.lower), bounds.upper
+                finite = isinstance(most, int) or getattr(most, "is_Integer", False)
+                # Export never tells 0 and 1 apart from "2 and more"; a bound of 2 is no bound.
+                sizes.append((0 if least <= 2 else least, int(most) if finite and int(most) < 1 << 30 else None))
+            else:
+                sizes.append((int(size), int(size)))
+        out.append(tuple(sizes))
+    return tuple(out)
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.export.ExportedProgram, tuple[Any, ...]]:
+    """The exported program and its limits; the most general of three attempts that holds without further guards."""
     wide = tuple(_widen_batch(value) for value in inputs)
     attempts = [(wide, _dynamic_shapes(wide, True)), (wide, _dynamic_shapes(wide, False)), (inputs, None)]
     errors: list[str] = []
@@ -224,9 +254,15 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.export.Exp
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                # The tuple of shapes only fits models that name their arguments one by one.
                 program = torch.export.export(model, args, dynamic_shapes=shapes)
-                return program.run_decompositions({}), shapes is not None
+                limits = _limits(program, args)
+                if shapes is not None:
+                    # A branch on a size, or a batch that became a constant: only a plainer export is right.
+                    if getattr(program, "_guards_code", None) is None or program._guards_code:
+                        continue
+                    if any(limit and limit[0][0] == limit[0][1] for limit in limits):
+                        continue
+                return program.run_decompositions({}), limits
         except Exception as error:  # any failure of the tracer means: try a plainer export
             lines = str(error).strip().splitlines()
             errors.append(f"{type(error).__name__}: {lines[0] if lines else ''}")
@@ -246,23 +282,21 @@ def trace(model: nn.Module, example_input: Any) -> NetworkGraph:
     """
     inputs = as_inputs(example_input)
     with evaluating(model):
-        program, dynamic = _export(model, inputs)
+        program, limits = _export(model, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = program.module()
     assert isinstance(module, fx.GraphModule)
-    guard = None
     for node in list(module.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
-            guard = module.get_submodule("_guards_fn")
-            module.graph.erase_node(node)
+            module.graph.erase_node(node)  # the limits say the same
     module.graph.eliminate_dead_code()
     module.recompile()
     tensors = {
         node.target: _attribute(module, node.target) for node in module.graph.nodes if node.op == "get_attr"
     }
     tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    return NetworkGraph(module, guard, tensors, _sites(module, tensors), dynamic)
+    return NetworkGraph(module, tensors, _sites(module, tensors), limits)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
@@ -286,6 +320,11 @@ def arguments(node: fx.Node, defaults: Sequence[Any]) -> list[Any]:
     for position in range(len(out), len(defaults)):
         out.append(node.kwargs.get(names[position], defaults[position]))
     return out
+
+
+def _owner(weight_name: str) -> str:
+    owner, _, attribute = weight_name.rpartition(".")
+    return owner if attribute == "weight" and owner else weight_name
 
 
 def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Site]:
@@ -317,7 +356,7 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
                 padding = [0, 0] if padding == "valid" else [t // 2 for t in total]
             sites.append(
                 Site(
-                    node, "conv", weight_name.rpartition(".")[0], weight_name, parameter(bias), x,
+                    node, "conv", _owner(weight_name), weight_name, parameter(bias), x,
                     out_channels=int(w.shape[0]), in_channels=int(w.shape[1]) * groups, kernel_size=kernel,
                     stride=_pair(stride), padding=_pair(padding), dilation=dilation, groups=int(groups),
                     output_size=(shape[2], shape[3]), positions=shape[2] * shape[3],
@@ -331,12 +370,13 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
             w = tensors[weight_name]
             sites.append(
                 Site(
-                    node, "linear", weight_name.rpartition(".")[0], weight_name, parameter(bias), x,
+                    node, "linear", _owner(weight_name), weight_name, parameter(bias), x,
                     out_channels=int(w.shape[0]), in_channels=int(w.shape[1]),
                     positions=math.prod(shape[1:-1]) if len(shape) > 2 else 1,
                 )
             )  # fmt: skip
     for site in sites:
+        site.is_module = site.name != site.weight_name
         site.uses = sum(other.weight_name == site.weight_name for other in sites)
     return sites
 

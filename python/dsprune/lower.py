@@ -1,0 +1,486 @@
+"""Rewrites the exported graph of a pruned network into one of fused, packed layers.
+
+BatchNorm goes into weights and biases, residual addition and ReLU into the layer, constants of dead filters into the
+biases of those who read them. Activations whose producers and consumers are all known here lose their dead channels, and
+are ordered so that each group of their consumer reads few contiguous runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from dsp_kernels import GroupLayout
+from dsp_kernels.plan import gray_order
+
+from .graph import NetworkGraph, Site, aten, shape_of
+from .liveness import BATCH_NORM, BINARY, POOLS, REDUCTIONS, UNARY, Liveness, analyse
+from .nn import PermutedGroupedConv2d
+
+__all__ = ["lower"]
+
+RELUS = {aten.relu.default}
+CLAMPS = {aten.hardtanh.default, aten.relu6.default}
+
+
+class _Classes:
+    """Union-find over values that must keep the same channels; a pinned class keeps all of them in order."""
+
+    def __init__(self) -> None:
+        self.parent: dict[fx.Node, fx.Node] = {}
+        self.pinned: set[fx.Node] = set()
+
+    def find(self, node: fx.Node) -> fx.Node:
+        root = node
+        while self.parent.get(root, root) is not root:
+            root = self.parent[root]
+        while self.parent.get(node, node) is not root:
+            self.parent[node], node = root, self.parent[node]
+        return root
+
+    def union(self, *nodes: fx.Node) -> None:
+        first = self.find(nodes[0])
+        for node in nodes[1:]:
+            other = self.find(node)
+            if other is not first:
+                self.parent[other] = first
+                if other in self.pinned:
+                    self.pinned.add(first)
+
+    def pin(self, *nodes: Any) -> None:
+        for node in nodes:
+            if isinstance(node, fx.Node):
+                self.pinned.add(self.find(node))
+
+    def is_pinned(self, node: fx.Node) -> bool:
+        return self.find(node) in self.pinned
+
+
+@dataclass
+class _Chain:
+    """A convolution with what follows it and is computed inside it; ``end`` is the last node it replaces."""
+
+    site: Site
+    end: fx.Node
+    batch_norm: fx.Node | None = None
+    residual: fx.Node | None = None
+    activation: str | None = None
+    inner: list[fx.Node] = field(default_factory=list)
+
+
+def _sole_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+class _Lowering:
+    def __init__(self, graph: NetworkGraph, live: Liveness, backend: str | None) -> None:
+        self.graph, self.live, self.backend = graph, live, backend
+        self.nodes: list[fx.Node] = list(graph.module.graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.sites = {site.node: site for site in graph.sites}
+        self.classes = _Classes()
+        self.pairs = dict(live.pairs)
+        self._share_pairs()
+        self._unite()
+        self.kept: dict[fx.Node, torch.Tensor] = {}
+        self._choose_channels()
+        self.chains = self._find_chains()
+
+    # channels --------------------------------------------------------------------------------------------------------
+
+    def _share_pairs(self) -> None:
+        """A layer called twice has one weight: it computes what either call needs."""
+        for site in self.graph.sites:
+            if site.uses > 1:
+                same = [s.node for s in self.graph.sites if s.weight_name == site.weight_name]
+                for other in same:
+                    self.pairs[site.node] = self.pairs[site.node] | self.live.pairs[other]
+
+    def _plain(self, site: Site) -> bool:
+        return site.kind == "conv" and site.groups == 1
+
+    def _depthwise(self, site: Site) -> bool:
+        return site.kind == "conv" and site.groups == site.in_channels == site.out_channels and site.uses == 1
+
+    def _is_flatten(self, node: fx.Node) -> bool:
+        """(N, C, 1, 1) -> (N, C), whatever it is spelled like."""
+        if node.target not in (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints):
+            return False
+        source, result = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+        return source is not None and result is not None and source[2:] == (1, 1) and result == source[:2]
+
+    def _unite(self) -> None:
+        classes = self.classes
+        for node in self.nodes:
+            site = self.sites.get(node)
+            parents = [p for p in node.all_input_nodes if p.op != "get_attr"]
+            shape = shape_of(node)
+            if site is not None:
+                if self._depthwise(site):
+                    classes.union(site.x, node)
+                elif site.uses > 1 or (site.kind == "conv" and site.groups > 1):
+                    classes.pin(site.x, node)
+                elif site.kind == "linear":
+                    classes.pin(node)
+                continue
+            if node.op in ("placeholder", "output", "get_attr"):
+                classes.pin(node, *parents)
+            elif node.target is BATCH_NORM and len(parents) == 1 and self._followed(parents[0]):
+                classes.union(parents[0], node)
+            elif node.target is operator.getitem and node.args[0].target is BATCH_NORM:  # type: ignore[union-attr]
+                classes.union(node.args[0], node)  # type: ignore[arg-type]
+                if node.args[1] != 0:
+                    classes.pin(node)
+            elif node.target in UNARY and len(parents) == 1 and self._followed(parents[0]):
+                classes.union(parents[0], node)
+            elif node.target in BINARY and self._followed(node):
+                if any(p.op == "get_attr" for p in node.all_input_nodes):
+                    classes.pin(node, *parents)
+                elif all((s := shape_of(p)) is not None and len(s) == len(shape or ()) and s[1] == (shape or (0, 0))[1] for p in parents):
+                    classes.union(node, *parents)
+                else:
+                    classes.pin(node, *parents)
+            elif node.target in POOLS and shape is not None and len(shape) == 4:
+                classes.union(node, parents[0])
+                classes.pin(*parents[1:])
+            elif node.target in REDUCTIONS and self._spatial_reduction(node):
+                classes.union(node, parents[0])
+            elif node.target in (aten.pad.default, aten.constant_pad_nd.default) and self._followed(node) and len(node.args[1]) <= 4:  # type: ignore[arg-type]
+                classes.union(node, parents[0])
+            elif self._is_flatten(node):
+                classes.union(node, parents[0])
+                classes.pin(*parents[1:]) if any(shape_of(p) is not None for p in parents[1:]) else None
+            else:
+                classes.pin(node, *parents)
+
+    def _followed(self, node: fx.Node) -> bool:
+        shape = shape_of(node)
+        return shape is not None and len(shape) in (2, 4)
+
+    def _spatial_reduction(self, node: fx.Node) -> bool:
+        source = shape_of(node.args[0])  # type: ignore[arg-type]
+        dims = node.args[1]
+        dims = [dims] if isinstance(dims, int) else list(dims)  # type: ignore[arg-type]
+        return source is not None and len(source) == 4 and {d % 4 for d in dims} == {2, 3}
+
+    def _channel_dim(self, node: fx.Node) -> int:
+        return 1
+
+    def _choose_channels(self) -> None:
+        members: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.nodes:
+            if not self.classes.is_pinned(node):
+                members.setdefault(self.classes.find(node), []).append(node)
+        readers: dict[fx.Node, list[Site]] = {}
+        for site in self.graph.sites:
+            readers.setdefault(self.classes.find(site.x), []).append(site)
+        for root, nodes in members.items():
+            values = [n for n in nodes if shape_of(n) is not None]
+            if not values:
+                continue
+            size = shape_of(values[0])[1]  # type: ignore[index]
+            needed = torch.zeros(size, dtype=torch.bool)
+            for node in values:
+                needed |= self.live.channels(self.live.needed, node, size)
+            indices = needed.nonzero().flatten()
+            if indices.numel() == 0:
+                indices = torch.zeros(1, dtype=torch.long)  # a layer has one channel at least
+            consumers = [s for s in readers.get(root, []) if self._plain(s)]
+            if len(consumers) == 1 and len(readers.get(root, [])) == 1:
+                rows = self.pairs[consumers[0].node][:, indices].unique(dim=0)
+                rows = rows[rows.any(1)]
+                if 1 < len(rows) <= 32:
+                    membership = [frozenset(column.nonzero().flatten().tolist()) for column in rows.T]
+                    indices = indices[torch.tensor(gray_order(membership))]
+            self.kept[root] = indices
+
+    def channels(self, node: fx.Node, size: int) -> torch.Tensor:
+        """The original numbers of a value's channels, in the order in which they are stored."""
+        return self.kept.get(self.classes.find(node), torch.arange(size))
+
+    # fusion ----------------------------------------------------------------------------------------------------------
+
+    def _find_chains(self) -> dict[fx.Node, _Chain]:
+        """Fused layers by their last node. Later convolutions choose first: the other branch is ready by then."""
+        chains: dict[fx.Node, _Chain] = {}
+        claimed: set[fx.Node] = set()
+        for site in sorted(self.graph.convs, key=lambda s: self.position[s.node], reverse=True):
+            chain = _Chain(site, site.node)
+            if site.uses == 1:
+                self._extend(chain, claimed)
+            claimed.update(chain.inner)
+            claimed.add(chain.end)
+            chains[chain.end] = chain
+        return chains
+
+    def _extend(self, chain: _Chain, claimed: set[fx.Node]) -> None:
+        user = _sole_user(chain.end)
+        if user is not None and user.target is BATCH_NORM and user.args[0] is chain.end and self._known_norm(user):
+            item = _sole_user(user)
+            if item is not None and item.target is operator.getitem and item.args[1] == 0:
+                chain.inner += [chain.end, user]
+                chain.batch_norm, chain.end = user, item
+        if not self._plain(chain.site):
+            return
+        user = _sole_user(chain.end)
+        if user is not None and user.target is aten.add.Tensor and user not in claimed and not user.kwargs:
+            a, b = user.args[0], user.args[1]
+            other = b if a is chain.end else a
+            same = isinstance(other, fx.Node) and other is not chain.end and other.op != "get_attr"
+            if same and shape_of(other) == shape_of(chain.end):  # type: ignore[arg-type]
+                chain.inner.append(chain.end)
+                chain.residual, chain.end = other, user  # type: ignore[assignment]
+        user = _sole_user(chain.end)
+        if user is None or user in claimed:
+            return
+        if user.target in RELUS:
+            activation = "relu"
+        elif user.target in CLAMPS and (user.target is aten.relu6.default or self._clamp(user) == (0.0, 6.0)):
+            activation = "relu6"
+        else:
+            return
+        chain.inner.append(chain.end)
+        chain.activation, chain.end = activation, user
+
+    def _clamp(self, node: fx.Node) -> tuple[float, float]:
+        values = [a for a in node.args[1:] if isinstance(a, (int, float))]
+        return (float(values[0]), float(values[1])) if len(values) == 2 else (-1.0, 1.0)
+
+    def _known_norm(self, node: fx.Node) -> bool:
+        mean, var = node.args[3], node.args[4]
+        return all(isinstance(v, fx.Node) and str(v.target) in self.graph.tensors for v in (mean, var))
+
+    # layers ----------------------------------------------------------------------------------------------------------
+
+    def _norm(self, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
+        """BatchNorm as (scale, shift) in float64."""
+        weight, bias, mean, var = (
+            None if v is None else self.graph.tensors[str(v.target)].detach().double()  # type: ignore[union-attr]
+            for v in node.args[1:5]
+        )
+        assert mean is not None and var is not None
+        scale = torch.rsqrt(var + float(node.args[-1]))  # type: ignore[arg-type]
+        if weight is not None:
+            scale = scale * weight
+        shift = -mean * scale
+        return scale, shift if bias is None else shift + bias
+
+    def _folded(self, chain: _Chain) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """The layer's full weight and bias in float64, BatchNorm and constant channels folded in; whether it has a bias."""
+        site, tensors = chain.site, self.graph.tensors
+        weight = tensors[site.weight_name].detach().double()
+        has_bias = site.bias_name is not None or chain.batch_norm is not None
+        bias = weight.new_zeros(site.out_channels)
+        if site.bias_name is not None:
+            bias = bias + tensors[site.bias_name].detach().double()
+        constant = self._constants(site, weight)
+        if constant is not None:
+            bias, has_bias = bias + constant, True
+        if chain.batch_norm is not None:
+            scale, shift = self._norm(chain.batch_norm)
+            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+            bias = bias * scale + shift
+        return weight, bias, has_bias
+
+    def _constants(self, site: Site, weight: torch.Tensor) -> torch.Tensor | None:
+        folded = self.live.folded[site.node].to(weight.device)
+        if not bool(folded.any()):
+            return None
+        x = self.live.constant[site.x]
+        dim = 1 if site.kind == "conv" else x.dim() - 1
+        values = self.live.channels(self.live.constant, site.x, site.in_channels, dim).to(weight.device)
+        sums = weight.flatten(2).sum(-1) if site.kind == "conv" else weight
+        return (sums[:, folded] * values[folded]).sum(1)
+
+    def _plain_layer(self, chain: _Chain) -> nn.Module:
+        site = chain.site
+        weight, bias, has_bias = self._folded(chain)
+        like = self.graph.tensors[site.weight_name]
+        rows, columns = self.channels(site.node, site.out_channels), self.channels(site.x, site.in_channels)
+        pairs = self.pairs[site.node][rows][:, columns]
+        layer = PermutedGroupedConv2d(
+            _layout(pairs), site.kernel_size, stride=site.stride, padding=site.padding, dilation=site.dilation,
+            bias=has_bias, activation=chain.activation, backend=self.backend, device=like.device, dtype=like.dtype,
+        )  # fmt: skip
+        weight = weight[rows.to(weight.device)][:, columns.to(weight.device)]
+        with torch.no_grad():
+            layer.weight.copy_(layer.layout.pack(weight))
+            if layer.bias is not None:
+                layer.bias.copy_(bias[rows.to(bias.device)])
+        return layer
+
+    def _grouped_layer(self, chain: _Chain) -> nn.Module:
+        site = chain.site
+        weight, bias, has_bias = self._folded(chain)
+        like, groups = self.graph.tensors[site.weight_name], site.groups
+        rows = torch.arange(site.out_channels)
+        if self._depthwise(site):
+            rows = self.channels(site.node, site.out_channels)
+            groups = len(rows)
+        layer = nn.Conv2d(
+            groups if self._depthwise(site) else site.in_channels, len(rows), site.kernel_size, site.stride,
+            site.padding, site.dilation, groups, has_bias, device=like.device, dtype=like.dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            layer.weight.copy_(weight[rows.to(weight.device)])
+            if layer.bias is not None:
+                layer.bias.copy_(bias[rows.to(bias.device)])
+        return layer
+
+    def _linear_layer(self, site: Site) -> nn.Module:
+        like = self.graph.tensors[site.weight_name]
+        weight = like.detach().double()
+        constant = self._constants(site, weight)
+        columns = torch.arange(site.in_channels)
+        shape = shape_of(site.x)
+        if shape is not None and len(shape) == 2:
+            columns = self.channels(site.x, site.in_channels)
+        has_bias = site.bias_name is not None or constant is not None
+        layer = nn.Linear(len(columns), site.out_channels, has_bias, device=like.device, dtype=like.dtype)
+        weight = torch.where(self.live.folded[site.node].to(weight.device), 0.0, weight)
+        with torch.no_grad():
+            layer.weight.copy_(weight[:, columns.to(weight.device)])
+            if has_bias:
+                bias = weight.new_zeros(site.out_channels) if constant is None else constant
+                if site.bias_name is not None:
+                    bias = bias + self.graph.tensors[site.bias_name].detach().double()
+                layer.bias.copy_(bias)
+        return layer
+
+    # emission --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> fx.GraphModule:
+        root, graph = nn.Module(), fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        inner = {node for chain in self.chains.values() for node in chain.inner}
+        placed: set[str] = set()
+
+        def place(path: str, value: nn.Module | torch.Tensor) -> None:
+            *parents, leaf = path.split(".")
+            owner = root
+            for part in parents:
+                if not isinstance(getattr(owner, part, None), nn.Module):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            if isinstance(value, nn.Module):
+                value.training = False
+                owner.add_module(leaf, value)
+            elif isinstance(value, nn.Parameter):
+                owner.register_parameter(leaf, value)
+            else:
+                owner.register_buffer(leaf, value)
+            placed.add(path)
+
+        def attribute(node: fx.Node) -> fx.Node:
+            """A parameter that stays: fetched where it is first used."""
+            if node not in env:
+                path = str(node.target)
+                if path not in placed:
+                    value = self.graph.tensors.get(path)
+                    if value is None:
+                        raise NotImplementedError(f"the graph reads {path!r}, which is no tensor")
+                    copied = value.detach().clone()
+                    place(path, nn.Parameter(copied) if isinstance(value, nn.Parameter) else copied)
+                env[node] = graph.get_attr(path)
+            return env[node]
+
+        def mapped(node: fx.Node) -> fx.Node:
+            return attribute(node) if node.op == "get_attr" else env[node]
+
+        def layer_name(site: Site) -> str:
+            name = site.name if site.is_module or "." in site.name else f"layer_{site.name}"
+            if site.uses > 1 and self._shared_differs(site):
+                name = f"{name}_{self.position[site.node]}"
+            return name
+
+        for node in self.nodes:
+            if node.op == "get_attr" or node in inner:
+                continue
+            if node in self.chains:
+                chain = self.chains[node]
+                name = layer_name(chain.site)
+                if name not in placed:
+                    place(name, self._plain_layer(chain) if self._plain(chain.site) else self._grouped_layer(chain))
+                args = (mapped(chain.site.x),)
+                if chain.residual is not None:
+                    args += (mapped(chain.residual),)  # type: ignore[assignment]
+                env[node] = graph.call_module(name, args)
+            elif node in self.sites:
+                name = layer_name(self.sites[node])
+                if name not in placed:
+                    place(name, self._linear_layer(self.sites[node]))
+                env[node] = graph.call_module(name, (mapped(self.sites[node].x),))
+            elif node.target is BATCH_NORM and self._known_norm(node):
+                env[node] = self._emit_norm(graph, node, mapped, place)
+            elif node.target is operator.getitem and node.args[0].target is BATCH_NORM and node.args[1] == 0:  # type: ignore[union-attr]
+                env[node] = env[node.args[0]]  # type: ignore[index]
+            elif self._is_flatten(node):
+                env[node] = graph.call_function(torch.flatten, (mapped(node.args[0]), 1))  # type: ignore[arg-type]
+            else:
+                env[node] = graph.node_copy(node, mapped)
+            env[node].meta = {}
+        graph.set_codegen(copy.copy(self.graph.module.graph._codegen))
+        module = fx.GraphModule(root, graph, "PackedGraph")
+        graph.eliminate_dead_code()
+        module.delete_all_unused_submodules()
+        graph.lint()
+        module.recompile()
+        module.eval()
+        return module
+
+    def _shared_differs(self, site: Site) -> bool:
+        return False
+
+    def _emit_norm(self, graph: fx.Graph, node: fx.Node, mapped: Any, place: Any) -> fx.Node:
+        """A BatchNorm that follows no convolution, on the channels that are left."""
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        size = shape_of(x)[1]  # type: ignore[index]
+        keep = self.channels(x, size)
+        values: list[fx.Node | None] = []
+        for v in node.args[1:5]:
+            if v is None:
+                values.append(None)
+                continue
+            path = str(v.target)  # type: ignore[union-attr]
+            tensor = self.graph.tensors[path].detach()
+            place(path, tensor[keep.to(tensor.device)].clone())
+            values.append(graph.get_attr(path))
+        weight, bias, mean, var = values
+        return graph.call_function(
+            F.batch_norm, (mapped(x), mean, var, weight, bias, False, 0.0, float(node.args[-1]))  # type: ignore[arg-type]
+        )
+
+
+def _layout(pairs: torch.Tensor) -> GroupLayout:
+    """Groups of filters with equal channels; one group over all of them where too many filters differ."""
+    try:
+        return GroupLayout.from_mask(pairs)
+    except ValueError:
+        channels, filters = pairs.any(0).nonzero().flatten().tolist(), pairs.any(1).nonzero().flatten().tolist()
+        return GroupLayout(pairs.shape[1], pairs.shape[0], [(channels, filters)])
+
+
+def lower(graph: NetworkGraph, backend: str | None = None) -> fx.GraphModule:
+    """The packed form of a traced network: a graph module of fused layers, named like the dense network's.
+
+    Args:
+        graph: from ``dsprune.graph.trace``, of a model in evaluation mode.
+        backend: what the packed layers run on; None: chosen at each call.
+    """
+    with torch.no_grad():
+        return _Lowering(graph, analyse(graph), backend).run()
+
+
+def iterate_layers(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """The layers that multiply, by name."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, (PermutedGroupedConv2d, nn.Conv2d, nn.Linear, nn.ConvTranspose2d)):
+            yield name, layer

@@ -1,0 +1,186 @@
+"""The drop-in layer: a convolution whose groups of filters read their own, uneven subsets of the input channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsp_kernels import GroupLayout
+from dsp_kernels.conv.op import conv2d_from_plan
+
+__all__ = ["PermutedGroupedConv2d"]
+
+
+def _two(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < least for v in pair):
+        raise ValueError(f"{name}: expected an int or two ints of at least {least}, got {value!r}")
+    return (pair[0], pair[1])
+
+
+class PermutedGroupedConv2d(nn.Module):
+    """``activation(conv(x) + bias + residual)`` with a ``GroupLayout`` in place of dense weights.
+
+    Keeps ``nn.Conv2d``'s attributes (``in_channels``, ``out_channels``, ``kernel_size``, ``stride``, ``padding``,
+    ``dilation``, ``padding_mode``), so that model code that reads them goes on to work; ``groups`` is 1 because the
+    groups here are uneven: they are in ``layout``.
+
+    Shapes: ``x`` (N, in_channels, H, W), ``residual`` and the result (N, out_channels, H', W'). ``weight`` is 1-D, the
+    groups in order, each (filters, channels, kh, kw); ``bias`` (out_channels,) or None. Any floating dtype.
+
+    Args:
+        layout: who reads what; its ``in_channels`` and ``out_channels`` are the layer's.
+        kernel_size, stride, padding, dilation, padding_mode: as in ``nn.Conv2d``, ``padding="same"`` included.
+        bias: whether there is one.
+        activation: None, ``"relu"`` or ``"relu6"``, applied after bias and residual.
+        backend: which implementation runs (``dsp_kernels.available_backends()``); None: chosen at each call.
+
+    Raises:
+        TypeError, ValueError: an argument that is not of this form.
+    """
+
+    def __init__(
+        self,
+        layout: GroupLayout,
+        kernel_size: int | Sequence[int],
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        activation: str | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(layout, GroupLayout):
+            raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
+        if activation not in (None, "relu", "relu6"):
+            raise ValueError(f"activation: expected None, 'relu' or 'relu6', got {activation!r}")
+        if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+            raise ValueError(
+                f"padding_mode: expected 'zeros', 'reflect', 'replicate' or 'circular', got {padding_mode!r}"
+            )
+        self.layout = layout
+        self.in_channels, self.out_channels = layout.in_channels, layout.out_channels
+        self.kernel_size = _two("kernel_size", kernel_size, 1)
+        self.stride = _two("stride", stride, 1)
+        self.dilation = _two("dilation", dilation, 1)
+        self.padding: str | tuple[int, int]
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
+            if padding == "same" and self.stride != (1, 1):
+                raise ValueError(f"padding: 'same' needs stride 1, got {self.stride}")
+            self.padding = padding
+        else:
+            self.padding = _two("padding", padding, 0)
+        self.padding_mode, self.groups, self.transposed = padding_mode, 1, False
+        self.activation, self.backend = activation, backend
+        # What runs: zero padding inside the kernel where it is symmetric, F.pad before it otherwise.
+        self._inner_padding, self._outer_padding = self._split_padding()
+        self.weight = nn.Parameter(torch.empty(layout.weight_numel(self.kernel_size), device=device, dtype=dtype))
+        self.bias: nn.Parameter | None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.register_buffer("plan", layout.plan() if device is None else layout.plan().to(device), persistent=False)
+        self.reset_parameters()
+
+    def _split_padding(self) -> tuple[tuple[int, int], tuple[int, int, int, int] | None]:
+        if self.padding == "valid":
+            return (0, 0), None
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
+        else:
+            assert isinstance(self.padding, tuple)
+            top = bottom = self.padding[0]
+            left = right = self.padding[1]
+        if self.padding_mode == "zeros" and top == bottom and left == right:
+            return (top, left), None
+        outer = (left, right, top, bottom)
+        return (0, 0), outer if any(outer) else None
+
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform weights with each group's own fan-in, as ``nn.Conv2d`` has for its one."""
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        with torch.no_grad():
+            offset = 0
+            for channels, filters in self.layout.groups:
+                count = len(channels) * len(filters) * taps
+                if count:
+                    bound = 1 / math.sqrt(len(channels) * taps)
+                    self.weight[offset : offset + count].uniform_(-bound, bound)
+                offset += count
+            if self.bias is not None:
+                self.bias.zero_()
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        layout: GroupLayout | None = None,
+        *,
+        activation: str | None = None,
+        backend: str | None = None,
+    ) -> PermutedGroupedConv2d:
+        """The packed form of a plain convolution; weights outside the layout are left out.
+
+        Args:
+            conv: groups 1, floating weights of any dtype on any device. Not changed.
+            layout: None: filters with equal sets of non-zero channels form a group.
+
+        Raises:
+            TypeError: ``conv`` is no ``nn.Conv2d``. ValueError: it has groups, or ``layout`` is of another shape.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__name__}")
+        if conv.groups != 1:
+            raise ValueError(f"conv: expected groups=1, got {conv.groups}")
+        weight = conv.weight.detach()
+        if layout is None:
+            layout = GroupLayout.from_mask(weight.flatten(2).ne(0).any(-1).cpu())
+        layer = cls(
+            layout, conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
+            bias=conv.bias is not None, padding_mode=conv.padding_mode, activation=activation, backend=backend,
+            device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            layer.weight.copy_(layout.pack(weight))
+            if conv.bias is not None and layer.bias is not None:
+                layer.bias.copy_(conv.bias)
+        layer.weight.requires_grad_(conv.weight.requires_grad)
+        layer.train(conv.training)
+        return layer
+
+    def dense_weight(self) -> torch.Tensor:
+        """(out_channels, in_channels, kh, kw), zeros where pruned; differentiable."""
+        return self.layout.unpack(self.weight, self.kernel_size)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, in_channels, H, W), and optionally what to add before the activation, to (N, out_channels, H', W')."""
+        if self._outer_padding is not None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._outer_padding, mode=mode)
+        return conv2d_from_plan(
+            x, self.weight, self.plan, self.bias, residual, out_channels=self.out_channels,
+            kernel_size=self.kernel_size, stride=self.stride, padding=self._inner_padding, dilation=self.dilation,
+            activation=self.activation, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        layout = self.layout
+        full = layout.in_channels * layout.out_channels
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}, "
+            f"groups of filters={len(layout.groups)}, kept={100 * layout.pairs / full:.1f}%, activation={self.activation}"
+        )

@@ -1,0 +1,346 @@
+"""What to remove for a target, and how to mask a network accordingly (design of Park et al., AAAI 2023).
+
+Importance of channel c to group g is the sum of W² over the group's filters, normalised over c. Channels are sorted, their
+shares summed up from the least, and those whose sum stays below one threshold β, common to the whole network, are
+dropped. The last convolution of a residual block loses whole filters by the same rule. β follows from the target by
+bisection, with liveness counted in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from dsp_kernels import GroupLayout
+
+from .graph import ConvInfo, ExportError, NetworkGraph, _hooked_infos, as_inputs, clean_copy, trace, unwrap
+from .liveness import Liveness, analyse
+
+__all__ = ["Structure", "apply_structure", "find_structure"]
+
+BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class Structure(Mapping[str, GroupLayout]):
+    """Who reads what, per convolution name; made by ``find_structure``.
+
+    ``flops_cut`` and ``params_cut`` are the fractions removed, by the way of counting asked for; ``threshold`` is β.
+    """
+
+    layouts: dict[str, GroupLayout]
+    threshold: float
+    flops_cut: float
+    params_cut: float
+    count: str
+
+    def __getitem__(self, name: str) -> GroupLayout:
+        return self.layouts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layouts)
+
+    def __len__(self) -> int:
+        return len(self.layouts)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain types, for ``json.dump``; ``from_json`` is its inverse."""
+        return {
+            "threshold": self.threshold, "flops_cut": self.flops_cut, "params_cut": self.params_cut,
+            "count": self.count, "layouts": {name: layout.to_json() for name, layout in self.layouts.items()},
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Structure:
+        """Raises ValueError where ``data`` does not describe a structure."""
+        try:
+            layouts = {str(name): GroupLayout.from_json(value) for name, value in data["layouts"].items()}
+            return cls(
+                layouts, float(data["threshold"]), float(data["flops_cut"]), float(data["params_cut"]), str(data["count"])
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"data: not a structure ({error!r})") from error
+
+
+def drop_below(importance: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Bool (n,): what to keep of n importances (non-negative) at threshold β in [0, 1).
+
+    The least important go first, as long as the sum of their shares stays below β. The most important one stays unless all
+    importances are zero.
+    """
+    total = importance.sum()
+    if not bool(total > 0):
+        return torch.zeros(importance.shape, dtype=torch.bool)
+    order = torch.argsort(importance, stable=True)
+    shares = torch.cumsum(importance[order] / total, 0)
+    keep = torch.ones(importance.shape, dtype=torch.bool)
+    keep[order] = shares >= threshold
+    keep[order[-1]] = True
+    return keep & importance.gt(0)
+
+
+class _Counter:
+    """MACs and weights of a masked network, with liveness; traced once, counted often."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.graph: NetworkGraph | None = None
+        try:
+            self.graph = trace(model, inputs)
+            self.infos = self.graph.infos()
+        except ExportError:
+            self.infos = _hooked_infos(model, inputs)
+        self.prunable = {info.name for info in self.infos if info.prunable}
+        self.model = model
+        self.all_params = sum(p.numel() for p in model.parameters())
+
+    def weight_name(self, name: str) -> str:
+        return f"{name}.weight" if name else "weight"
+
+    def pairs(self, masks: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Liveness | None]:
+        """Live (O, I) products per layer name (convolutions and linear layers)."""
+        if self.graph is None:
+            out = {}
+            for info in self.infos:
+                weight = self.model.get_parameter(self.weight_name(info.name)).detach()
+                out[info.name] = weight.flatten(2).ne(0).any(-1).cpu()
+                if self.weight_name(info.name) in masks:
+                    out[info.name] &= masks[self.weight_name(info.name)]
+            return out, None
+        live = analyse(self.graph, masks)
+        pairs: dict[str, torch.Tensor] = {}
+        for site in self.graph.sites:
+            mask = live.pairs[site.node]
+            pairs[site.name] = pairs[site.name] | mask if site.name in pairs else mask
+        return pairs, live
+
+    def count(self, masks: Mapping[str, torch.Tensor]) -> Count:
+        pairs, _ = self.pairs(masks)
+        macs: dict[str, int] = {}
+        dense: dict[str, int] = {}
+        weights: dict[str, int] = {}
+        dense_weights: dict[str, int] = {}
+        layers: list[tuple[str, int, int, int, int, int]] = []
+        if self.graph is not None:
+            for site in self.graph.sites:
+                taps = site.kernel_size[0] * site.kernel_size[1]
+                layers.append((site.name, taps, site.positions, site.groups, site.out_channels, site.in_channels))
+        else:
+            for info in self.infos:
+                taps = info.kernel_size[0] * info.kernel_size[1]
+                positions = info.output_size[0] * info.output_size[1] * info.uses
+                layers.append((info.name, taps, positions, info.groups, info.out_channels, info.in_channels))
+        for name, taps, positions, groups, out_channels, in_channels in layers:
+            live = int(pairs[name].sum())
+            full = out_channels * in_channels // groups
+            macs[name] = macs.get(name, 0) + live * taps * positions
+            dense[name] = dense.get(name, 0) + full * taps * positions
+            weights[name], dense_weights[name] = live * taps, full * taps
+        return Count(macs, dense, weights, dense_weights, self.all_params, frozenset(self.prunable))
+
+
+@dataclass(frozen=True)
+class Count:
+    """MACs of one image and weights per layer name, as the structure needs them and dense."""
+
+    macs: dict[str, int]
+    dense_macs: dict[str, int]
+    weights: dict[str, int]
+    dense_weights: dict[str, int]
+    all_params: int
+    prunable: frozenset[str]
+
+    def flops_cut(self, count: str) -> float:
+        names = self.prunable if count == "prunable" else self.macs.keys()
+        dense = sum(self.dense_macs[n] for n in names)
+        return 1 - sum(self.macs[n] for n in names) / dense if dense else 0.0
+
+    def params_cut(self, count: str) -> float:
+        names = self.prunable if count == "prunable" else self.weights.keys()
+        removed = sum(self.dense_weights[n] - self.weights[n] for n in names)
+        dense = sum(self.dense_weights[n] for n in names) if count == "prunable" else self.all_params
+        return removed / dense if dense else 0.0
+
+
+def counted(model: nn.Module, example_input: Any) -> tuple[_Counter, Count]:
+    """The counter of a network and its count as it stands."""
+    counter = _Counter(clean_copy(model), as_inputs(example_input))
+    return counter, counter.count({})
+
+
+def _check_target(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number between 0 and 1, got {value!r}")
+    if not 0 < value < 1:
+        raise ValueError(f"{name}: expected the fraction to remove, between 0 and 1 (both excluded), got {value!r}")
+    return float(value)
+
+
+def _check_assignment(
+    assignment: Mapping[str, Any], infos: Mapping[str, ConvInfo], exclude: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    if not isinstance(assignment, Mapping):
+        raise TypeError(f"assignment: expected a mapping of convolution names, got {type(assignment).__name__}")
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude: expected a sequence of convolution names, got the string {exclude!r}")
+    for name in exclude:
+        if name not in infos:
+            raise ValueError(f"exclude: {name!r} is no convolution of the model; there are {sorted(infos)}")
+    checked: dict[str, torch.Tensor] = {}
+    for name, value in assignment.items():
+        if name not in infos:
+            raise ValueError(f"assignment: {name!r} is no convolution of the model; there are {sorted(infos)}")
+        info = infos[name]
+        if info.groups != 1:
+            raise ValueError(f"assignment: {name!r} has {info.groups} groups already; only plain convolutions are pruned")
+        groups = torch.as_tensor(value).detach().cpu()
+        if groups.is_floating_point() or groups.dtype == torch.bool or groups.is_complex():
+            raise TypeError(f"assignment[{name!r}]: expected integer group numbers, got {groups.dtype}")
+        if tuple(groups.shape) != (info.out_channels,):
+            raise ValueError(
+                f"assignment[{name!r}]: expected shape ({info.out_channels},), one group a filter, got {tuple(groups.shape)}"
+            )
+        if bool((groups < 0).any()):
+            raise ValueError(f"assignment[{name!r}]: expected group numbers from 0, got {int(groups.min())}")
+        if name not in exclude:
+            checked[name] = groups.long()
+    if not checked:
+        raise ValueError("assignment: names no convolution to prune")
+    return checked
+
+
+def find_structure(
+    model: nn.Module,
+    example_input: Any,
+    assignment: Mapping[str, Any],
+    *,
+    flops: float | None = None,
+    params: float | None = None,
+    count: str = "network",
+    exclude: Sequence[str] = (),
+) -> Structure:
+    """Finds what to remove so that a target is met, with one threshold for the whole network.
+
+    Args:
+        model: the network, float; zeros and prune masks that it has already stay. Not changed.
+        example_input: a tensor (N, C, H, W), or a tuple of positional arguments; FLOPs are counted at this image size.
+        assignment: convolution name -> (O,) integer group of each filter, as ``GroupLearner.assignment()`` gives it.
+        flops: the fraction of multiply-accumulates to remove, in (0, 1). One of ``flops`` and ``params``.
+        params: the fraction of parameters to remove, in (0, 1).
+        count: ``"network"`` counts the whole network, ``"prunable"`` the prunable convolutions only.
+        exclude: names of convolutions to leave dense.
+
+    Returns:
+        A ``Structure``: ``structure[name]`` is the ``GroupLayout`` of each convolution in ``assignment``. The least cut that
+        reaches the target.
+
+    Raises:
+        ValueError, TypeError: bad arguments, or a target beyond what the rule can remove (the text says how far it goes).
+
+    Source: Park et al., "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023, section on group channel pruning.
+    """
+    if (flops is None) == (params is None):
+        raise ValueError(f"flops, params: expected exactly one of the two, got flops={flops!r} and params={params!r}")
+    goal = _check_target("flops", flops) if flops is not None else _check_target("params", params)
+    if count not in ("network", "prunable"):
+        raise ValueError(f"count: expected 'network' or 'prunable', got {count!r}")
+    inputs = as_inputs(example_input)
+    counter = _Counter(clean_copy(model), inputs)
+    infos = {info.name: info for info in counter.infos}
+    groups = _check_assignment(assignment, infos, exclude)
+
+    energy = {}
+    for name in groups:
+        weight = counter.model.get_parameter(counter.weight_name(name)).detach()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"model: the weight of {name!r} is not finite")
+        energy[name] = weight.double().square().flatten(2).sum(-1).cpu()
+
+    def masks_at(threshold: float) -> dict[str, torch.Tensor]:
+        masks = {}
+        for name, assigned in groups.items():
+            mask = torch.zeros(energy[name].shape, dtype=torch.bool)
+            for group in assigned.unique().tolist():
+                rows = (assigned == group).nonzero().flatten()
+                mask[rows] = drop_below(energy[name][rows].sum(0), threshold)
+            if infos[name].last_in_block:
+                mask &= drop_below(energy[name].sum(1), threshold)[:, None]
+            masks[counter.weight_name(name)] = mask
+        return masks
+
+    def cut_at(threshold: float) -> float:
+        counts = counter.count(masks_at(threshold))
+        return counts.flops_cut(count) if flops is not None else counts.params_cut(count)
+
+    low, high = 0.0, 1.0 - 1e-9
+    furthest = cut_at(high)
+    if furthest < goal:
+        kind = "flops" if flops is not None else "params"
+        raise ValueError(f"{kind}: expected at most {furthest:.4f}, what this assignment can remove, got {goal!r}")
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if cut_at(middle) >= goal:
+            high = middle
+        else:
+            low = middle
+        if high - low < 1e-9:
+            break
+    masks = masks_at(high)
+    counts = counter.count(masks)
+    live, _ = counter.pairs(masks)
+    layouts = {name: _layout(live[name], assigned) for name, assigned in groups.items()}
+    return Structure(layouts, high, counts.flops_cut(count), counts.params_cut(count), count)
+
+
+def _layout(pairs: torch.Tensor, assigned: torch.Tensor) -> GroupLayout:
+    """The groups of the assignment, without dead filters and channels; filters of a group that differ are split."""
+    groups: list[tuple[list[int], list[int]]] = []
+    for group in assigned.unique().tolist():
+        rows = [o for o in (assigned == group).nonzero().flatten().tolist() if bool(pairs[o].any())]
+        by_channels: dict[tuple[int, ...], list[int]] = {}
+        for o in rows:
+            by_channels.setdefault(tuple(pairs[o].nonzero().flatten().tolist()), []).append(o)
+        groups += [(list(channels), filters) for channels, filters in by_channels.items()]
+    return GroupLayout(pairs.shape[1], pairs.shape[0], groups)
+
+
+def apply_structure(model: nn.Module, structure: Mapping[str, GroupLayout]) -> nn.Module:
+    """Masks a model's convolutions by ``torch.nn.utils.prune``'s convention (``weight_orig``, ``weight_mask``).
+
+    Args:
+        model: the network, changed in place: pruned weights read as zero from now on, and get no gradient.
+        structure: convolution name -> ``GroupLayout``. A layer masked before keeps its zeros as well.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError, TypeError: a name that is no convolution of the model, or a layout of another shape. The model is then
+        unchanged.
+    """
+    inner = unwrap(model)
+    if not isinstance(structure, Mapping):
+        raise TypeError(f"structure: expected a mapping of convolution names to GroupLayout, got {type(structure).__name__}")
+    modules = dict(inner.named_modules())
+    todo: list[tuple[nn.Conv2d, torch.Tensor]] = []
+    for name, layout in structure.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Conv2d):
+            raise ValueError(f"structure: {name!r} is no Conv2d of the model")
+        if not isinstance(layout, GroupLayout):
+            raise TypeError(f"structure[{name!r}]: expected a GroupLayout, got {type(layout).__name__}")
+        expected = tuple(module.weight.shape[:2])
+        if (layout.out_channels, layout.in_channels) != expected:
+            raise ValueError(
+                f"structure[{name!r}]: expected a layout of {expected[0]} filters and {expected[1]} channels, got "
+                f"{layout.out_channels} and {layout.in_channels}"
+            )
+        mask = layout.mask().to(module.weight.device)[:, :, None, None].expand_as(module.weight)
+        todo.append((module, mask.to(module.weight.dtype)))
+    for module, mask in todo:
+        prune.custom_from_mask(module, "weight", mask.contiguous())
+    return model

@@ -2,10 +2,12 @@
 
 from . import models, nn
 from .graph import prunable_convs
+from .io import load, save
 from .pack import PackedNetwork, PackError, pack, unpack
+from .report import Summary, summary
 from .structure import Structure, apply_structure, find_structure
 
 __all__ = [
-    "PackError", "PackedNetwork", "Structure", "apply_structure", "find_structure", "models", "nn", "pack",
-    "prunable_convs", "unpack",
+    "PackError", "PackedNetwork", "Structure", "Summary", "apply_structure", "find_structure", "load", "models", "nn", "pack",
+    "prunable_convs", "save", "summary", "unpack",
 ]  # fmt: skip

@@ -1,0 +1,157 @@
+"""Packed networks on disk: one safetensors file with a JSON header, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import nn
+
+from dsp_kernels import GroupLayout
+
+from .graph import clean_copy, unwrap
+from .pack import PackedNetwork, PackedState, fill, pack
+
+__all__ = ["load", "save", "write_atomically"]
+
+FORMAT = "dsprune-packed"
+VERSION = 1
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes ``data`` to a temporary file beside ``path``, syncs it and renames it: readers see the old or the new file."""
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
+    """Saves a packed network: packed weights and groups by module name, and the input shapes it was packed for.
+
+    Args:
+        packed: from ``pack`` or ``load``.
+        path: the file to write (safetensors; the groups are JSON in its header). Replaced atomically.
+
+    Raises:
+        TypeError: ``packed`` is no ``PackedNetwork``, or its example held arguments that JSON cannot carry.
+        OSError: the file cannot be written; an older file at ``path`` is then untouched.
+    """
+    if not isinstance(packed, PackedNetwork):
+        raise TypeError(f"packed: expected a PackedNetwork, got {type(packed).__name__}")
+    state = packed.packed_state()
+    inputs = []
+    for shape, dtype in zip(packed.example_shapes, packed.example_dtypes, strict=True):
+        if dtype is not None:
+            inputs.append({"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")})
+        elif shape is None or isinstance(shape, (bool, int, float, str)):
+            inputs.append({"value": shape})
+        else:
+            raise TypeError(f"packed: an example argument of type {type(shape).__name__} cannot be saved")
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "train": packed._state is None and packed.unfused_reason is None,
+        "inputs": inputs,
+        "layouts": {name: layout.to_json() for name, layout in state.layouts.items()},
+    }
+    # Tied weights are written once a name: safetensors refuses shared memory.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.tensors.items()}
+    write_atomically(path, serialize(tensors, {FORMAT: json.dumps(header, sort_keys=True)}))
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    name = os.fspath(path)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"path: no file at {name!r}")
+    try:
+        with safe_open(name, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"path: {name!r} is no whole safetensors file ({error})") from error
+    if FORMAT not in metadata:
+        raise ValueError(f"path: {name!r} was not written by dsprune.save")
+    try:
+        header = json.loads(metadata[FORMAT])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"path: {name!r} has a broken header ({error})") from error
+    if not isinstance(header, Mapping) or header.get("format") != FORMAT:
+        raise ValueError(f"path: {name!r} has a header of another format")
+    if header.get("version") != VERSION:
+        raise ValueError(f"path: {name!r} has version {header.get('version')!r}; this package reads version {VERSION}")
+    return dict(header), tensors
+
+
+def _examples(header: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    out: list[Any] = []
+    for entry in header["inputs"]:
+        if "shape" not in entry:
+            out.append(entry["value"])
+            continue
+        dtype = getattr(torch, str(entry["dtype"]))
+        shape = [int(size) for size in entry["shape"]]
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"path: unknown dtype {entry['dtype']!r}")
+        if dtype.is_floating_point:
+            out.append(torch.randn(shape, generator=generator).to(device=device, dtype=dtype))
+        else:
+            out.append(torch.zeros(shape, device=device, dtype=dtype))
+    return tuple(out)
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, train: bool | None = None, backend: str | None = None
+) -> PackedNetwork:
+    """Loads a packed network: fills the dense network with the saved weights and packs it again.
+
+    Args:
+        path: written by ``save``.
+        model: a fresh dense network of the same architecture; filled in place with the weights, zeros where pruned.
+        train: as for ``pack``; None: as it was when saved.
+        backend: as for ``pack``.
+
+    Returns:
+        The packed network; its outputs are those of the saved one, bit for bit, on the same machine and backend.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: truncated, of another format or version, or not for this architecture;
+        TypeError: ``model`` is no module. ``model`` is left as it was.
+    """
+    inner = unwrap(model)
+    header, tensors = _read(path)
+    try:
+        layouts = {str(name): GroupLayout.from_json(value) for name, value in header["layouts"].items()}
+        weights = next((p for p in inner.parameters()), None)
+        inputs = _examples(header, weights.device if weights is not None else torch.device("cpu"))
+        saved_for_training = bool(header["train"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"path: {os.fspath(path)!r} has an incomplete header ({error!r})") from error
+    modules = dict(inner.named_modules())
+    for name in layouts:
+        if not isinstance(modules.get(name), nn.Conv2d):
+            raise ValueError(f"model: has no Conv2d {name!r}, which the file has")
+    state = PackedState(tensors, layouts)
+    # The trial copy is packed first: where that fails, the caller's model has not been touched.
+    trial = clean_copy(inner)
+    fill(trial, state)
+    trial.train(inner.training)
+    packed = pack(trial, inputs, train=saved_for_training if train is None else train, backend=backend)
+    fill(inner, state)
+    return packed

@@ -1,0 +1,175 @@
+"""What a network needs: multiply-accumulates and parameters, layer by layer, dense, masked or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .graph import as_inputs, clean_copy, evaluating, unwrap
+from .lower import iterate_layers
+from .nn import PermutedGroupedConv2d
+from .pack import PackedNetwork
+from .structure import _Counter
+
+__all__ = ["LayerSummary", "Summary", "summary"]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer: MACs of one image and weights, dense and left. ``groups`` counts its groups of filters."""
+
+    name: str
+    kind: str
+    dense_macs: int
+    macs: int
+    dense_weights: int
+    weights: int
+    groups: int
+    prunable: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """MACs of one image and parameters of a network; ``str()`` is a table.
+
+    ``macs`` and ``params`` are what the structure needs, ``dense_macs`` and ``dense_params`` what the dense network has.
+    Counted are convolutions and linear layers; ``params`` takes the removed weights of these off all parameters.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    dense_params: int
+    packed: bool
+
+    def _of(self, count: str) -> Iterator[LayerSummary]:
+        if count not in ("network", "prunable"):
+            raise ValueError(f"count: expected 'network' or 'prunable', got {count!r}")
+        return (layer for layer in self.layers if count == "network" or layer.prunable)
+
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def dense_macs(self) -> int:
+        return sum(layer.dense_macs for layer in self.layers)
+
+    @property
+    def params(self) -> int:
+        return self.dense_params - sum(layer.dense_weights - layer.weights for layer in self.layers)
+
+    def flops_cut(self, count: str = "network") -> float:
+        """The fraction of MACs removed, of the whole ``"network"`` or of its ``"prunable"`` convolutions."""
+        dense = sum(layer.dense_macs for layer in self._of(count))
+        return 1 - sum(layer.macs for layer in self._of(count)) / dense if dense else 0.0
+
+    def params_cut(self, count: str = "network") -> float:
+        """The fraction of parameters removed, of the whole ``"network"`` or of its ``"prunable"`` convolutions."""
+        if count == "network":
+            return 1 - self.params / self.dense_params if self.dense_params else 0.0
+        dense = sum(layer.dense_weights for layer in self._of(count))
+        return 1 - sum(layer.weights for layer in self._of(count)) / dense if dense else 0.0
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers] + [len("prunable convolutions")])
+        head = f"{'layer':<{width}}  {'groups':>6}  {'dense MACs':>14}  {'MACs':>14}  {'cut %':>6}  {'weights':>11}  {'cut %':>6}"
+        lines = [head, "-" * len(head)]
+
+        def row(name: str, groups: str, dense: int, macs: int, dense_weights: int, weights: int) -> str:
+            cuts = [100 * (1 - left / full) if full else 0.0 for left, full in ((macs, dense), (weights, dense_weights))]
+            return (
+                f"{name:<{width}}  {groups:>6}  {dense:>14,}  {macs:>14,}  {cuts[0]:>6.2f}  {weights:>11,}  {cuts[1]:>6.2f}"
+            )
+
+        for layer in self.layers:
+            lines.append(
+                row(
+                    layer.name or "(model)", str(layer.groups), layer.dense_macs, layer.macs, layer.dense_weights, layer.weights
+                )
+            )
+        lines.append("-" * len(head))
+        prunable = list(self._of("prunable"))
+        totals = [
+            sum(getattr(layer, key) for layer in prunable) for key in ("dense_macs", "macs", "dense_weights", "weights")
+        ]
+        lines.append(row("prunable convolutions", "", *totals))
+        lines.append(row("whole network", "", self.dense_macs, self.macs, self.dense_params, self.params))
+        return "\n".join(lines)
+
+
+def _groups_of(mask: torch.Tensor) -> int:
+    rows = mask[mask.any(1)]
+    return int(rows.unique(dim=0).shape[0]) if rows.numel() else 0
+
+
+def _measured(packed: PackedNetwork, inputs: tuple[Any, ...]) -> dict[str, tuple[int, int, int]]:
+    """(MACs of one image, weights, groups) of each packed layer, counted in the layers as they run."""
+    found: dict[str, tuple[int, int, int]] = {}
+    handles = []
+
+    def watch(name: str, layer: nn.Module) -> None:
+        def hook(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if isinstance(layer, nn.Linear):
+                per_weight, groups = max(1, output[0].numel() // layer.out_features), 1
+            elif isinstance(layer, nn.ConvTranspose2d):
+                per_weight, groups = args[0].shape[-2] * args[0].shape[-1], layer.groups
+            else:
+                per_weight = output.shape[-2] * output.shape[-1]
+                groups = len(layer.layout.groups) if isinstance(layer, PermutedGroupedConv2d) else layer.groups  # type: ignore[union-attr, assignment]
+            weights = int(layer.weight.numel())  # type: ignore[union-attr, operator, arg-type]
+            macs = weights * int(per_weight) + (found[name][0] if name in found else 0)
+            found[name] = (macs, weights, groups)
+
+        handles.append(layer.register_forward_hook(hook))
+
+    for name, layer in iterate_layers(packed.network):
+        watch(name, layer)
+    try:
+        with evaluating(packed), torch.no_grad():
+            packed.network(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def summary(model: nn.Module, example_input: Any) -> Summary:
+    """Counts what a network needs at the image size of ``example_input``.
+
+    Args:
+        model: a dense, masked (``torch.nn.utils.prune`` or plain zeros) or packed network. For the first two, what its
+            zeros leave to compute is counted, dead filters and channels left out; for a packed one, what its layers do.
+        example_input: a tensor (N, C, H, W), or a tuple of positional arguments.
+
+    Returns:
+        A ``Summary``: ``.macs``, ``.dense_macs`` (multiply-accumulates of one image), ``.params``, ``.dense_params``,
+        ``.flops_cut(count)``, ``.params_cut(count)``; ``str()`` is a table with both ways of counting.
+
+    Raises:
+        TypeError: ``model`` is no module or ``example_input`` holds no tensor.
+    """
+    inner = unwrap(model)
+    inputs = as_inputs(example_input)
+    dense = inner.dense_model() if isinstance(inner, PackedNetwork) else clean_copy(inner)
+    counter = _Counter(dense, inputs)
+    counts = counter.count({})
+    pairs, _ = counter.pairs({})
+    measured = None
+    if isinstance(inner, PackedNetwork):
+        measured = _measured(inner, inputs)
+    linear = {site.name for site in counter.graph.sites if site.kind == "linear"} if counter.graph else set()
+    rows = []
+    for name in counts.macs:
+        macs, weights, groups = counts.macs[name], counts.weights[name], _groups_of(pairs[name])
+        if measured is not None:
+            macs, weights, groups = measured.get(name, (0, 0, 0))
+        rows.append(
+            LayerSummary(
+                name, "linear" if name in linear else "conv", counts.dense_macs[name], macs, counts.dense_weights[name],
+                weights, groups, name in counts.prunable,
+            )
+        )  # fmt: skip
+    return Summary(tuple(rows), counts.all_params, measured is not None)

@@ -18,12 +18,20 @@ T* at(Address address) {
 
 int conv2d_forward(Address x, int64_t x_numel, Address weight, int64_t weight_numel, Address plan,
                    int64_t plan_numel, Address bias, Address residual, Address out, int64_t out_numel,
-                   int64_t batch, int64_t height, int64_t width, int64_t kh, int64_t kw, int64_t sh, int64_t sw,
-                   int64_t ph, int64_t pw, int64_t dh, int64_t dw, int32_t activation, int32_t threads) {
+                   int64_t batch, int64_t height, int64_t width, int64_t kh, int64_t kw, int64_t sh,
+                   int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw, int32_t activation,
+                   int32_t threads, int32_t prepared) {
   const dsp_conv2d_shape shape{batch, height, width, kh, kw, sh, sw, ph, pw, dh, dw};
   return dsp_conv2d_forward(&shape, at<const float>(x), x_numel, at<const float>(weight), weight_numel,
-                            at<const int32_t>(plan), plan_numel, at<const float>(bias), at<const float>(residual),
-                            at<float>(out), out_numel, activation, threads);
+                            at<const int32_t>(plan), plan_numel, at<const float>(bias),
+                            at<const float>(residual), at<float>(out), out_numel, activation, prepared,
+                            threads);
+}
+
+int conv2d_prepare(int64_t kh, int64_t kw, Address weight, int64_t weight_numel, Address plan,
+                   int64_t plan_numel, Address prepared, int64_t prepared_numel) {
+  return dsp_conv2d_prepare(kh, kw, at<const float>(weight), weight_numel, at<const int32_t>(plan),
+                            plan_numel, at<float>(prepared), prepared_numel);
 }
 
 int conv2d_grad_input(Address grad, int64_t grad_numel, Address weight, int64_t weight_numel, Address plan,
@@ -31,17 +39,19 @@ int conv2d_grad_input(Address grad, int64_t grad_numel, Address weight, int64_t 
                       int64_t width, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
                       int64_t dh, int64_t dw, int32_t threads) {
   const dsp_conv2d_shape shape{batch, height, width, kh, kw, sh, sw, ph, pw, dh, dw};
-  return dsp_conv2d_grad_input(&shape, at<const float>(grad), grad_numel, at<const float>(weight), weight_numel,
-                               at<const int32_t>(plan), plan_numel, at<float>(grad_x), grad_x_numel, threads);
+  return dsp_conv2d_grad_input(&shape, at<const float>(grad), grad_numel, at<const float>(weight),
+                               weight_numel, at<const int32_t>(plan), plan_numel, at<float>(grad_x),
+                               grad_x_numel, threads);
 }
 
 int conv2d_grad_weight(Address grad, int64_t grad_numel, Address x, int64_t x_numel, Address plan,
-                       int64_t plan_numel, Address grad_w, int64_t weight_numel, int64_t batch, int64_t height,
-                       int64_t width, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
-                       int64_t dh, int64_t dw, int32_t threads) {
+                       int64_t plan_numel, Address grad_w, int64_t weight_numel, int64_t batch,
+                       int64_t height, int64_t width, int64_t kh, int64_t kw, int64_t sh, int64_t sw,
+                       int64_t ph, int64_t pw, int64_t dh, int64_t dw, int32_t threads) {
   const dsp_conv2d_shape shape{batch, height, width, kh, kw, sh, sw, ph, pw, dh, dw};
   return dsp_conv2d_grad_weight(&shape, at<const float>(grad), grad_numel, at<const float>(x), x_numel,
-                                at<const int32_t>(plan), plan_numel, at<float>(grad_w), weight_numel, threads);
+                                at<const int32_t>(plan), plan_numel, at<float>(grad_w), weight_numel,
+                                threads);
 }
 
 py::dict build_info() {
@@ -69,15 +79,19 @@ PYBIND11_MODULE(_native, m) {
   m.def("conv2d_forward", &conv2d_forward, nogil, py::arg("x"), py::arg("x_numel"), py::arg("weight"),
         py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("bias"), py::arg("residual"),
         py::arg("out"), py::arg("out_numel"), py::arg("batch"), py::arg("height"), py::arg("width"),
-        py::arg("kh"), py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"),
-        py::arg("dw"), py::arg("activation"), py::arg("threads"));
+        py::arg("kh"), py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"),
+        py::arg("dh"), py::arg("dw"), py::arg("activation"), py::arg("threads"), py::arg("prepared") = 0);
+  m.def("conv2d_prepare", &conv2d_prepare, nogil, py::arg("kh"), py::arg("kw"), py::arg("weight"),
+        py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("prepared"),
+        py::arg("prepared_numel"));
   m.def("conv2d_grad_input", &conv2d_grad_input, nogil, py::arg("grad"), py::arg("grad_numel"),
         py::arg("weight"), py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("grad_x"),
         py::arg("grad_x_numel"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kh"),
-        py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"), py::arg("dw"),
-        py::arg("threads"));
-  m.def("conv2d_grad_weight", &conv2d_grad_weight, nogil, py::arg("grad"), py::arg("grad_numel"), py::arg("x"),
-        py::arg("x_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("grad_w"), py::arg("weight_numel"),
-        py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kh"), py::arg("kw"), py::arg("sh"),
-        py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"), py::arg("dw"), py::arg("threads"));
+        py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"),
+        py::arg("dw"), py::arg("threads"));
+  m.def("conv2d_grad_weight", &conv2d_grad_weight, nogil, py::arg("grad"), py::arg("grad_numel"),
+        py::arg("x"), py::arg("x_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("grad_w"),
+        py::arg("weight_numel"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kh"),
+        py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"),
+        py::arg("dw"), py::arg("threads"));
 }

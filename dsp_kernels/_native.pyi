@@ -30,6 +30,17 @@ def conv2d_forward(
     dw: int,
     activation: int,
     threads: int,
+    prepared: int = 0,
+) -> int: ...
+def conv2d_prepare(
+    kh: int,
+    kw: int,
+    weight: int,
+    weight_numel: int,
+    plan: int,
+    plan_numel: int,
+    prepared: int,
+    prepared_numel: int,
 ) -> int: ...
 def conv2d_grad_input(
     grad: int,

@@ -34,7 +34,8 @@ Plan::Plan(const int32_t* words, int64_t numel) : words_(words) {
     const int32_t* entry = words + DSP_PLAN_HEADER + int64_t{g} * DSP_PLAN_GROUP;
     if (entry[0] < 0 || entry[0] > in || entry[1] < 0 || entry[1] > out)
       bad_plan("group " + std::to_string(g) + " has an impossible number of channels or filters");
-    if (entry[1] > 0 && entry[0] == 0) bad_plan("group " + std::to_string(g) + " has filters but no channels");
+    if (entry[1] > 0 && entry[0] == 0)
+      bad_plan("group " + std::to_string(g) + " has filters but no channels");
     all_channels += entry[0];
   }
   int64_t channel_at = lists;
@@ -51,8 +52,8 @@ Plan::Plan(const int32_t* words, int64_t numel) : words_(words) {
     live += entry[1];
   }
   if (filter_at != numel) bad_plan("has lists that do not fill it");
-  if (pairs != words[4]) bad_plan("counts " + std::to_string(words[4]) + " pairs, its groups have " +
-                                  std::to_string(pairs));
+  if (pairs != words[4])
+    bad_plan("counts " + std::to_string(words[4]) + " pairs, its groups have " + std::to_string(pairs));
   if (live != words[6]) bad_plan("counts other live filters than its groups have");
 
   // One mark per channel (the last group that named it) and per filter.
@@ -123,11 +124,12 @@ ConvShape check_shape(const dsp_conv2d_shape* shape, const Plan& plan) {
   s.out_h = room_h / s.sh + 1;
   s.out_w = room_w / s.sw + 1;
 
-  checked_mul(checked_mul(checked_mul(s.batch, s.in_channels, "the size of x"), s.in_plane(), "the size of x"), 4,
-              "the size of x");
   checked_mul(
-      checked_mul(checked_mul(s.batch, s.out_channels, "the size of out"), s.out_plane(), "the size of out"), 4,
-      "the size of out");
+      checked_mul(checked_mul(s.batch, s.in_channels, "the size of x"), s.in_plane(), "the size of x"), 4,
+      "the size of x");
+  checked_mul(
+      checked_mul(checked_mul(s.batch, s.out_channels, "the size of out"), s.out_plane(), "the size of out"),
+      4, "the size of out");
   checked_mul(checked_mul(plan.pairs(), checked_mul(s.kh, s.kw, "the kernel"), "the size of weight"), 4,
               "the size of weight");
   return s;
@@ -135,7 +137,8 @@ ConvShape check_shape(const dsp_conv2d_shape* shape, const Plan& plan) {
 
 void check_tensor(const void* pointer, int64_t numel, int64_t expected, const char* name) {
   if (numel != expected)
-    fail(std::string(name) + " has " + std::to_string(numel) + " values, expected " + std::to_string(expected));
+    fail(std::string(name) + " has " + std::to_string(numel) + " values, expected " +
+         std::to_string(expected));
   if (pointer == nullptr && numel > 0) fail(std::string(name) + " is null");
 }
 

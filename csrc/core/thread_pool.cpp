@@ -59,7 +59,9 @@ class Pool {
     slot->open.store(true, std::memory_order_seq_cst);
     generation_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-      { std::lock_guard<std::mutex> lock(mutex_); }
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+      }
       wake_.notify_all();
     }
     work(*slot);
@@ -119,7 +121,8 @@ class Pool {
       if (!slot.open.load(std::memory_order_acquire)) continue;
       slot.inside.fetch_add(1, std::memory_order_seq_cst);
       // Checked again now that the caller waits for us: the loop may have ended in between.
-      if (slot.open.load(std::memory_order_seq_cst) && slot.places.fetch_sub(1, std::memory_order_relaxed) > 0) {
+      if (slot.open.load(std::memory_order_seq_cst) &&
+          slot.places.fetch_sub(1, std::memory_order_relaxed) > 0) {
         helped = true;
         work(slot);
       }
@@ -159,7 +162,8 @@ class Pool {
 std::atomic<Pool*> current{nullptr};
 std::mutex creation;
 
-// A forked child has none of the parent's workers: it starts with a pool of its own (the old one is abandoned).
+// A forked child has none of the parent's workers: it starts with a pool of its own (the old one is
+// abandoned).
 void forget_after_fork() {
   current.store(nullptr);
   new (&creation) std::mutex;

@@ -5,9 +5,9 @@
 
 namespace dsp {
 
-// Runs body(task) for every task in [0, tasks) on at most `threads` threads, the caller among them, and returns
-// when all are done. The caller alone finishes the loop when no worker is free, so nesting cannot deadlock.
-// An exception in a task is kept and thrown again here.
+// Runs body(task) for every task in [0, tasks) on at most `threads` threads, the caller among them, and
+// returns when all are done. The caller alone finishes the loop when no worker is free, so nesting cannot
+// deadlock. An exception in a task is kept and thrown again here.
 void parallel_for_raw(int threads, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
 
 template <typename F>

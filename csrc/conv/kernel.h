@@ -1,0 +1,70 @@
+// What the drivers and the per-instruction-set kernels share: plain data and function pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace dsp {
+
+constexpr int kMaxFilters = 6;  // filters of one register block, at most
+constexpr int kMaxRowsLog = 3;  // a block covers 1, 2, 4 or 8 vectors of pixels
+
+enum TileMode : int32_t {
+  kFull = 0,    // a vector is neighbouring pixels
+  kHalf = 1,    // a vector is half a vector at `in` and half a vector at `in + in_hi`
+  kMasked = 2,  // nothing beyond `lanes` may be read
+};
+
+// Where a block of pixel vectors starts, in floats from the base of channel 0.
+struct Tile {
+  int64_t in, out, residual;
+  int32_t lanes;  // how many lanes of each vector (each half) are real
+};
+
+// Tiles of one kind, to be run one after the other with the same weights.
+struct TileRun {
+  int32_t rows_log;
+  int32_t mode;
+  int64_t first, count;
+};
+
+// One block of filters over a list of tiles.
+struct BlockArgs {
+  const float* in;
+  float* out;
+  const float* residual;                     // may be null
+  int64_t in_step, out_step, residual_step;  // from one vector of a tile to the next
+  int64_t in_hi, out_hi, residual_hi;        // kHalf: from the first half vector to the second
+  int64_t out_plane, residual_plane;
+  const int64_t* offsets;  // where each step reads, from the tile's start; a step is (channel, kx) or one tap
+  int64_t steps;
+  const float* weights;  // steps x taps of a step x filters
+  const float* bias;     // one per filter of the block
+  const int32_t* filters;
+  const Tile* tiles;
+  int64_t n_tiles;
+  int32_t activation;
+};
+
+using BlockFn = void (*)(const BlockArgs& args);
+
+// A row of `count` values, value j from src[j * stride - shift] where that lies inside [0, width), else 0.
+using GatherRowFn = void (*)(float* dst, int64_t count, const float* src, int64_t width, int64_t shift,
+                             int64_t stride);
+// dst = act(value + residual), residual may be null
+using FillFn = void (*)(float* dst, const float* residual, float value, int64_t count, int32_t activation);
+
+struct KernelTable {
+  const char* name;
+  int lanes;
+  bool has_half;
+  int max_filters;
+  int rows_log[kMaxFilters + 1];  // by filters of the block: how many vectors a tile has at best
+  // [filters - 1][rows_log][kernel of 3 rows with reuse][mode]
+  BlockFn block[kMaxFilters][kMaxRowsLog + 1][2][3];
+  GatherRowFn gather_row;
+  FillFn fill;
+};
+
+const KernelTable& kernels();
+
+}  // namespace dsp

@@ -1,0 +1,162 @@
+// The convolution's inner loops, compiled once per instruction set. No standard library here: an inline
+// function of it, built with wide instructions, could be the copy that the linker keeps for everybody.
+#pragma once
+
+#include "conv/kernel.h"
+#include "core/simd.h"
+
+namespace dsp {
+namespace DSP_ISA {
+
+// MF filters x NR vectors in registers. With KH = 3 a step is one column of taps: the NR + 2 rows it loads
+// serve all three taps, which is what keeps blocks of one to three filters from waiting for loads.
+template <int MF, int NR, int KH, int MODE>
+void block(const BlockArgs& a) {
+  constexpr int kRows = NR + KH - 1;
+  const int64_t in_step = a.in_step;
+  const int64_t in_hi = a.in_hi;
+  for (int64_t t = 0; t < a.n_tiles; ++t) {
+    const Tile& tile = a.tiles[t];
+    Vec acc[MF][NR];
+    DSP_UNROLL
+    for (int f = 0; f < MF; ++f) {
+      DSP_UNROLL
+      for (int v = 0; v < NR; ++v) acc[f][v] = zero();
+    }
+    const float* base = a.in + tile.in;
+    const float* w = a.weights;
+    const int64_t* offset = a.offsets;
+    for (int64_t s = 0; s < a.steps; ++s) {
+      const float* p = base + offset[s];
+      Vec x[kRows];
+      DSP_UNROLL
+      for (int v = 0; v < kRows; ++v) {
+        const float* row = p + v * in_step;
+        if (MODE == kHalf) {
+          x[v] = load_half(row, row + in_hi);
+        } else if (MODE == kMasked) {
+          x[v] = load_lanes(row, tile.lanes);
+        } else {
+          x[v] = load(row);
+        }
+      }
+      DSP_UNROLL
+      for (int ky = 0; ky < KH; ++ky) {
+        DSP_UNROLL
+        for (int f = 0; f < MF; ++f) {
+          const Vec value = set1(w[ky * MF + f]);
+          DSP_UNROLL
+          for (int v = 0; v < NR; ++v) acc[f][v] = fma(value, x[v + ky], acc[f][v]);
+        }
+      }
+      w += KH * MF;
+    }
+    DSP_UNROLL
+    for (int f = 0; f < MF; ++f) {
+      const Vec bias = set1(a.bias[f]);
+      float* out = a.out + tile.out + a.filters[f] * a.out_plane;
+      const float* residual =
+          a.residual == nullptr ? nullptr : a.residual + tile.residual + a.filters[f] * a.residual_plane;
+      DSP_UNROLL
+      for (int v = 0; v < NR; ++v) {
+        Vec value = add(acc[f][v], bias);
+        float* to = out + v * a.out_step;
+        if (MODE == kHalf) {
+          if (residual != nullptr) {
+            const float* from = residual + v * a.residual_step;
+            value = add(value, load_half_lanes(from, from + a.residual_hi, tile.lanes));
+          }
+          store_half_lanes(to, to + a.out_hi, activate(value, a.activation), tile.lanes);
+        } else if (tile.lanes == kLanes) {
+          if (residual != nullptr) value = add(value, load(residual + v * a.residual_step));
+          store(to, activate(value, a.activation));
+        } else {
+          if (residual != nullptr) value = add(value, load_lanes(residual + v * a.residual_step, tile.lanes));
+          store_lanes(to, activate(value, a.activation), tile.lanes);
+        }
+      }
+    }
+  }
+}
+
+inline void gather_row(float* dst, int64_t count, const float* src, int64_t width, int64_t shift,
+                       int64_t stride) {
+  // Value j comes from src[j * stride - shift]; the real ones are j in [first, last).
+  int64_t first = shift > 0 ? (shift + stride - 1) / stride : 0;
+  int64_t last = width - 1 + shift < 0 ? 0 : (width - 1 + shift) / stride + 1;
+  if (first > count) first = count;
+  if (last > count) last = count;
+  if (last < first) last = first;
+  int64_t j = 0;
+  for (; j < first; ++j) dst[j] = 0;
+  const float* from = src - shift;
+  if (stride == 1) {
+    for (; j + kLanes <= last; j += kLanes) store(dst + j, load(from + j));
+    if (j < last)
+      store_lanes(dst + j, load_lanes(from + j, static_cast<int>(last - j)), static_cast<int>(last - j));
+    j = last;
+  } else if (stride == 2) {
+    // load_even reads one float more than it uses
+    for (; j + kLanes <= last && 2 * (j + kLanes) - shift <= width; j += kLanes)
+      store(dst + j, load_even(from + 2 * j));
+    for (; j < last; ++j) dst[j] = from[2 * j];
+  } else {
+    for (; j < last; ++j) dst[j] = from[j * stride];
+  }
+  for (; j < count; ++j) dst[j] = 0;
+}
+
+inline void fill(float* dst, const float* residual, float value, int64_t count, int32_t activation) {
+  const Vec base = set1(value);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(dst + i, activate(residual == nullptr ? base : add(base, load(residual + i)), activation));
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    store_lanes(dst + i,
+                activate(residual == nullptr ? base : add(base, load_lanes(residual + i, rest)), activation),
+                rest);
+  }
+}
+
+template <int MF, int NR, int NR_LOG>
+void add_rows(KernelTable* table) {
+  auto& entry = table->block[MF - 1][NR_LOG];
+  entry[0][kFull] = &block<MF, NR, 1, kFull>;
+  entry[1][kFull] = &block<MF, NR, 3, kFull>;
+  if (kHasHalf) {
+    entry[0][kHalf] = &block < MF, NR, 1, kHasHalf ? kHalf : kFull > ;
+    entry[1][kHalf] = &block < MF, NR, 3, kHasHalf ? kHalf : kFull > ;
+  }
+  if (NR == 1) entry[0][kMasked] = &block<MF, 1, 1, kMasked>;
+}
+
+template <int MF>
+void add_filters(KernelTable* table) {
+  constexpr int kBestLog = kManyRegisters ? (MF == 1 ? 3 : 2) : (MF <= 2 ? 2 : 1);
+  table->rows_log[MF] = kBestLog;
+  add_rows<MF, 1, 0>(table);
+  add_rows<MF, 2, 1>(table);
+  if (kBestLog >= 2) add_rows<MF, kBestLog >= 2 ? 4 : 1, kBestLog >= 2 ? 2 : 0>(table);
+  if (kBestLog >= 3) add_rows<MF, kBestLog >= 3 ? 8 : 1, kBestLog >= 3 ? 3 : 0>(table);
+}
+
+inline KernelTable make_table(const char* name) {
+  KernelTable table{};
+  table.name = name;
+  table.lanes = kLanes;
+  table.has_half = kHasHalf;
+  table.max_filters = kManyRegisters ? 6 : 5;
+  add_filters<1>(&table);
+  add_filters<2>(&table);
+  add_filters<3>(&table);
+  add_filters<4>(&table);
+  add_filters<5>(&table);
+  if (kManyRegisters) add_filters<kManyRegisters ? 6 : 5>(&table);
+  table.gather_row = &gather_row;
+  table.fill = &fill;
+  return table;
+}
+
+}  // namespace DSP_ISA
+}  // namespace dsp

@@ -1,0 +1,110 @@
+// How one convolution is run: where the kernels read, in which blocks of filters, over which tiles of pixels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "conv/kernel.h"
+#include "conv/plan.h"
+
+namespace dsp {
+
+// A buffer of planes: pixel (y, x) of channel c is at origin + c * plane + y * pitch + x.
+struct Planes {
+  int64_t origin = 0;
+  int64_t pitch = 0;
+  int64_t plane = 0;
+};
+
+enum class InputMode {
+  kGatherRows,  // rows are copied with their padding, phases of the stride apart: tiles are rows below each
+                // other
+  kGatherFlat,  // one copy per column of taps, as wide as the output: tiles are neighbours in the flat output
+  kDirectRows,  // the input already has its padding around it
+  kDirectFlat,  // 1x1: the input's planes are read as they are
+};
+
+struct FilterBlock {
+  int32_t filters;
+  int64_t offset_begin, steps;
+  int64_t weight_begin, filter_begin;
+  int64_t cost;
+};
+
+struct TileChunk {
+  int64_t run_begin, run_end;
+};
+
+struct TileSet {
+  std::vector<Tile> tiles;
+  std::vector<TileRun> runs;
+  std::vector<TileChunk> chunks;
+  void clear();
+};
+
+// Reused from call to call by the operators (its vectors keep their memory), built once by programs.
+class ConvLayout {
+ public:
+  // Which filters are computed together; independent of sizes. `weights_done` says that the weights come
+  // prepared.
+  void set_blocks(const Plan& plan, const ConvShape& s);
+  // Chooses how the input is read and lays out the offsets. `strip_pixels` is chosen for `threads`.
+  void set_gathered(const ConvShape& s, const Plan& plan, int threads, bool allow_direct);
+  // The input lies in `in`, with room for the padding around every plane.
+  void set_direct_rows(const ConvShape& s, const Plan& plan, const Planes& in);
+  // Tiles for the first `pixels` output pixels after the start of a strip.
+  void build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual_pitch, int64_t chunk_bytes,
+                   TileSet sets[]);
+
+  // Copies what output pixels [first, first + pixels) need of one image into scratch.
+  void gather(const float* image, const Planes& in, int64_t first_pixel, int64_t pixels, int64_t slot_begin,
+              int64_t slot_end, float* scratch) const;
+
+  // Runs blocks [block_begin, block_end) over chunks [chunk_begin, chunk_end).
+  void run(const TileSet sets[], int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
+           int64_t block_end, const float* in, const float* weights, const float* bias, float* out,
+           const Planes& out_planes, const float* residual, const Planes& residual_planes,
+           int32_t activation) const;
+
+  int64_t strips() const { return (s_.out_plane() + strip_pixels - 1) / strip_pixels; }
+  int64_t scratch_floats() const;
+  int64_t chunks(const TileSet sets[]) const;
+  bool flat() const { return mode == InputMode::kGatherFlat || mode == InputMode::kDirectFlat; }
+  bool gathered() const { return mode == InputMode::kGatherRows || mode == InputMode::kGatherFlat; }
+  // The block after which `part` of `parts` equal shares of the work end.
+  int64_t block_share(int64_t part, int64_t parts) const;
+
+  InputMode mode = InputMode::kGatherRows;
+  int64_t strip_pixels = 0;
+  int64_t in_pitch = 0;
+  int64_t in_plane = 0;
+  std::vector<FilterBlock> blocks;
+  std::vector<int32_t> filters;        // by block
+  std::vector<int32_t> dead;           // filters in no group
+  std::vector<int32_t> used_channels;  // ascending; the place here is the slot in scratch
+  std::vector<float> bias;             // by block, filled by set_bias
+  void set_bias(const float* values);
+
+ private:
+  void set_offsets(const Plan& plan, bool by_slot);
+  void set_geometry(const ConvShape& s, int64_t strip_rows);
+
+  ConvShape s_{};
+  bool reuse_rows_ = false;
+  int64_t rows_ = 0;  // rows of each phase in scratch
+  std::vector<int64_t> y_variants_, x_variants_;
+  std::vector<int64_t> tap_offset_;  // (kx, ky)
+  std::vector<int64_t> offsets_;
+  std::vector<int32_t> slot_;
+  std::vector<char> mark_;
+};
+
+// Packed weights (filters, channels, kh, kw) to the kernels' order: by block, (channel, kx, ky, filter). The
+// number of values is the same.
+void prepare_weights(const Plan& plan, int64_t kh, int64_t kw, const float* packed, float* prepared);
+
+// The sizes of a group's blocks: as even as they can be.
+int32_t block_count(int32_t filters);
+int32_t block_size(int32_t filters, int32_t index);
+
+}  // namespace dsp

@@ -1,0 +1,147 @@
+// One vector type per instruction set behind the same few functions. A file that includes this names its
+// instruction set by DSP_ISA; everything lives in a namespace of that name, so that no two builds of one
+// inline function can be mistaken for each other by the linker.
+#pragma once
+
+#include <cstdint>
+
+#ifndef DSP_ISA
+#error "define DSP_ISA before including core/simd.h"
+#endif
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define DSP_UNROLL _Pragma("GCC unroll 16")
+#define DSP_INLINE inline __attribute__((always_inline))
+
+namespace dsp {
+namespace DSP_ISA {
+
+#if defined(__AVX512F__)
+
+using Vec = __m512;
+constexpr int kLanes = 16;
+constexpr bool kHasHalf = true;
+constexpr bool kManyRegisters = true;
+
+DSP_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+DSP_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+DSP_INLINE Vec load_lanes(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+DSP_INLINE Vec load_half(const float* lo, const float* hi) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(lo)), _mm256_loadu_ps(hi), 1);
+}
+DSP_INLINE Vec load_half_lanes(const float* lo, const float* hi, int n) {
+  const __mmask8 mask = static_cast<__mmask8>(first_lanes(n));
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_maskz_loadu_ps(mask, lo)),
+                            _mm256_maskz_loadu_ps(mask, hi), 1);
+}
+DSP_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+DSP_INLINE void store_lanes(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+DSP_INLINE void store_half_lanes(float* lo, float* hi, Vec v, int n) {
+  const __mmask8 mask = static_cast<__mmask8>(first_lanes(n));
+  _mm256_mask_storeu_ps(lo, mask, _mm512_castps512_ps256(v));
+  _mm256_mask_storeu_ps(hi, mask, _mm512_extractf32x8_ps(v, 1));
+}
+DSP_INLINE Vec set1(float a) { return _mm512_set1_ps(a); }
+DSP_INLINE Vec zero() { return _mm512_setzero_ps(); }
+DSP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+DSP_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+DSP_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+// max(a, b) and min(a, b) give b when either is NaN: pass the data as b and NaN goes through.
+DSP_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+DSP_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+// The even elements of the 32 floats at p.
+DSP_INLINE Vec load_even(const float* p) {
+  const __m512i index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  return _mm512_permutex2var_ps(load(p), index, load(p + 16));
+}
+
+#elif defined(__AVX2__)
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+constexpr bool kHasHalf = false;
+constexpr bool kManyRegisters = false;
+
+DSP_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+}
+DSP_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+DSP_INLINE Vec load_lanes(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+DSP_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+DSP_INLINE void store_lanes(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+DSP_INLINE Vec set1(float a) { return _mm256_set1_ps(a); }
+DSP_INLINE Vec zero() { return _mm256_setzero_ps(); }
+DSP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+DSP_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+DSP_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+DSP_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+DSP_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+DSP_INLINE Vec load_even(const float* p) {
+  const Vec mixed = _mm256_shuffle_ps(load(p), load(p + 8), 0x88);
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+}
+
+#else
+
+using Vec = float __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+constexpr bool kHasHalf = false;
+#if defined(__aarch64__)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+DSP_INLINE Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+DSP_INLINE Vec load_lanes(const float* p, int n) {
+  Vec v = {0, 0, 0, 0};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+DSP_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+DSP_INLINE void store_lanes(float* p, Vec v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+DSP_INLINE Vec set1(float a) { return Vec{a, a, a, a}; }
+DSP_INLINE Vec zero() { return Vec{0, 0, 0, 0}; }
+#if defined(__aarch64__)
+DSP_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return reinterpret_cast<Vec>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
+                                         reinterpret_cast<float32x4_t>(b)));
+}
+#else
+DSP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
+DSP_INLINE Vec add(Vec a, Vec b) { return a + b; }
+DSP_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+DSP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+DSP_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+DSP_INLINE Vec load_even(const float* p) { return Vec{p[0], p[2], p[4], p[6]}; }
+
+#endif
+
+#if !defined(__AVX512F__)
+// Never taken: two half vectors make one only where kHasHalf.
+DSP_INLINE Vec load_half(const float* lo, const float*) { return load(lo); }
+DSP_INLINE Vec load_half_lanes(const float* lo, const float*, int n) { return load_lanes(lo, n); }
+DSP_INLINE void store_half_lanes(float* lo, float*, Vec v, int n) { store_lanes(lo, v, n); }
+#endif
+
+DSP_INLINE Vec activate(Vec v, int32_t activation) {
+  if (activation == 0) return v;
+  v = max(zero(), v);
+  if (activation == 2) v = min(set1(6.0f), v);
+  return v;
+}
+
+}  // namespace DSP_ISA
+}  // namespace dsp

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,28 @@ class Site:
         return self.out_channels * (self.in_channels // self.groups) * taps * self.positions
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Input sizes that an exported graph is good for.
+
+    ``ranges`` holds, per input, the least and greatest size (None: no limit) of each dimension; None for an input that is
+    no tensor. ``guard`` takes the inputs' sizes and says whether the tracer's further assumptions hold.
+    """
+
+    ranges: tuple[tuple[tuple[int, int | None], ...] | None, ...]
+    guard: Callable[[Sequence[Any]], bool] | None = None
+
+    def admit(self, sizes: Sequence[Any]) -> bool:
+        """Whether inputs of these sizes (None: no tensor) may run."""
+        for shape, ranges in zip(sizes, self.ranges, strict=True):
+            if ranges is None:
+                continue
+            for size, (least, most) in zip(shape, ranges, strict=True):
+                if size < least or (most is not None and size > most):
+                    return False
+        return self.guard is None or self.guard(sizes)
+
+
 @dataclass
 class NetworkGraph:
     """The functional graph of a model with its layers; see ``trace``.
@@ -95,8 +118,8 @@ class NetworkGraph:
     module: fx.GraphModule
     tensors: dict[str, torch.Tensor]
     sites: list[Site]
-    limits: tuple[tuple[tuple[int, int | None], ...] | None, ...]
-    move_cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    limits: Limits
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def convs(self) -> list[Site]:
@@ -219,7 +242,27 @@ def _dynamic_shapes(inputs: Sequence[Any], spatial: bool) -> tuple[Any, ...]:
     return tuple(shapes)
 
 
-def _limits(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> tuple[Any, ...]:
+def _guard(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> Callable[[Sequence[Any]], bool] | None:
+    """The tracer's assumptions on sizes as a function. Raises ExportError where they cannot be had or are no such function."""
+    guards = getattr(program, "_guards_code", None)
+    if guards is None:
+        raise ExportError("this torch does not tell the tracer's assumptions on sizes")
+    if not guards:
+        return None
+    names = {name: i for i, name in enumerate(program.graph_signature.user_inputs)}
+    pattern = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+    source = " and ".join(
+        f"({pattern.sub(lambda m: f's[{names[m[1]]}][{m[2]}]', guard)})" for guard in dict.fromkeys(guards)
+    )
+    if re.search(r"[A-Za-rt-z_]", re.sub(r"\b(and|or|not)\b", "", source)):
+        raise ExportError(f"assumptions on sizes that are not understood: {source}")
+    guard = eval(f"lambda s: {source}", {"__builtins__": {}})  # arithmetic on sizes alone: no other name is left
+    if not guard([tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in inputs]):
+        raise ExportError("the tracer's assumptions do not hold for the example")
+    return guard
+
+
+def _ranges(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> tuple[Any, ...]:
     names = set(program.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
     tensors = iter([value for value in values if isinstance(value, torch.Tensor)])
@@ -230,43 +273,37 @@ def _limits(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> tup
             continue
         sizes: list[tuple[int, int | None]] = []
         for size in next(tensors).shape:
-            if isinstance(size, torch.SymInt):
-                bounds = program.range_constraints.get(size.node.expr)
-                if bounds is None:
-                    sizes.append((hint(size), hint(size)))
-                    continue
-                least, most = int(bounds.lower), bounds.upper
-                finite = isinstance(most, int) or getattr(most, "is_Integer", False)
-                # Export never tells 0 and 1 apart from "2 and more"; a bound of 2 is no bound.
-                sizes.append((0 if least <= 2 else least, int(most) if finite and int(most) < 1 << 30 else None))
-            else:
-                sizes.append((int(size), int(size)))
+            bounds = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            if bounds is None:
+                sizes.append((hint(size), hint(size)))
+                continue
+            least, most = int(bounds.lower), bounds.upper
+            finite = isinstance(most, int) or getattr(most, "is_Integer", False)
+            # Export never tells 0 and 1 apart from "2 and more"; a bound of 2 is no bound.
+            sizes.append((0 if least <= 2 else least, int(most) if finite and int(most) < 1 << 30 else None))
         out.append(tuple(sizes))
     return tuple(out)
 
 
-def _export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.export.ExportedProgram, tuple[Any, ...]]:
-    """The exported program and its limits; the most general of three attempts that holds without further guards."""
+def _export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.export.ExportedProgram, Limits]:
+    """The exported program and its limits: sizes as free as the model allows, in three attempts."""
     wide = tuple(_widen_batch(value) for value in inputs)
     attempts = [(wide, _dynamic_shapes(wide, True)), (wide, _dynamic_shapes(wide, False)), (inputs, None)]
-    errors: list[str] = []
+    error = ""
     for args, shapes in attempts:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 program = torch.export.export(model, args, dynamic_shapes=shapes)
-                limits = _limits(program, args)
-                if shapes is not None:
-                    # A branch on a size, or a batch that became a constant: only a plainer export is right.
-                    if getattr(program, "_guards_code", None) is None or program._guards_code:
-                        continue
-                    if any(limit and limit[0][0] == limit[0][1] for limit in limits):
-                        continue
+                limits = Limits(_ranges(program, args), None if shapes is None else _guard(program, args))
+                if shapes is not None and any(r and r[0][0] == r[0][1] for r in limits.ranges):
+                    error = "the batch size became a constant"
+                    continue
                 return program.run_decompositions({}), limits
-        except Exception as error:  # any failure of the tracer means: try a plainer export
-            lines = str(error).strip().splitlines()
-            errors.append(f"{type(error).__name__}: {lines[0] if lines else ''}")
-    raise ExportError(f"torch.export failed: {errors[-1]}")
+        except Exception as failure:  # any failure of the tracer means: try a plainer export
+            lines = str(failure).strip().splitlines()
+            error = f"{type(failure).__name__}: {lines[0] if lines else ''}"
+    raise ExportError(f"torch.export failed: {error}")
 
 
 def trace(model: nn.Module, example_input: Any) -> NetworkGraph:

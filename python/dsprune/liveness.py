@@ -139,20 +139,37 @@ class _Analysis:
         self.graph = graph
         self.nodes = list(graph.module.graph.nodes)
         self.sites = {site.node: site for site in graph.sites}
-        self.nonzero: dict[str, torch.Tensor] = {}
-        for site in graph.sites:
-            weight = graph.tensors[site.weight_name]
-            nonzero = weight.detach().flatten(2).ne(0).any(-1) if weight.dim() > 2 else weight.detach().ne(0)
-            nonzero = nonzero.cpu()
-            if site.weight_name in masks:
-                nonzero = nonzero & masks[site.weight_name]
-            self.nonzero[site.weight_name] = nonzero
+        self.weights = {site.weight_name: self._weight(site, masks.get(site.weight_name)) for site in graph.sites}
         self.constant: dict[fx.Node, State] = {}
         self.needed: dict[fx.Node, State] = {}
         self.pairs: dict[fx.Node, torch.Tensor] = {}
         self.folded: dict[fx.Node, torch.Tensor] = {}
         self.unknown: set[str] = set()
         self.back: dict[fx.Node, Callable[[Any], None]] = {}
+
+    def _weight(self, site: Site, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(O, I): which channels each filter reads, and the sum of each kernel; grouped weights spread over all channels."""
+        key = ("weight", site.weight_name)
+        if key not in self.graph.cache:
+            weight = self.graph.tensors[site.weight_name].detach().double().flatten(2) if site.kind == "conv" else None
+            if weight is None:
+                sums = self.graph.tensors[site.weight_name].detach().double()
+                self.graph.cache[key] = (sums.ne(0).cpu(), sums.cpu())
+            else:
+                self.graph.cache[key] = (weight.ne(0).any(-1).cpu(), weight.sum(-1).cpu())
+        nonzero, sums = self.graph.cache[key]
+        if mask is not None:
+            nonzero = nonzero & mask
+            sums = torch.where(nonzero, sums, 0.0)
+        if site.groups == 1:
+            return nonzero, sums
+        shape = (site.out_channels, site.in_channels)
+        wide, wide_sums = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.float64)
+        per_o, per_i = site.out_channels // site.groups, site.in_channels // site.groups
+        for g in range(site.groups):
+            rows, columns = slice(g * per_o, (g + 1) * per_o), slice(g * per_i, (g + 1) * per_i)
+            wide[rows, columns], wide_sums[rows, columns] = nonzero[rows], sums[rows]
+        return wide, wide_sums
 
     # forward ---------------------------------------------------------------------------------------------------------
 
@@ -198,9 +215,13 @@ class _Analysis:
             tensor = self.graph.tensors.get(str(node.target))
             if tensor is None:
                 return None
-            if tensor.numel() > MAX_STATE or not tensor.is_floating_point():
-                return _varying(tensor.dim())
-            return _compress(tensor.detach().to("cpu", torch.float64))
+            if all(user in self.sites for user in node.users):
+                return _varying(tensor.dim())  # a layer's weight or bias: read there
+            if ("parameter", node) not in self.graph.cache:
+                follow = tensor.numel() <= MAX_STATE and tensor.is_floating_point()
+                state = _compress(tensor.detach().to("cpu", torch.float64)) if follow else _varying(tensor.dim())
+                self.graph.cache["parameter", node] = state
+            return self.graph.cache["parameter", node]
         if node.op == "placeholder" or node.op == "output":
             return _varying(value.dim()) if isinstance(value, torch.Tensor) else None
         if not isinstance(value, (torch.Tensor, tuple, list)):
@@ -365,9 +386,9 @@ class _Analysis:
             return self._unknown(node)
         states = [self.constant[s] for s in sources]
         key = (node, tuple(tuple(s.shape) for s in states))
-        if key not in self.graph.move_cache:
-            self.graph.move_cache[key] = self._labels(node, sources, states)
-        labels = self.graph.move_cache[key]
+        if key not in self.graph.cache:
+            self.graph.cache[key] = self._labels(node, sources, states)
+        labels = self.graph.cache[key]
         flat = torch.cat([s.reshape(-1) for s in states])
 
         def back(needed: Any) -> None:
@@ -431,24 +452,11 @@ class _Analysis:
         dim = 1 if conv else x_state.dim() - 1
         x = along(x_state, site.in_channels, dim)
         tensors = self.graph.tensors
-        weight = tensors[site.weight_name].detach().to("cpu", torch.float64)
-        sums = weight.flatten(2).sum(-1) if conv else weight
-        nonzero = self.nonzero[site.weight_name]
+        nonzero, sums = self.weights[site.weight_name]
         bias = torch.zeros(site.out_channels, dtype=torch.float64)
         if site.bias_name is not None:
             bias = tensors[site.bias_name].detach().to("cpu", torch.float64)
-        foldable = site.uses == 1 and (not conv or site.padding == (0, 0))  # one bias serves all calls of a layer
-        if conv and site.groups > 1:  # spread the grouped weight over all input channels
-            wide = torch.zeros(site.out_channels, site.in_channels, dtype=torch.bool)
-            wide_sums = torch.zeros(site.out_channels, site.in_channels, dtype=torch.float64)
-            per_o, per_i = site.out_channels // site.groups, site.in_channels // site.groups
-            for g in range(site.groups):
-                rows, columns = slice(g * per_o, (g + 1) * per_o), slice(g * per_i, (g + 1) * per_i)
-                wide[rows, columns], wide_sums[rows, columns] = nonzero[rows], sums[rows]
-            nonzero, sums = wide, wide_sums
-            foldable = False
-        else:
-            sums = torch.where(nonzero, sums, 0.0)
+        foldable = site.uses == 1 and site.groups == 1 and (not conv or site.padding == (0, 0))
         known = ~x.isnan()
         zero = x.eq(0)
         absorbed = known & ~zero if foldable else torch.zeros_like(zero)
@@ -474,7 +482,7 @@ class _Analysis:
 
 
 def analyse(graph: NetworkGraph, masks: Mapping[str, torch.Tensor] | None = None) -> Liveness:
-    """Finds what still matters in ``graph``.
+    """Finds what still matters in ``graph``, whose tensors must not change between calls.
 
     Args:
         graph: from ``dsprune.graph.trace``.

@@ -14,7 +14,7 @@ from torch import nn
 
 from dsp_kernels import GroupLayout, available_backends
 
-from .graph import ExportError, as_inputs, clean_copy, evaluating, trace, unwrap
+from .graph import ExportError, Limits, as_inputs, clean_copy, evaluating, trace, unwrap
 from .lower import lower
 from .nn import PermutedGroupedConv2d
 
@@ -99,7 +99,7 @@ class PackedNetwork(nn.Module):
         inputs: tuple[Any, ...],
         *,
         state: PackedState | None,
-        limits: tuple[Any, ...] | None,
+        limits: Limits | None,
         backend: str | None,
         unfused_reason: str | None = None,
     ) -> None:
@@ -138,18 +138,16 @@ class PackedNetwork(nn.Module):
         return tuple(values.get(name) for name in self._names[:count])
 
     def _fits(self, args: tuple[Any, ...]) -> bool:
-        assert self._limits is not None
-        if len(args) != len(self._limits):
-            raise TypeError(f"forward: expected {len(self._limits)} arguments, as in the example, got {len(args)}")
-        for value, limits in zip(args, self._limits, strict=True):
-            if limits is None:
-                continue
-            if len(value.shape) != len(limits):
-                raise ValueError(f"x: expected {len(limits)} dimensions, as in the example, got {tuple(value.shape)}")
-            for size, (least, most) in zip(value.shape, limits, strict=True):
-                if size < least or (most is not None and size > most):
-                    return False
-        return True
+        limits = self._limits
+        assert limits is not None
+        if len(args) != len(limits.ranges):
+            raise TypeError(f"forward: expected {len(limits.ranges)} arguments, as in the example, got {len(args)}")
+        sizes = [value.shape if isinstance(value, torch.Tensor) else None for value in args]
+        for shape, ranges in zip(sizes, limits.ranges, strict=True):
+            if ranges is not None and (shape is None or len(shape) != len(ranges)):
+                given = "no tensor" if shape is None else f"shape {tuple(shape)}"
+                raise ValueError(f"x: expected a tensor of {len(ranges)} dimensions, as in the example, got {given}")
+        return limits.admit(sizes)
 
     def _variant(self, args: tuple[Any, ...]) -> nn.Module:
         """The network planned again for other sizes than the graph allows; kept for the next call."""
@@ -289,11 +287,13 @@ def pack(
         _compare(clean_copy(inner), packed, inputs)
         return packed
     clone.eval()
-    reason = None
+    reason: str | None = None
+    limits: Limits | None
+    state: PackedState | None
     try:
         graph = trace(clone, inputs)
         network, limits = lower(graph, backend), graph.limits
-        state: PackedState | None = PackedState.of(clone)
+        state = PackedState.of(clone)
     except (ExportError, NotImplementedError) as error:
         reason = str(error)
         warnings.warn(f"layers are replaced one by one, nothing is fused or dropped: {reason}", stacklevel=2)

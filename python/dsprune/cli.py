@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="dsprune",
-    help="Learn filter groups in a CNN, prune input channels per group, and pack what is left into a fast network.",
+    help="Learn filter groups in a CNN, prune channels per group, pack what is left into a fast network.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -341,8 +341,35 @@ def _source(
         dense = here.read("dense", data)[0] if here.has("dense") else here.network(data).eval()
         return _Source(model, dense, data.example, f"{here.config.title}, {stage}, {run}", run)
     assert file is not None
-    model, dense, example, title = _from_file(file, arch.value if arch else "cifar_resnet", depth, size)
-    return _Source(model, dense, example, title, file.parent)
+    if stage is not None:
+        raise ValueError("stage: goes with --run; a FILE is one network already")
+    return _file_source(file, arch.value if arch else "cifar_resnet", depth, size)
+
+
+def _file_source(file: Path, arch: str, depth: int, size: int) -> _Source:
+    """The network in a file: a plain state dict, a stage of a run folder, or a packed network."""
+    import torch
+
+    import dsprune
+    from dsprune.recipes import runs, stages
+
+    if not 1 <= size <= 4096:
+        raise ValueError(f"size: expected 1 to 4096 pixels, got {size}")
+    tensors = stages.read_weights(file)
+    layouts = stages.packed_layouts(file)
+    stem, head = ("stem.conv", "classifier") if arch == "cifar_resnet" else ("conv1", "fc")
+    first, last = tensors.get(f"{stem}.weight"), tensors.get(f"{head}.weight")
+    if first is None or last is None or last.ndim != 2:
+        raise ValueError(f"{file}: not the weights of a {arch} (it lacks {stem}.weight or {head}.weight)")
+    stem_layout = (layouts or {}).get(stem)
+    channels = int(stem_layout["in_channels"] if stem_layout else first.shape[1] if first.ndim == 4 else 0)
+    dense = runs.build_network(arch, depth, len(last), channels).eval()
+    model = runs.build_network(arch, depth, len(last), channels).eval()
+    if layouts is not None:
+        model = dsprune.load(file, model).eval()
+    else:
+        runs.hold_masks(model, tensors, file)
+    return _Source(model, dense, torch.zeros(1, channels, size, size), file.name, file.parent)
 
 
 @app.command()
@@ -415,9 +442,9 @@ def bench(
 
 
 def _is_packed(model: nn.Module) -> bool:
-    from dsprune.nn import PermutedGroupedConv2d
+    from dsprune import PackedNetwork
 
-    return any(isinstance(module, PermutedGroupedConv2d) for module in model.modules())
+    return isinstance(model, PackedNetwork)
 
 
 def _latency_table(rows: dict[str, dict[str, float]], title: str) -> Table:

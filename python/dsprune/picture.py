@@ -1,7 +1,7 @@
 """Pictures of what was learned: which group of filters reads which input channels, layer by layer.
 
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), told apart by colour-blind readers; beyond
-eight groups they repeat, darker.
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), told apart by colour-blind readers;
+beyond eight groups they repeat, darker.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+
+from dsprune.pack import PackedNetwork
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,11 +53,14 @@ class LayerPicture:
 def layers_of(source: Any) -> list[LayerPicture]:
     """The layers of a structure (a mapping from names to `GroupLayout`), or of a network.
 
-    Of a network: packed layers by their layout; convs by their prune mask, or by the zeros in their weights;
-    filters that read the same channels form a group. Convs with nothing pruned and convs that are grouped
-    already are left out. Raises TypeError for anything else, ValueError where no layer is left.
+    Of a network, dense, masked or packed: `PermutedGroupedConv2d` by its layout, a conv by its prune mask or
+    by the zeros in its weights; filters that read the same channels form a group. Convs with nothing pruned
+    and convs that are grouped already are left out. Raises TypeError for anything else, ValueError where no
+    layer is left.
     """
     if isinstance(source, nn.Module):
+        if isinstance(source, PackedNetwork):
+            source = source.dense_model()
         layers = [layer for name, module in source.named_modules() if (layer := _of_module(name, module))]
     elif isinstance(source, Mapping) or (hasattr(source, "keys") and hasattr(source, "__getitem__")):
         layers = [_of_layout(name, source[name]) for name in source.keys()]  # noqa: SIM118
@@ -192,8 +197,9 @@ def _legend(figure: Figure | SubFigure, layers: Sequence[LayerPicture], y: float
             Patch(facecolor="white", edgecolor="#BBBBBB", hatch="////", linewidth=0.6, label="dead filters")
         )
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.005, y), ncols=len(handles), frameon=False,
-        fontsize=font, handlelength=1.1, handleheight=1.1, columnspacing=1.4, handletextpad=0.5, borderaxespad=0,
+        handles=handles, loc="upper left", bbox_to_anchor=(0.005, y), ncols=len(handles), fontsize=font,
+        frameon=False, handlelength=1.1, handleheight=1.1, columnspacing=1.4, handletextpad=0.5,
+        borderaxespad=0,
     )  # fmt: skip
 
 
@@ -273,8 +279,8 @@ def _macs_panel(axes: Axes, layers: Sequence[LayerPicture], macs: Mapping[str, t
             axes.barh(y, share, left=left, height=0.74, color=group_color(index))
             left += share
         axes.text(
-            dense / scale + largest / scale * 0.015, y, f"{100 * kept / dense:.0f}%", va="center", fontsize=7.5,
-            color=_QUIET,
+            dense / scale + largest / scale * 0.015, y, f"{100 * kept / dense:.0f}%",
+            va="center", fontsize=7.5, color=_QUIET,
         )  # fmt: skip
     axes.set_yticks(range(len(shown)), [layer.name for layer in shown], fontsize=7.5)
     axes.set_ylim(len(shown) - 0.4, -0.6)
@@ -312,7 +318,7 @@ def _latency_panel(axes: Axes, latency: Mapping[int, Mapping[str, float]]) -> No
         longest = max(dense, packed)
         for name, value in (("dense", dense), ("packed", packed)):
             axes.barh(y, value / longest, height=0.8, color="#B8B8B8" if name == "dense" else PALETTE[2])
-            note = f"{value:.2f} ms" + (f"  ({dense / packed:.2f}×)" if name == "packed" else "")
+            note = f"{value:.2f} ms" + (f"  ({dense / packed:.2f} times)" if name == "packed" else "")
             axes.text(value / longest + 0.015, y, note, va="center", fontsize=8.5, color=_INK)
             labels.append((y, f"batch {batch}, {name}"))
             y += 0.9
@@ -334,9 +340,9 @@ def draw_report(
 ) -> Path:
     """Draw one picture of a whole run to an image file and return its path.
 
-    `macs`: for each layer's name, the multiply-adds kept and dense; `accuracy`: names and percent, in order, the
-    last one the result; `latency`: for each batch size, milliseconds of "dense" and "packed". Raises TypeError
-    and ValueError as `layers_of` does.
+    `macs`: for each layer's name, the multiply-adds kept and dense; `accuracy`: names and percent, in order,
+    the last one the result; `latency`: for each batch size, milliseconds of "dense" and "packed". Raises
+    TypeError and ValueError as `layers_of` does.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

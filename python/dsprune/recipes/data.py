@@ -48,7 +48,7 @@ class ImageData:
 
 
 def stratified_split(labels: torch.Tensor, shares: tuple[float, ...], seed: int) -> list[torch.Tensor]:
-    """Disjoint index sets: one for each share (rounded class by class), and last what remains; each sorted."""
+    """Disjoint, sorted index sets: one for each share (rounded class by class), and last what remains."""
     generator = torch.Generator().manual_seed(seed)
     parts: list[list[torch.Tensor]] = [[] for _ in range(len(shares) + 1)]
     for label in labels.unique():

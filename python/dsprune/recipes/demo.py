@@ -99,7 +99,7 @@ def run_demo(
             "finetuned": masked_test.accuracy,
             "packed": packed_test.accuracy,
         },
-        "cost": stages.cost(dense, packed, data),
+        "cost": stages.cost(packed, data),
         "latency_ms": times,
         "packed_minus_masked": difference,
         "reloaded_same_bits": True,
@@ -151,6 +151,7 @@ def draw_run(
     layers = picture.layers_of(masked)
     dense_macs = stages.layer_macs(dense, data.example)
     cost, accuracy = report["cost"], report["test_accuracy"]
+    images = len(data.train) + len(data.validation) + len(data.test)
     times = {
         int(batch): {"dense": latency.best_dense(row)[1], "packed": row["packed"]}
         for batch, row in report["latency_ms"].items()
@@ -165,7 +166,7 @@ def draw_run(
             "packed, finetuned": accuracy["packed"],
         },
         latency=times,
-        title=f"{report['network']} on {len(data.test) + len(data.train) + len(data.validation):,} real {data.name}",
+        title=f"{report['network']} on {images:,} real {data.name}",
         subtitle=(
             f"{report['settings']['learn']['groups']} groups of filters learned in each layer;  "
             f"{cost['macs_cut_percent']:.2f}% of the network's FLOPs and "

@@ -7,6 +7,7 @@ Each takes a `Run` and leaves its result in the folder. Training stages go on fr
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,23 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def packed_layouts(path: Path) -> dict[str, Any] | None:
+    """The layouts, as JSON by module name, in a file of `dsprune.save`; None for another safetensors file.
+
+    The file is one that `read_weights` has read.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        header = (file.metadata() or {}).get("dsprune-packed")
+    if header is None:
+        return None
+    try:
+        return dict(json.loads(header)["layouts"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged header ({error})") from None
 
 
 def make_learned(
@@ -187,6 +205,29 @@ def layer_macs(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
         for handle in handles:
             handle.remove()
     return counts
+
+
+def cost(packed: nn.Module, data: ImageData) -> dict[str, float]:
+    """Multiply-adds of one image and parameters, dense and left, and the cuts in percent, counted over the
+    whole network and over its prunable convs alone."""
+    import dsprune
+
+    found = dsprune.summary(packed, data.example)
+    prunable = [layer for layer in found.layers if layer.prunable]
+    return {
+        "macs_dense": found.dense_macs,
+        "macs_left": found.macs,
+        "macs_cut_percent": 100 * found.flops_cut("network"),
+        "prunable_macs_dense": sum(layer.dense_macs for layer in prunable),
+        "prunable_macs_left": sum(layer.macs for layer in prunable),
+        "prunable_macs_cut_percent": 100 * found.flops_cut("prunable"),
+        "params_dense": found.dense_params,
+        "params_left": found.params,
+        "params_cut_percent": 100 * found.params_cut("network"),
+        "prunable_params_dense": sum(layer.dense_weights for layer in prunable),
+        "prunable_params_left": sum(layer.weights for layer in prunable),
+        "prunable_params_cut_percent": 100 * found.params_cut("prunable"),
+    }
 
 
 if __name__ == "__main__":

@@ -81,13 +81,13 @@ class Learn:
     """Group learning: the fields of `Pretrain`, and those that go to `GroupLearner`."""
 
     groups: int = 4
-    strength: float = 2e-3
+    strength: float = 0.05
     temperature: float = 0.5
     first_order: bool = False
     proximal: bool = False
-    epochs: int = 12
+    epochs: int = 16
     batch: int = 64
-    lr: float = 0.05
+    lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-3
 
@@ -103,7 +103,7 @@ class Learn:
 
 @dataclass(frozen=True)
 class Prune:
-    """The fraction of the FLOPs or of the parameters to remove, of the whole network or of its prunable convs."""
+    """The fraction of the FLOPs or parameters to remove, of the whole network or of its prunable convs."""
 
     flops: float | None = 0.62
     params: float | None = None
@@ -122,7 +122,7 @@ class Prune:
 
 @dataclass(frozen=True)
 class Finetune:
-    """`cycles` times a cosine from `lr` to 0 over `epochs` epochs; the best cycle on validation images wins."""
+    """`cycles` times a cosine from `lr` to 0 over `epochs` epochs; the best cycle on validation wins."""
 
     cycles: int = 2
     epochs: int = 10
@@ -165,7 +165,7 @@ def evaluate(model: nn.Module, split: Split, batch: int = 256) -> Score:
 
 
 def cosine(step: int, total: int, warmup: float = 0.0) -> float:
-    """The learning rate's factor at `step` of `total`: linear rise over `warmup` of the steps, then cosine to 0."""
+    """The learning rate's factor at `step` of `total`: linear over the share `warmup`, then cosine to 0."""
     rise = warmup * total
     if step < rise:
         return (step + 1) / (rise + 1)
@@ -264,7 +264,7 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: Pa
 
 
 def _split_state(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON with the tensors taken out into `tensors`; tuples and int keys are marked so that they come back."""
+    """JSON with the tensors taken out into `tensors`; tuples and keys are marked so that they come back."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value
         return {"tensor": name}

@@ -268,6 +268,10 @@ def _(
 
 
 def _backend(backend: str | None, like: Tensor) -> str:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a string, got {type(backend).__name__}")
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend: expected 'reference', got {backend!r}")
     return "reference"
 
 

@@ -3,11 +3,12 @@
 from . import models, nn
 from .graph import prunable_convs
 from .io import load, save
+from .learn import GroupLearner
 from .pack import PackedNetwork, PackError, pack, unpack
 from .report import Summary, summary
 from .structure import Structure, apply_structure, find_structure
 
 __all__ = [
-    "PackError", "PackedNetwork", "Structure", "Summary", "apply_structure", "find_structure", "load", "models", "nn", "pack",
-    "prunable_convs", "save", "summary", "unpack",
+    "GroupLearner", "PackError", "PackedNetwork", "Structure", "Summary", "apply_structure",
+    "find_structure", "load", "models", "nn", "pack", "prunable_convs", "save", "summary", "unpack",
 ]  # fmt: skip

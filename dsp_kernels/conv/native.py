@@ -31,9 +31,7 @@ def _float_on_cpu(name: str, x: Tensor) -> Tensor:
 
 def _plan_on_cpu(plan: Tensor) -> Tensor:
     if plan.dtype != torch.int32 or plan.device.type != "cpu" or plan.dim() != 1:
-        raise ValueError(
-            f"plan must be a 1-D int32 tensor on the cpu, got {plan.dtype} on {plan.device}"
-        )
+        raise ValueError(f"plan must be a 1-D int32 tensor on the cpu, got {plan.dtype} on {plan.device}")
     return plan.contiguous()
 
 

@@ -327,7 +327,7 @@ def conv2d_from_plan(
     _check_tensor("weight", weight)
     _check_tensor("plan", plan)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x = _autocast(x, dtype)
         weight = _autocast(weight, dtype)

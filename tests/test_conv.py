@@ -1,4 +1,4 @@
-"""The permuted grouped convolution against dense conv2d in float64, and everything an operator owes to torch."""
+"""The permuted grouped convolution against dense conv2d in float64, and what an operator owes to torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def call(
     )
 
 
-# ---- values ------------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -175,7 +175,25 @@ def test_inference_mode_layout_can_still_train() -> None:
     assert weight.grad is not None
 
 
-# ---- gradients ---------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan_device", ["cpu", "cuda"])
+def test_reference_on_cuda(dtype: torch.dtype, plan_device: str) -> None:
+    tensors = tuple(t.to(dtype) for t in example(torch.float32))
+    exact = call(*(t.double() for t in tensors), backend="reference")
+    x, weight, bias, residual = (t.cuda().requires_grad_() for t in tensors)
+    plan = LAYOUT.plan().to(plan_device)
+    out = conv2d_from_plan(
+        x, weight, plan, bias, residual, out_channels=6, activation="relu", backend="reference", **GEOMETRY
+    )
+    assert out.device == x.device
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 30 * torch.finfo(torch.float32).eps}
+    torch.testing.assert_close(out.double().cpu(), exact, **close)
+    grads = [torch.autograd.grad(out.sum(), (x, weight), retain_graph=True) for _ in range(2)]
+    assert all(a.equal(b) for a, b in zip(*grads, strict=True))
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------
 
 
 SMALL = GroupLayout(3, 4, [([2, 0], [0, 3]), ([0, 1], [1])])
@@ -248,7 +266,7 @@ def test_a_whole_network_trains_like_the_dense_one() -> None:
     torch.testing.assert_close(packed.detach(), layout.pack(conv.weight.detach()), rtol=1e-12, atol=1e-12)
 
 
-# ---- the operators' registration -------------------------------------------------------------------------------------
+# ---- the operators' registration ---------------------------------------------------------------------------
 
 SHAPE = ((3, 2), (2, 1), (1, 0), (1, 2))
 
@@ -427,7 +445,7 @@ def test_a_plan_buffer_is_not_saved_and_moves_with_the_module() -> None:
     assert module(torch.randn(2, 5, 7, 6, dtype=torch.float64)).dtype == torch.float64
 
 
-# ---- autocast --------------------------------------------------------------------------------------------------------
+# ---- autocast ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -456,7 +474,7 @@ def test_autocast_leaves_float64_and_the_operator_alone() -> None:
         assert op(*arguments).equal(direct)
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x of ints": (

@@ -25,7 +25,7 @@ __all__ = ["forward", "grad_input", "grad_weight"]
 
 
 def _exact(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast and no TF32 inside: the dtypes and the precision are those of the arguments."""
+    """No autocast and no TF32 inside: the arguments' dtypes and precision; cuDNN by its deterministic kernels."""
     kind = x.device.type
     if kind == "cpu" and not torch.is_autocast_enabled("cpu"):
         return nullcontext()

@@ -54,6 +54,42 @@ int conv2d_grad_weight(Address grad, int64_t grad_numel, Address x, int64_t x_nu
                                 threads);
 }
 
+py::tuple program_create(Address words, int64_t words_numel, Address floats, int64_t floats_numel) {
+  dsp_program* program = nullptr;
+  int status = 0;
+  {
+    py::gil_scoped_release release;
+    status = dsp_program_create(at<const int64_t>(words), words_numel, at<const float>(floats), floats_numel,
+                                &program);
+  }
+  return py::make_tuple(status, reinterpret_cast<Address>(program));
+}
+
+int program_run(Address program, Address in, int64_t in_numel, Address out, int64_t out_numel, int64_t batch,
+                int32_t threads) {
+  return dsp_program_run(at<dsp_program>(program), at<const float>(in), in_numel, at<float>(out), out_numel,
+                         batch, threads);
+}
+
+void program_destroy(Address program) { dsp_program_destroy(at<dsp_program>(program)); }
+
+py::tuple program_output(Address program) {
+  int64_t shape[3] = {0, 0, 0};
+  dsp_program_output(at<const dsp_program>(program), shape);
+  return py::make_tuple(shape[0], shape[1], shape[2]);
+}
+
+py::dict program_memory(Address program) {
+  dsp_program_memory memory{};
+  dsp_program_memory_use(at<const dsp_program>(program), &memory);
+  py::dict result;
+  result["weight_bytes"] = memory.weight_bytes;
+  result["arena_bytes"] = memory.arena_bytes;
+  result["scratch_bytes"] = memory.scratch_bytes;
+  result["arenas"] = memory.arenas;
+  return result;
+}
+
 py::dict build_info() {
   py::dict info;
   info["abi_version"] = dsp_abi_version();
@@ -84,6 +120,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("conv2d_prepare", &conv2d_prepare, nogil, py::arg("kh"), py::arg("kw"), py::arg("weight"),
         py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("prepared"),
         py::arg("prepared_numel"));
+  m.def("program_create", &program_create, py::arg("words"), py::arg("words_numel"), py::arg("floats"),
+        py::arg("floats_numel"));
+  m.def("program_run", &program_run, nogil, py::arg("program"), py::arg("x"), py::arg("x_numel"),
+        py::arg("out"), py::arg("out_numel"), py::arg("batch"), py::arg("threads"));
+  m.def("program_destroy", &program_destroy, nogil, py::arg("program"));
+  m.def("program_output", &program_output, py::arg("program"));
+  m.def("program_memory", &program_memory, py::arg("program"));
   m.def("conv2d_grad_input", &conv2d_grad_input, nogil, py::arg("grad"), py::arg("grad_numel"),
         py::arg("weight"), py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("grad_x"),
         py::arg("grad_x_numel"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kh"),

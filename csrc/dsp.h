@@ -85,6 +85,59 @@ DSP_API dsp_status dsp_conv2d_grad_weight(const dsp_conv2d_shape* shape, const f
                                           const int32_t* plan, int64_t plan_numel, float* grad_w,
                                           int64_t weight_numel, int32_t threads);
 
+/* A program: a whole network as a list of steps over one preallocated memory, run image by image so that the
+ * activations stay in the second-level cache. float32, CPU. The description is int64 words,
+ *   [0] DSP_PROGRAM_MAGIC  [1] 1  [2..4] channels, height, width of the input  [5] number of steps
+ *   [6] the value that is the output  [7] number of words
+ * then the steps one after the other: [operation, number of words of this step, arguments]. Value 0 is the
+ * input, step i makes value i + 1. `*_at` arguments are places in `floats` (-1: absent where that is
+ * allowed). CONV          x, residual or -1, activation, kernel_h, kernel_w, stride_h, stride_w, padding_h,
+ * padding_w, dilation_h, dilation_w, weight_at (packed weights), bias_at or -1, length of the plan, plan
+ * words LINEAR        x (channels x 1 x 1), activation, out features, weight_at (out x in), bias_at or -1
+ *   MAX_POOL      x, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+ * ceil_mode AVG_POOL      x, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, ceil_mode,
+ * count_include_pad ADAPTIVE_AVG_POOL  x, out_h, out_w ADD           a, b, activation ACTIVATION    x,
+ * activation CONCAT        count, values (channels one after the other) FLATTEN       x -> (channels * height
+ * * width) x 1 x 1 AFFINE        x, scale_at, shift_at, activation: act(x * scale[channel] + shift[channel])
+ */
+#define DSP_PROGRAM_MAGIC 0x44535047
+#define DSP_PROGRAM_HEADER 8
+
+typedef enum dsp_program_op {
+  DSP_OP_CONV = 1,
+  DSP_OP_LINEAR = 2,
+  DSP_OP_MAX_POOL = 3,
+  DSP_OP_AVG_POOL = 4,
+  DSP_OP_ADAPTIVE_AVG_POOL = 5,
+  DSP_OP_ADD = 6,
+  DSP_OP_ACTIVATION = 7,
+  DSP_OP_CONCAT = 8,
+  DSP_OP_FLATTEN = 9,
+  DSP_OP_AFFINE = 10
+} dsp_program_op;
+
+typedef struct dsp_program dsp_program;
+
+typedef struct dsp_program_memory {
+  int64_t weight_bytes;  /* prepared weights, biases and tables */
+  int64_t arena_bytes;   /* activations of one image */
+  int64_t scratch_bytes; /* per thread, at most */
+  int64_t arenas;        /* how many arenas exist now: one per image in work at the same time */
+} dsp_program_memory;
+
+/* Copies what it needs from words and floats. */
+DSP_API dsp_status dsp_program_create(const int64_t* words, int64_t words_numel, const float* floats,
+                                      int64_t floats_numel, dsp_program** program);
+/* in: (batch, channels, height, width), out: (batch, channels, height, width of the output value),
+ * contiguous. Any number of threads may run one program at the same time. */
+DSP_API dsp_status dsp_program_run(dsp_program* program, const float* in, int64_t in_numel, float* out,
+                                   int64_t out_numel, int64_t batch, int32_t threads);
+/* channels, height and width of the output. */
+DSP_API dsp_status dsp_program_output(const dsp_program* program, int64_t shape[3]);
+DSP_API dsp_status dsp_program_memory_use(const dsp_program* program, dsp_program_memory* memory);
+/* No run may be under way. A null program is ignored. */
+DSP_API void dsp_program_destroy(dsp_program* program);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

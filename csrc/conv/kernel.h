@@ -53,6 +53,17 @@ using GatherRowFn = void (*)(float* dst, int64_t count, const float* src, int64_
 // dst = act(value + residual), residual may be null
 using FillFn = void (*)(float* dst, const float* residual, float value, int64_t count, int32_t activation);
 
+// dst = act(a + b)
+using AddFn = void (*)(float* dst, const float* a, const float* b, int64_t count, int32_t activation);
+// dst = act(a * scale + shift)
+using AffineFn = void (*)(float* dst, const float* a, float scale, float shift, int64_t count,
+                          int32_t activation);
+// out[o] = act(sum of w[o, i] x[i] + bias[o]) for o in [0, outputs); bias may be null
+using LinearFn = void (*)(float* out, const float* x, const float* w, const float* bias, int64_t inputs,
+                          int64_t outputs, int32_t activation);
+// The sum of count values, in a fixed order.
+using SumFn = float (*)(const float* x, int64_t count);
+
 struct KernelTable {
   const char* name;
   int lanes;
@@ -63,6 +74,10 @@ struct KernelTable {
   BlockFn block[kMaxFilters][kMaxRowsLog + 1][2][3];
   GatherRowFn gather_row;
   FillFn fill;
+  AddFn add;
+  AffineFn affine;
+  LinearFn linear;
+  SumFn sum;
 };
 
 const KernelTable& kernels();

@@ -119,6 +119,83 @@ inline void fill(float* dst, const float* residual, float value, int64_t count, 
   }
 }
 
+inline void add_planes(float* dst, const float* a, const float* b, int64_t count, int32_t activation) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(dst + i, activate(add(load(a + i), load(b + i)), activation));
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    store_lanes(dst + i, activate(add(load_lanes(a + i, rest), load_lanes(b + i, rest)), activation), rest);
+  }
+}
+
+inline void affine(float* dst, const float* a, float scale, float shift, int64_t count, int32_t activation) {
+  const Vec s = set1(scale);
+  const Vec t = set1(shift);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(dst + i, activate(fma(load(a + i), s, t), activation));
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    store_lanes(dst + i, activate(fma(load_lanes(a + i, rest), s, t), activation), rest);
+  }
+}
+
+DSP_INLINE float sum_lanes(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+inline float sum(const float* x, int64_t count) {
+  Vec acc[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    DSP_UNROLL
+    for (int j = 0; j < 4; ++j) acc[j] = add(acc[j], load(x + i + j * kLanes));
+  }
+  for (; i + kLanes <= count; i += kLanes) acc[0] = add(acc[0], load(x + i));
+  if (i < count) acc[1] = add(acc[1], load_lanes(x + i, static_cast<int>(count - i)));
+  return sum_lanes(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
+}
+
+template <int MO>
+DSP_INLINE void dot_rows(float* out, const float* x, const float* w, const float* bias, int64_t inputs,
+                         int32_t activation) {
+  Vec acc[MO];
+  DSP_UNROLL
+  for (int o = 0; o < MO; ++o) acc[o] = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= inputs; i += kLanes) {
+    const Vec value = load(x + i);
+    DSP_UNROLL
+    for (int o = 0; o < MO; ++o) acc[o] = fma(value, load(w + o * inputs + i), acc[o]);
+  }
+  if (i < inputs) {
+    const int rest = static_cast<int>(inputs - i);
+    const Vec value = load_lanes(x + i, rest);
+    DSP_UNROLL
+    for (int o = 0; o < MO; ++o) acc[o] = fma(value, load_lanes(w + o * inputs + i, rest), acc[o]);
+  }
+  for (int o = 0; o < MO; ++o) {
+    float value = sum_lanes(acc[o]) + (bias == nullptr ? 0.0f : bias[o]);
+    if (activation != 0 && value < 0) value = 0;
+    if (activation == 2 && value > 6) value = 6;
+    out[o] = value;
+  }
+}
+
+inline void linear(float* out, const float* x, const float* w, const float* bias, int64_t inputs,
+                   int64_t outputs, int32_t activation) {
+  int64_t o = 0;
+  for (; o + 4 <= outputs; o += 4)
+    dot_rows<4>(out + o, x, w + o * inputs, bias == nullptr ? nullptr : bias + o, inputs, activation);
+  for (; o < outputs; ++o)
+    dot_rows<1>(out + o, x, w + o * inputs, bias == nullptr ? nullptr : bias + o, inputs, activation);
+}
+
 template <int MF, int NR, int NR_LOG>
 void add_rows(KernelTable* table) {
   auto& entry = table->block[MF - 1][NR_LOG];
@@ -155,6 +232,10 @@ inline KernelTable make_table(const char* name) {
   if (kManyRegisters) add_filters<kManyRegisters ? 6 : 5>(&table);
   table.gather_row = &gather_row;
   table.fill = &fill;
+  table.add = &add_planes;
+  table.affine = &affine;
+  table.linear = &linear;
+  table.sum = &sum;
   return table;
 }
 

@@ -15,6 +15,13 @@ int64_t spread(int64_t floats) { return (((floats + 15) / 16) | 1) * 16; }
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
+// About `wanted` of `total` rows or vectors at a time, in equal pieces that are multiples of 8.
+int64_t even_chunk(int64_t total, int64_t wanted) {
+  const int64_t chunk = std::max<int64_t>(1, wanted / 8) * 8;
+  const int64_t pieces = (total + chunk - 1) / chunk;
+  return std::max<int64_t>(8, round_up((total + pieces - 1) / std::max<int64_t>(pieces, 1), 8));
+}
+
 // Vectors that rows of this width take, in lanes per pixel: 1 is perfect.
 double row_waste(int64_t width, const KernelTable& k) {
   const int64_t rest = width % k.lanes;
@@ -24,6 +31,8 @@ double row_waste(int64_t width, const KernelTable& k) {
 }
 
 }  // namespace
+
+bool rows_fit(int64_t width) { return row_waste(width, kernels()) <= 1.1; }
 
 void TileSet::clear() {
   tiles.clear();
@@ -185,6 +194,7 @@ void ConvLayout::set_gathered(const ConvShape& s, const Plan& plan, int threads,
     mode = InputMode::kDirectFlat;
     in_pitch = s.width;
     in_plane = s.in_plane();
+    exact_ = true;
     reuse_rows_ = false;
     tap_offset_.assign(1, 0);
     const int64_t unit = 8 * k.lanes;
@@ -195,7 +205,7 @@ void ConvLayout::set_gathered(const ConvShape& s, const Plan& plan, int threads,
   }
   const double span_w = static_cast<double>((s.kw - 1) * s.dw / s.sw);
   const bool wide_taps = span_w > 2.0 * static_cast<double>(s.out_w) + 64;
-  mode = row_waste(s.out_w, k) > 1.1 || wide_taps ? InputMode::kGatherFlat : InputMode::kGatherRows;
+  mode = !rows_fit(s.out_w) || wide_taps ? InputMode::kGatherFlat : InputMode::kGatherRows;
   int64_t rows = s.out_h;
   const int64_t used = std::max<int64_t>(static_cast<int64_t>(used_channels.size()), 1);
   set_geometry(s, rows);
@@ -210,6 +220,18 @@ void ConvLayout::set_gathered(const ConvShape& s, const Plan& plan, int threads,
   strip_pixels = rows * s.out_w;
   checked_mul(checked_mul(used, in_plane, "the scratch memory"), 8, "the scratch memory");
   set_offsets(plan, true);
+}
+
+void ConvLayout::set_direct_flat(const ConvShape& s, const Plan& plan, const Planes& in, bool exact) {
+  s_ = s;
+  mode = InputMode::kDirectFlat;
+  in_pitch = in.pitch;
+  in_plane = in.plane;
+  exact_ = exact;
+  reuse_rows_ = false;
+  tap_offset_.assign(1, in.origin);
+  strip_pixels = s.out_plane();
+  set_offsets(plan, false);
 }
 
 void ConvLayout::set_direct_rows(const ConvShape& s, const Plan& plan, const Planes& in) {
@@ -230,6 +252,11 @@ void ConvLayout::set_direct_rows(const ConvShape& s, const Plan& plan, const Pla
 int64_t ConvLayout::scratch_floats() const {
   if (!gathered()) return 0;
   return static_cast<int64_t>(used_channels.size()) * in_plane + kSlack;
+}
+
+int64_t ConvLayout::table_bytes() const {
+  return static_cast<int64_t>(offsets_.size() * sizeof(int64_t) + blocks.size() * sizeof(FilterBlock) +
+                              filters.size() * (sizeof(int32_t) + sizeof(float)));
 }
 
 int64_t ConvLayout::chunks(const TileSet sets[]) const {
@@ -285,7 +312,7 @@ void ConvLayout::build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual
       const int64_t vectors = (pixels + k.lanes - 1) / k.lanes;
       const int64_t copies = gathered() ? static_cast<int64_t>(x_variants_.size()) : 1;
       const int64_t per_vector = most_channels * copies * k.lanes * 4;
-      const int64_t chunk = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(1, per_vector) / 8) * 8;
+      const int64_t chunk = even_chunk(vectors, chunk_bytes / std::max<int64_t>(1, per_vector));
       for (int64_t v0 = 0; v0 < vectors; v0 += chunk) {
         begin_chunk();
         const int64_t v1 = std::min(vectors, v0 + chunk);
@@ -299,7 +326,7 @@ void ConvLayout::build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual
         }
         if (v < v1) {
           const int64_t at = v * k.lanes;
-          emit(0, gathered() ? kFull : kMasked, {at, at, at, static_cast<int32_t>(pixels - at)});
+          emit(0, exact_ && !gathered() ? kMasked : kFull, {at, at, at, static_cast<int32_t>(pixels - at)});
         }
         end_chunk();
       }
@@ -309,7 +336,7 @@ void ConvLayout::build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual
     const int64_t rows = pixels / s_.out_w;
     const int64_t width = s_.out_w;
     const int64_t per_row = most_channels * in_pitch * 4;
-    const int64_t chunk = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(1, per_row) / 8) * 8;
+    const int64_t chunk = even_chunk(rows, chunk_bytes / std::max<int64_t>(1, per_row));
     for (int64_t y0 = 0; y0 < rows; y0 += chunk) {
       const int64_t y1 = std::min(rows, y0 + chunk);
       begin_chunk();

@@ -52,6 +52,8 @@ class ConvLayout {
   void set_gathered(const ConvShape& s, const Plan& plan, int threads, bool allow_direct);
   // The input lies in `in`, with room for the padding around every plane.
   void set_direct_rows(const ConvShape& s, const Plan& plan, const Planes& in);
+  // 1x1, stride 1, no padding. `exact`: nothing may be read beyond the planes.
+  void set_direct_flat(const ConvShape& s, const Plan& plan, const Planes& in, bool exact);
   // Tiles for the first `pixels` output pixels after the start of a strip.
   void build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual_pitch, int64_t chunk_bytes,
                    TileSet sets[]);
@@ -68,6 +70,7 @@ class ConvLayout {
 
   int64_t strips() const { return (s_.out_plane() + strip_pixels - 1) / strip_pixels; }
   int64_t scratch_floats() const;
+  int64_t table_bytes() const;
   int64_t chunks(const TileSet sets[]) const;
   bool flat() const { return mode == InputMode::kGatherFlat || mode == InputMode::kDirectFlat; }
   bool gathered() const { return mode == InputMode::kGatherRows || mode == InputMode::kGatherFlat; }
@@ -91,6 +94,7 @@ class ConvLayout {
 
   ConvShape s_{};
   bool reuse_rows_ = false;
+  bool exact_ = false;
   int64_t rows_ = 0;  // rows of each phase in scratch
   std::vector<int64_t> y_variants_, x_variants_;
   std::vector<int64_t> tap_offset_;  // (kx, ky)
@@ -102,6 +106,9 @@ class ConvLayout {
 // Packed weights (filters, channels, kh, kw) to the kernels' order: by block, (channel, kx, ky, filter). The
 // number of values is the same.
 void prepare_weights(const Plan& plan, int64_t kh, int64_t kw, const float* packed, float* prepared);
+
+// Rows of this width fill whole vectors well enough; the width of every output that is written row by row.
+bool rows_fit(int64_t width);
 
 // The sizes of a group's blocks: as even as they can be.
 int32_t block_count(int32_t filters);

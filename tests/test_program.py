@@ -1,0 +1,266 @@
+"""Programs against torch: every step, every layout of memory, threads, batches and refusals."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsp_kernels import GroupLayout, available_backends
+
+pytestmark = pytest.mark.skipif(
+    available_backends()["native"] is not None, reason=f"native: {available_backends()['native']}"
+)
+
+from dsp_kernels.program import Program  # noqa: E402
+
+
+def random_layout(channels: int, filters: int, groups: int, seed: int = 0, dead: int = 0) -> GroupLayout:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(filters, generator=generator).tolist()[: filters - dead]
+    parts = []
+    for g in range(groups):
+        members = order[g::groups]
+        count = int(torch.randint(1, channels + 1, (1,), generator=generator))
+        parts.append((torch.randperm(channels, generator=generator)[:count].tolist(), members))
+    return GroupLayout(channels, filters, parts)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    assert actual.shape == expected.shape
+    scale = max(1.0, expected.abs().max().item())
+    assert (actual.double() - expected.double()).abs().max().item() <= tolerance * scale
+
+
+def one_step(shape: tuple[int, int, int], make: Callable[[Program, int], int], x: Tensor) -> Tensor:
+    program = Program(shape)
+    return program.build(make(program, 0))(x)
+
+
+SIZES = [(32, 32), (16, 16), (8, 8), (4, 4), (7, 7), (14, 14), (9, 24), (5, 33), (1, 1), (3, 56)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_matches_torch(size: tuple[int, int], kernel: int, stride: int) -> None:
+    """Two in a row, so that the second reads a value in the program's own memory."""
+    torch.manual_seed(kernel)
+    first = random_layout(5, 13, 3, seed=1, dead=1)
+    second = random_layout(13, 9, 2, seed=2, dead=2)
+    w1, w2 = torch.randn(13, 5, kernel, kernel), torch.randn(9, 13, kernel, kernel)
+    b1, b2 = torch.randn(13), torch.randn(9)
+    program = Program((5, *size))
+    pad = kernel // 2
+    y = program.conv(0, first.pack(w1), first, b1, kernel_size=kernel, padding=pad, activation="relu")
+    y = program.conv(
+        y, second.pack(w2), second, b2, kernel_size=kernel, stride=stride, padding=pad, activation="relu6"
+    )
+    program.build(y)
+    x = torch.randn(3, 5, *size)
+    m1 = first.unpack(first.pack(w1), kernel).double()
+    m2 = second.unpack(second.pack(w2), kernel).double()
+    middle = F.conv2d(x.double(), m1, b1.double(), padding=pad).relu()
+    close(program(x), F.relu6(F.conv2d(middle, m2, b2.double(), stride=stride, padding=pad)))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (7, 7), (12, 20)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_residual_dilation_and_even_groups(size: tuple[int, int], dilation: int) -> None:
+    torch.manual_seed(0)
+    w1, w2 = torch.randn(8, 4, 3, 3), torch.randn(8, 1, 3, 3)
+    program = Program((8, *size))
+    a = program.conv2d(0, w1, padding=dilation, dilation=dilation, groups=2, activation="relu")
+    b = program.conv2d(a, w2, padding=1, groups=8, residual=0, activation="relu")
+    c = program.conv2d(b, torch.randn(8, 8, 1, 1, generator=torch.Generator().manual_seed(3)), residual=a)
+    program.build(c)
+    x = torch.randn(2, 8, *size)
+    ra = F.conv2d(x, w1, padding=dilation, dilation=dilation, groups=2).relu()
+    rb = (F.conv2d(ra, w2, padding=1, groups=8) + x).relu()
+    rc = F.conv2d(rb, torch.randn(8, 8, 1, 1, generator=torch.Generator().manual_seed(3))) + ra
+    close(program(x), rc)
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("kernel,stride,padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), ((3, 2), (2, 1), (1, 0))])
+def test_pooling_matches_torch(kernel: int, stride: int, padding: int, ceil_mode: bool) -> None:
+    x = torch.randn(2, 3, 11, 16)
+    x[0, 1, 3, 4] = float("nan")
+    actual = one_step((3, 11, 16), lambda p, v: p.max_pool(v, kernel, stride, padding, 1, ceil_mode), x)
+    expected = F.max_pool2d(x, kernel, stride, padding, 1, ceil_mode)
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=0, atol=0)
+    for include in (True, False):
+        actual = one_step(
+            (3, 11, 16), lambda p, v, i=include: p.avg_pool(v, kernel, stride, padding, ceil_mode, i), x
+        )
+        expected = F.avg_pool2d(x, kernel, stride, padding, ceil_mode, include)
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("out", [1, (3, 5), (11, 16), (13, 1)])
+def test_adaptive_pooling_matches_torch(out: int | tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 11, 16)
+    actual = one_step((3, 11, 16), lambda p, v: p.adaptive_avg_pool(v, out), x)
+    torch.testing.assert_close(actual, F.adaptive_avg_pool2d(x, out))
+
+
+def test_small_steps_match_torch() -> None:
+    torch.manual_seed(0)
+    program = Program((3, 8, 8))
+    weight, scale, shift = torch.randn(5, 3, 3, 3), torch.randn(5), torch.randn(5)
+    a = program.conv2d(0, weight, padding=1)
+    b = program.affine(a, scale, shift, activation="relu")
+    c = program.relu6(program.add(a, b, activation="relu"))
+    d = program.concat([a, 0, c, program.relu(a)])
+    fc, bias = torch.randn(7, 18 * 64), torch.randn(7)
+    e = program.linear(program.flatten(d), fc, bias, activation="relu")
+    program.build(e)
+    x = torch.randn(4, 3, 8, 8)
+    ra = F.conv2d(x, weight, padding=1)
+    rb = (ra * scale[:, None, None] + shift[:, None, None]).relu()
+    rd = torch.cat([ra, x, F.relu6((ra + rb).relu()), ra.relu()], 1)
+    close(program(x), F.linear(rd.flatten(1), fc, bias).relu())
+
+
+def small_network() -> Program:
+    generator = torch.Generator().manual_seed(5)
+    program = Program((3, 32, 32))
+    layout = random_layout(16, 16, 3, seed=4)
+    y = program.conv2d(0, torch.randn(16, 3, 3, 3, generator=generator), padding=1, activation="relu")
+    for _ in range(3):
+        weight = torch.randn(layout.weight_numel(3), generator=generator) / 10
+        h = program.conv(y, weight, layout, kernel_size=3, padding=1, activation="relu")
+        y = program.conv(h, weight, layout, kernel_size=3, padding=1, residual=y, activation="relu")
+    y = program.conv2d(y, torch.randn(24, 16, 3, 3, generator=generator) / 10, stride=2, padding=1)
+    y = program.flatten(program.adaptive_avg_pool(y, 1))
+    return program.build(program.linear(y, torch.randn(10, 24, generator=generator)))
+
+
+def test_bits_depend_on_neither_threads_nor_batch() -> None:
+    program = small_network()
+    x = torch.randn(5, 3, 32, 32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = program(x)
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(program(x), expected)
+            assert torch.equal(torch.cat([program(x[i : i + 1]) for i in range(5)]), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_concurrent_callers_get_their_own_results() -> None:
+    program = small_network()
+    inputs = [torch.randn(2, 3, 32, 32) for _ in range(4)]
+    expected = [program(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            if not torch.equal(program(inputs[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_copies_and_pickles() -> None:
+    program = small_network()
+    x = torch.randn(1, 3, 32, 32)
+    expected = program(x)
+    assert torch.equal(copy.deepcopy(program)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(program))(x), expected)
+
+
+def test_nan_and_inf_stay_with_the_filters_that_read_them() -> None:
+    layout = GroupLayout(4, 4, [([0, 1], [0, 1]), ([2, 3], [2, 3])])
+    program = Program((4, 8, 8))
+    y = program.relu(0)
+    y = program.conv(y, torch.ones(layout.weight_numel(3)), layout, kernel_size=3, padding=1)
+    program.build(y)
+    x = torch.zeros(1, 4, 8, 8)
+    x[0, 0, 4, 4] = float("nan")
+    x[0, 3, 0, 0] = float("inf")
+    out = program(x)
+    assert out[0, 0, 3:6, 3:6].isnan().all() and out[0, 0].isnan().sum() == 9
+    assert out[0, 2].isinf().sum() == 4 and not out[0, 2:].isnan().any()
+
+
+def test_memory_is_reused_between_layers() -> None:
+    program = small_network()
+    program(torch.zeros(1, 3, 32, 32))
+    memory = program.memory()
+    one_map = 16 * 33 * 34 * 4
+    assert one_map < memory["arena_bytes"] < 6 * one_map
+    assert memory["arenas"] == 1 and memory["weight_bytes"] > 0
+    assert len(program) == 11
+
+
+def test_empty_batch() -> None:
+    assert small_network()(torch.zeros(0, 3, 32, 32)).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+    "x,error",
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.float64), ValueError),
+        (torch.zeros(1, 3, 32, 31), ValueError),
+        (torch.zeros(3, 32, 32), ValueError),
+        (torch.zeros(1, 3, 32, 32, device="meta"), ValueError),
+        ([1.0], TypeError),
+    ],
+)
+def test_refuses_other_inputs(x: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^x must be"):
+        small_network()(x)  # type: ignore[arg-type]
+
+
+def test_refuses_bad_steps() -> None:
+    program = Program((3, 8, 8))
+    with pytest.raises(ValueError, match="x must be a value"):
+        program.relu(1)
+    with pytest.raises(ValueError, match="activation must be"):
+        program.add(0, 0, activation="gelu")
+    with pytest.raises(ValueError, match="weight must be 1-D"):
+        program.conv(0, torch.zeros(5), random_layout(3, 4, 1), kernel_size=3)
+    with pytest.raises(ValueError, match="weight must be float32"):
+        program.conv2d(0, torch.zeros(4, 3, 3, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="bias must have 4"):
+        program.conv2d(0, torch.zeros(4, 3, 3, 3), torch.zeros(3))
+    with pytest.raises(ValueError, match="input_shape"):
+        Program((3, 0, 8))
+    with pytest.raises(RuntimeError, match="not built"):
+        program(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="output must be"):
+        program.build(0)
+
+
+@pytest.mark.parametrize(
+    "make,text",
+    [
+        (lambda p: p.conv2d(0, torch.zeros(4, 5, 3, 3)), "input channels"),
+        (lambda p: p.conv2d(0, torch.zeros(4, 3, 11, 11)), "larger than the padded input"),
+        (lambda p: p.conv2d(0, torch.zeros(4, 3, 3, 3), residual=0, padding=1), "residual"),
+        (lambda p: p.linear(0, torch.zeros(4, 3)), "flat"),
+        (lambda p: p.add(0, p.max_pool(0, 2)), "two shapes"),
+        (lambda p: p.max_pool(0, 2, padding=2), "pads more"),
+        (lambda p: p.concat([0, p.max_pool(0, 2)]), "two sizes"),
+    ],
+)
+def test_build_refuses_what_does_not_fit(make: Callable[[Program], int], text: str) -> None:
+    program = Program((3, 8, 8))
+    value = make(program)
+    with pytest.raises(ValueError, match=text):
+        program.build(value)

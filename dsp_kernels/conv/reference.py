@@ -25,16 +25,15 @@ __all__ = ["forward", "grad_input", "grad_weight"]
 
 
 def _exact(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast and no TF32 inside: the arguments' dtypes and precision; cuDNN by its deterministic kernels."""
+    """No autocast, no TF32: the arguments' dtypes and precision. From cuDNN, only what is deterministic."""
     kind = x.device.type
     if kind == "cpu" and not torch.is_autocast_enabled("cpu"):
         return nullcontext()
     stack = ExitStack()
     stack.enter_context(torch.autocast(kind, enabled=False))
     if kind == "cuda":
-        stack.enter_context(
-            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
-        )
+        enabled = torch.backends.cudnn.enabled
+        stack.enter_context(torch.backends.cudnn.flags(enabled=enabled, deterministic=True, allow_tf32=False))
     return stack
 
 

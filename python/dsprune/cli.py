@@ -20,10 +20,9 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -106,11 +105,10 @@ class _Bars:
 @contextmanager
 def _bars() -> Iterator[Progress]:
     with Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description:<9}"),
+        BarColumn(bar_width=20),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
         console=_err(),
         refresh_per_second=5,
@@ -454,10 +452,11 @@ def _latency_table(rows: dict[str, dict[str, float]], title: str) -> Table:
 
     threads = torch.get_num_threads()
     table = Table(
-        title=f"{title}: median ms, {threads} thread{'s' if threads > 1 else ''}", title_justify="left"
+        title=f"{title}: median ms of dense forms and packed, {threads} thread{'s' if threads > 1 else ''}",
+        title_justify="left",
     )
     forms = [name for name in next(iter(rows.values())) if name != "packed"]
-    for column in ("batch", *(f"dense, {name}" for name in forms), "packed", "best dense / packed"):
+    for column in ("batch", *forms, "packed", "speed-up"):
         table.add_column(column, justify="right")
     for batch, times in rows.items():
         best, value = best_dense(times)
@@ -482,6 +481,7 @@ def demo(
     learn_epochs: Annotated[int | None, typer.Option(help="Epochs of group learning.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Epochs of a finetuning cycle.")] = None,
     cycles: Annotated[int | None, typer.Option(help="Finetuning cycles.")] = None,
+    batch: BatchOption = None,
     seconds: SecondsOption = 0.6,
     inductor: InductorOption = False,
     resume: ResumeOption = False,
@@ -500,10 +500,10 @@ def demo(
     base = _new_config(
         Config(),
         _given(size=size),
-        pretrain=_given(epochs=pretrain_epochs),
-        learn=_given(groups=groups, epochs=learn_epochs),
+        pretrain=_given(epochs=pretrain_epochs, batch=batch),
+        learn=_given(groups=groups, epochs=learn_epochs, batch=batch),
         prune=_given(flops=flops),
-        finetune=_given(epochs=finetune_epochs, cycles=cycles),
+        finetune=_given(epochs=finetune_epochs, cycles=cycles, batch=batch),
     )
     reports = []
     with _bars() as bars:
@@ -537,25 +537,27 @@ def demo(
 
 def _demo_tables(report: dict[str, Any], seeds: int) -> list[Table]:
     accuracy, cost = report["test_accuracy"], report["cost"]
-    images = report["data"]["images"]
+    data = f"{report['data']['name']}, {report['data']['images']['test']} test images"
     mean = f", mean of {seeds} seeds" if seeds > 1 else ""
-    table = Table(title=f"{report['network']} on {report['data']['name']}{mean}", title_justify="left")
-    for column in ("", "dense", "pruned", "finetuned", "packed"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row(
-        f"test accuracy, {images['test']} images",
-        *(f"{accuracy[name]:.2f}%" for name in ("dense", "pruned", "finetuned", "packed")),
-    )
-    rows = (
-        ("multiply-adds, whole network", "macs"),
-        ("multiply-adds, prunable convs", "prunable_macs"),
-        ("parameters, whole network", "params"),
-        ("parameters, prunable convs", "prunable_params"),
-    )
-    for label, key in rows:
-        left = f"{cost[key + '_left']:,.0f} (-{cost[key + '_cut_percent']:.2f}%)"
-        table.add_row(label, f"{cost[key + '_dense']:,.0f}", left, left, left)
-    return [table, _latency_table(report["latency_ms"], "Latency")]
+    names = ("dense", "pruned", "finetuned", "packed")
+    table = Table(title=f"{report['network']} on {data}{mean}", title_justify="left")
+    for column in ("", *names):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("test accuracy", *(f"{accuracy[name]:.2f}%" for name in names))
+    for label, key in (("multiply-adds", "macs"), ("parameters", "params")):
+        left = _short(cost[f"{key}_left"])
+        table.add_row(label, _short(cost[f"{key}_dense"]), left, left, left)
+    removed = Table(title="Removed", title_justify="left")
+    for column in ("counted over", "multiply-adds", "parameters"):
+        removed.add_column(column, justify="left" if column == "counted over" else "right")
+    for label, prefix in (("the whole network", ""), ("its prunable convs", "prunable_")):
+        cuts = (f"{cost[f'{prefix}{key}_cut_percent']:.2f}%" for key in ("macs", "params"))
+        removed.add_row(label, *cuts)
+    return [table, removed, _latency_table(report["latency_ms"], "Latency")]
+
+
+def _short(count: float) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
 
 
 def _known_errors() -> tuple[type[BaseException], ...]:

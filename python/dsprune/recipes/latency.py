@@ -33,7 +33,7 @@ def dense_forms(
             warnings.simplefilter("ignore")
             frozen = torch.jit.freeze(torch.jit.trace(copy.deepcopy(model), images))
             frozen(images)
-        forms["frozen TorchScript"] = lambda: frozen(images)
+        forms["TorchScript"] = lambda: frozen(images)
     except RuntimeError:
         pass
     if inductor:

@@ -1,7 +1,7 @@
 """A run folder: one network on one data set, from its training to its packed file, stage by stage.
 
     run.json               what is run: network, data, seed, settings of each stage
-    checkpoints/           one checkpoint a training stage, from which it can go on
+    checkpoints/           of a training stage that has not ended, from which it can go on
     dense.safetensors      the trained dense network
     learned.safetensors    the network after group learning, and the group of each filter
     pruned.safetensors     the network with its prune masks

@@ -49,6 +49,7 @@ def make_dense(
             seed=run.config.seed, checkpoint=run.checkpoint("pretrain"), resume=resume, progress=progress,
         )  # fmt: skip
     run.write("dense", model, history=history)
+    run.checkpoint("pretrain").unlink(missing_ok=True)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -98,6 +99,7 @@ def make_learned(
         seed=run.config.seed, checkpoint=run.checkpoint("learn"), resume=resume, progress=progress,
     )  # fmt: skip
     run.write("learned", model, assignment=assignment, history=history)
+    run.checkpoint("learn").unlink(missing_ok=True)
 
 
 def make_pruned(run: Run, data: ImageData, *, resume: bool = False) -> None:
@@ -127,6 +129,7 @@ def make_finetuned(
         seed=run.config.seed, checkpoint=run.checkpoint("finetune"), resume=resume, progress=progress,
     )  # fmt: skip
     run.write("finetuned", model, history=history)
+    run.checkpoint("finetune").unlink(missing_ok=True)
 
 
 def make_packed(run: Run, data: ImageData) -> float:

@@ -90,6 +90,12 @@ py::dict program_memory(Address program) {
   return result;
 }
 
+int lasso(int32_t operation, int32_t element, Address words, int64_t words_numel, Address numbers,
+          int64_t numbers_numel, int64_t groups, Address penalties, int32_t threads) {
+  return dsp_lasso(operation, element, at<const int64_t>(words), words_numel, at<const double>(numbers),
+                   numbers_numel, groups, at<double>(penalties), threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["abi_version"] = dsp_abi_version();
@@ -137,4 +143,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("weight_numel"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kh"),
         py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"),
         py::arg("dw"), py::arg("threads"));
+  m.def("lasso", &lasso, nogil, py::arg("operation"), py::arg("element"), py::arg("words"),
+        py::arg("words_numel"), py::arg("numbers"), py::arg("numbers_numel"), py::arg("groups"),
+        py::arg("penalties"), py::arg("threads"));
 }

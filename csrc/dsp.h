@@ -138,6 +138,38 @@ DSP_API dsp_status dsp_program_memory_use(const dsp_program* program, dsp_progra
 /* No run may be under way. A null program is ignored. */
 DSP_API void dsp_program_destroy(dsp_program* program);
 
+/* Group penalty of all layers of a network in one pass over their weights; the mathematics is in
+ * dsp_kernels/assignment/reference.py. The table has DSP_LASSO_WORDS int64 words for each layer:
+ *   [0] weight  [1] direction D of the weights or 0  [2] output for the weights or 0 (may be the weight)
+ *   [3] where the weights are kept as they were, or 0  [4] elements of the weight  [5] filters O
+ *   [6] input channels C  [7] taps K  [8] 0: (O, C, K) in memory, 1: (O, K, C)
+ *   [9] log-probabilities (G, O)  [10] elements between their rows  [11] [12] their direction E or 0
+ *   [13] [14] output (G, O) for them or 0
+ * (addresses as integers), and two doubles: scale, amount. With R the penalty at scale 1:
+ *   PENALTY        penalties = scale R
+ *   BACKWARD       outputs amount dR/dW and amount dR/dl; penalties as above
+ *   HESSIAN        outputs amount times the Hessian product along (D, E); penalties = scale times the
+ *                  derivative of R along (D, E)
+ *   SHRINK         weights <- W - amount dR/dW
+ *   PROXIMAL       weights <- the minimiser of |X - W|^2 / 2 + amount R(X), for hard log-probabilities
+ *   STEP_GRADIENT  scale times [dR/dl at W' = W - amount dR/dW, plus, where D is given, the derivative for l
+ * of <dR/dW(W), D - amount dR/dW(W')>] element is 0 for float and 1 for double, of all tensors; penalties
+ * (one a layer) may be null. The result does not depend on threads. */
+#define DSP_LASSO_WORDS 15
+
+typedef enum dsp_lasso_op {
+  DSP_LASSO_PENALTY = 0,
+  DSP_LASSO_BACKWARD = 1,
+  DSP_LASSO_HESSIAN = 2,
+  DSP_LASSO_SHRINK = 3,
+  DSP_LASSO_PROXIMAL = 4,
+  DSP_LASSO_STEP_GRADIENT = 5
+} dsp_lasso_op;
+
+DSP_API dsp_status dsp_lasso(int32_t operation, int32_t element, const int64_t* words, int64_t words_numel,
+                             const double* numbers, int64_t numbers_numel, int64_t groups, double* penalties,
+                             int32_t threads);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

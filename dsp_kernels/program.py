@@ -43,10 +43,10 @@ class Program:
     """A network built step by step, then called.
 
     ``program = Program((3, 32, 32)); y = program.conv2d(program.input, weight); program.build(y);
-    out = program(x)``. Each step returns the number of the value that it makes. ``input_shape`` is (channels,
-    height, width) of one image; the batch may be any size in each call. Weights are copied when the program is
-    built. Calls from several threads at once are fine, the result does not depend on the number of threads, and
-    a program can be copied and pickled (it is then built again).
+    out = program(x)``. Each step returns the number of the value that it makes. ``input_shape`` is
+    (channels, height, width) of one image; the batch may be any size in each call. Weights are copied when
+    the program is built. Calls from several threads at once are fine, the result does not depend on the
+    number of threads, and a program can be copied and pickled (it is then built again).
     """
 
     input = 0
@@ -105,7 +105,7 @@ class Program:
         residual: int | None = None,
         activation: str | None = None,
     ) -> int:
-        """act(conv + bias + residual), permuted and grouped; ``weight`` is 1-D as ``layout.pack`` gives it."""
+        """act(conv + bias + residual), permuted and grouped; ``weight`` as ``layout.pack`` gives it."""
         self._value("x", x)
         kernel = _pair("kernel_size", kernel_size)
         if weight.dim() != 1 or weight.numel() != layout.weight_numel(kernel):
@@ -330,7 +330,7 @@ class Program:
         return out
 
     def memory(self) -> dict[str, int]:
-        """``weight_bytes``, ``arena_bytes`` (one image), ``scratch_bytes`` (a thread); ``arenas``: how many."""
+        """``weight_bytes``, ``arena_bytes`` (an image), ``scratch_bytes`` (a thread), count of ``arenas``."""
         if not self._handle:
             raise RuntimeError("the program is not built; call build() first")
         memory: dict[str, int] = self._native.program_memory(self._handle)

@@ -51,8 +51,8 @@ void forward(const ConvShape& s, const Plan& plan, const float* x, const float* 
     auto body = [&](int64_t n) {
       for (int64_t f = 0; f < s.out_channels; ++f) {
         const int64_t at = n * out_image + f * s.out_plane();
-        k.fill(out + at, residual == nullptr ? nullptr : residual + at, bias == nullptr ? 0.0f : bias[f],
-               s.out_plane(), activation);
+        k.fill(out + at, 0, residual == nullptr ? nullptr : residual + at, 0,
+               bias == nullptr ? 0.0f : bias[f], 1, s.out_plane(), activation);
       }
     };
     parallel_for(threads, s.batch, body);
@@ -109,8 +109,8 @@ void forward(const ConvShape& s, const Plan& plan, const float* x, const float* 
                from, out_planes, activation);
     if (part != 0) return;
     for (const int32_t f : layout.dead) {
-      k.fill(to + f * plane, from == nullptr ? nullptr : from + f * plane, bias == nullptr ? 0.0f : bias[f],
-             pixels, activation);
+      k.fill(to + f * plane, 0, from == nullptr ? nullptr : from + f * plane, 0,
+             bias == nullptr ? 0.0f : bias[f], 1, pixels, activation);
     }
   };
   parallel_for(threads, pieces * parts, body);

@@ -50,8 +50,9 @@ using BlockFn = void (*)(const BlockArgs& args);
 // A row of `count` values, value j from src[j * stride - shift] where that lies inside [0, width), else 0.
 using GatherRowFn = void (*)(float* dst, int64_t count, const float* src, int64_t width, int64_t shift,
                              int64_t stride);
-// dst = act(value + residual), residual may be null
-using FillFn = void (*)(float* dst, const float* residual, float value, int64_t count, int32_t activation);
+// dst = act(value + residual) for rows of a plane; residual may be null
+using FillFn = void (*)(float* dst, int64_t dst_pitch, const float* residual, int64_t residual_pitch,
+                        float value, int64_t rows, int64_t width, int32_t activation);
 
 // dst = act(a + b)
 using AddFn = void (*)(float* dst, const float* a, const float* b, int64_t count, int32_t activation);

@@ -96,26 +96,42 @@ inline void gather_row(float* dst, int64_t count, const float* src, int64_t widt
       store_lanes(dst + j, load_lanes(from + j, static_cast<int>(last - j)), static_cast<int>(last - j));
     j = last;
   } else if (stride == 2) {
-    // load_even reads one float more than it uses
-    for (; j + kLanes <= last && 2 * (j + kLanes) - shift <= width; j += kLanes)
-      store(dst + j, load_even(from + 2 * j));
-    for (; j < last; ++j) dst[j] = from[2 * j];
+    for (; j < last; j += kLanes) {
+      // The source's row has `left` values from here on: at least one, and no more than those are read.
+      const int64_t left = width + shift - 2 * j;
+      const float* at = from + 2 * j;
+      const int rest = static_cast<int>(last - j < kLanes ? last - j : kLanes);
+      if (left >= 2 * kLanes && rest == kLanes) {
+        store(dst + j, even(load(at), load(at + kLanes)));
+      } else {
+        const int low = static_cast<int>(left < kLanes ? left : kLanes);
+        const int high = static_cast<int>(left < kLanes ? 0 : (left < 2 * kLanes ? left - kLanes : kLanes));
+        const Vec b = high > 0 ? load_lanes(at + kLanes, high) : zero();
+        store_lanes(dst + j, even(load_lanes(at, low), b), rest);
+      }
+    }
+    j = last;
   } else {
     for (; j < last; ++j) dst[j] = from[j * stride];
   }
   for (; j < count; ++j) dst[j] = 0;
 }
 
-inline void fill(float* dst, const float* residual, float value, int64_t count, int32_t activation) {
+inline void fill(float* dst, int64_t dst_pitch, const float* residual, int64_t residual_pitch, float value,
+                 int64_t rows, int64_t width, int32_t activation) {
   const Vec base = set1(value);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(dst + i, activate(residual == nullptr ? base : add(base, load(residual + i)), activation));
-  if (i < count) {
-    const int rest = static_cast<int>(count - i);
-    store_lanes(dst + i,
-                activate(residual == nullptr ? base : add(base, load_lanes(residual + i, rest)), activation),
-                rest);
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes)
+      store(dst + i, activate(residual == nullptr ? base : add(base, load(residual + i)), activation));
+    if (i < width) {
+      const int rest = static_cast<int>(width - i);
+      store_lanes(
+          dst + i,
+          activate(residual == nullptr ? base : add(base, load_lanes(residual + i, rest)), activation), rest);
+    }
+    dst += dst_pitch;
+    if (residual != nullptr) residual += residual_pitch;
   }
 }
 

@@ -54,10 +54,10 @@ DSP_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 // max(a, b) and min(a, b) give b when either is NaN: pass the data as b and NaN goes through.
 DSP_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-// The even elements of the 32 floats at p.
-DSP_INLINE Vec load_even(const float* p) {
+// The even elements of two neighbouring vectors.
+DSP_INLINE Vec even(Vec a, Vec b) {
   const __m512i index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  return _mm512_permutex2var_ps(load(p), index, load(p + 16));
+  return _mm512_permutex2var_ps(a, index, b);
 }
 
 #elif defined(__AVX2__)
@@ -81,8 +81,8 @@ DSP_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 DSP_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 DSP_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
-DSP_INLINE Vec load_even(const float* p) {
-  const Vec mixed = _mm256_shuffle_ps(load(p), load(p + 8), 0x88);
+DSP_INLINE Vec even(Vec a, Vec b) {
+  const Vec mixed = _mm256_shuffle_ps(a, b, 0x88);
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
 }
 
@@ -125,7 +125,7 @@ DSP_INLINE Vec add(Vec a, Vec b) { return a + b; }
 DSP_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 DSP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 DSP_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
-DSP_INLINE Vec load_even(const float* p) { return Vec{p[0], p[2], p[4], p[6]}; }
+DSP_INLINE Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
 
 #endif
 

@@ -404,13 +404,9 @@ void Program::run_conv(const Step& step, const Place& at, int64_t result, int th
   }
   for (const int32_t f : layout.dead) {
     const float value = step.bias.empty() ? 0.0f : step.bias[static_cast<size_t>(f)];
-    for (int64_t row = 0; row < y.height; ++row) {
-      k.fill(out + y.planes.origin + f * y.planes.plane + row * y.planes.pitch,
-             residual == nullptr ? nullptr
-                                 : residual + residual_planes.origin + f * residual_planes.plane +
-                                       row * residual_planes.pitch,
-             value, y.width, step.activation);
-    }
+    k.fill(out + y.planes.origin + f * y.planes.plane, y.planes.pitch,
+           residual == nullptr ? nullptr : residual + residual_planes.origin + f * residual_planes.plane,
+           residual_planes.pitch, value, y.height, y.width, step.activation);
   }
   if (layout.blocks.empty()) return;
   const int64_t n_blocks = static_cast<int64_t>(layout.blocks.size());
@@ -586,8 +582,8 @@ void Program::run_other(const Step& step, const Place& at, int64_t result, int64
     }
     case DSP_OP_ACTIVATION:
       for (int64_t c = begin; c < end; ++c) {
-        for (int64_t row = 0; row < y.height; ++row)
-          k.fill(out_row(c, row), in_row(c, row), 0.0f, y.width, step.activation);
+        k.fill(out_row(c, 0), y.planes.pitch, in_row(c, 0), x.planes.pitch, 0.0f, y.height, y.width,
+               step.activation);
       }
       break;
     case DSP_OP_CONCAT: {

@@ -1,0 +1,505 @@
+// The kernels of the group penalty for one instruction set (DSP_ISA). Written with vectors of 64 bytes, which
+// the compiler cuts to the width at hand, so that sums have the same order on every machine.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "assignment/kernel.h"
+
+#ifndef DSP_ISA
+#error "define DSP_ISA before including assignment/kernel_impl.h"
+#endif
+
+#define DSP_INLINE inline __attribute__((always_inline))
+
+namespace dsp {
+namespace DSP_ISA {
+namespace {
+
+constexpr int64_t kTileBytes = 256 * 1024;  // of weights in a block: they are touched twice
+
+template <typename T>
+struct Lanes {
+  typedef T Vec __attribute__((vector_size(64)));
+  static constexpr int64_t count = 64 / sizeof(T);
+};
+
+template <typename T>
+constexpr T norm_floor();
+template <>
+constexpr float norm_floor<float>() {
+  return 1e-15f;
+}
+template <>
+constexpr double norm_floor<double>() {
+  return 1e-100;
+}
+
+template <typename T>
+int64_t block_width(int64_t filters, int64_t channels, int64_t taps) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  int64_t width = kTileBytes / static_cast<int64_t>(sizeof(T)) / (filters * taps) / lanes * lanes;
+  if (width < lanes) width = lanes;
+  const int64_t all = (channels + lanes - 1) / lanes * lanes;
+  if (width >= all) return all;
+  // Even blocks.
+  const int64_t blocks = (all + width - 1) / width;
+  return ((all + blocks - 1) / blocks + lanes - 1) / lanes * lanes;
+}
+
+// ---- per layer: what depends on the probabilities alone ----
+
+template <typename T>
+void prepare(const LassoLayer& l, dsp_lasso_op operation) {
+  const T* logs = static_cast<const T*>(l.logs);
+  const T* towards = static_cast<const T*>(l.log_direction);
+  T* squares = static_cast<T*>(l.squares);
+  T* roots = static_cast<T*>(l.roots);
+  T* halves = static_cast<T*>(l.halves);
+  T* doubled = static_cast<T*>(l.doubled);
+  const int64_t groups = l.groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    double sum = 0;
+    double change = 0;
+    for (int64_t o = 0; o < l.filters; ++o) {
+      const T root = std::exp(logs[g * l.log_stride + o] / 2);
+      const T p = root * root;
+      squares[o * groups + g] = operation == DSP_LASSO_PROXIMAL ? p : p * p;
+      roots[o * groups + g] = root;
+      sum += static_cast<double>(root);
+      if (towards != nullptr) {
+        const T e = towards[g * l.log_direction_stride + o];
+        const T half = root * e / 2;
+        halves[o * groups + g] = half;
+        doubled[o * groups + g] = 2 * p * p * e;
+        change += static_cast<double>(half);
+      }
+    }
+    l.root_sum[g] = sum;
+    l.size[g] = sum * sum;
+    l.root_change[g] = change;
+    l.size_change[g] = 2 * sum * change;
+  }
+}
+
+// ---- per block ----
+
+// out[c] = sum over the taps of a * b. Taps > 0: known to the compiler.
+template <typename T, int Taps>
+DSP_INLINE void tap_sums(const T* a, const T* b, T* out, int64_t count, int64_t taps) {
+  if (Taps > 0) taps = Taps;
+  for (int64_t c = 0; c < count; ++c) {
+    const T* x = a + c * taps;
+    const T* y = b + c * taps;
+    T sum = 0;
+    for (int64_t k = 0; k < taps; ++k) sum += x[k] * y[k];
+    out[c] = sum;
+  }
+}
+
+template <typename T>
+void products(const LassoLayer& l, const T* a, const T* b, int64_t first, int64_t count, int64_t width,
+              T* out) {
+  const int64_t row = l.channels * l.taps;
+  for (int64_t o = 0; o < l.filters; ++o) {
+    T* target = out + o * width;
+    if (l.tap_major || l.taps == 1) {
+      const T* x = a + o * row + first;
+      const T* y = b + o * row + first;
+      for (int64_t c = 0; c < count; ++c) target[c] = x[c] * y[c];
+      for (int64_t k = 1; k < l.taps; ++k) {
+        const T* xk = x + k * l.channels;
+        const T* yk = y + k * l.channels;
+        for (int64_t c = 0; c < count; ++c) target[c] += xk[c] * yk[c];
+      }
+    } else {
+      const T* x = a + o * row + first * l.taps;
+      const T* y = b + o * row + first * l.taps;
+      if (l.taps == 9) {
+        tap_sums<T, 9>(x, y, target, count, 9);
+      } else {
+        tap_sums<T, 0>(x, y, target, count, l.taps);
+      }
+    }
+    for (int64_t c = count; c < width; ++c) target[c] = 0;
+  }
+}
+
+// out[g, c] = sum_o coefficient[o, g] rows[o, c]
+template <typename T, int Count>
+void mix_some(const T* coefficient, const T* rows, int64_t filters, int64_t groups, int64_t width, T* out) {
+  using Vec = typename Lanes<T>::Vec;
+  constexpr int64_t lanes = Lanes<T>::count;
+  for (int64_t c = 0; c < width; c += lanes) {
+    Vec sums[Count] = {};
+    for (int64_t o = 0; o < filters; ++o) {
+      const Vec row = *reinterpret_cast<const Vec*>(rows + o * width + c);
+      for (int g = 0; g < Count; ++g) sums[g] += coefficient[o * groups + g] * row;
+    }
+    for (int g = 0; g < Count; ++g) *reinterpret_cast<Vec*>(out + g * width + c) = sums[g];
+  }
+}
+
+template <typename T>
+void mix(const T* coefficient, const T* rows, int64_t filters, int64_t groups, int64_t width, T* out) {
+  int64_t g = 0;
+  for (; g + 4 <= groups; g += 4)
+    mix_some<T, 4>(coefficient + g, rows, filters, groups, width, out + g * width);
+  switch (groups - g) {
+    case 3:
+      mix_some<T, 3>(coefficient + g, rows, filters, groups, width, out + g * width);
+      break;
+    case 2:
+      mix_some<T, 2>(coefficient + g, rows, filters, groups, width, out + g * width);
+      break;
+    case 1:
+      mix_some<T, 1>(coefficient + g, rows, filters, groups, width, out + g * width);
+      break;
+    default:
+      break;
+  }
+}
+
+// row[c] = base + sum_g coefficient[g] table[g, c]
+template <typename T>
+DSP_INLINE void spread(const T* coefficient, const T* table, int64_t groups, int64_t width, T base, T* row) {
+  using Vec = typename Lanes<T>::Vec;
+  for (int64_t c = 0; c < width; c += Lanes<T>::count) {
+    Vec sum = base - Vec{};
+    for (int64_t g = 0; g < groups; ++g)
+      sum += coefficient[g] * *reinterpret_cast<const Vec*>(table + g * width + c);
+    *reinterpret_cast<Vec*>(row + c) = sum;
+  }
+}
+
+template <typename T>
+DSP_INLINE T total(const typename Lanes<T>::Vec& v) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  alignas(64) T a[lanes];
+  std::memcpy(a, &v, sizeof(a));
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) a[i] += a[i + half];
+  return a[0];
+}
+
+// sum_c table[c] row[c]
+template <typename T>
+DSP_INLINE T dot(const T* table, const T* row, int64_t width) {
+  using Vec = typename Lanes<T>::Vec;
+  Vec sum = {};
+  for (int64_t c = 0; c < width; c += Lanes<T>::count)
+    sum += *reinterpret_cast<const Vec*>(table + c) * *reinterpret_cast<const Vec*>(row + c);
+  return total<T>(sum);
+}
+
+// From L^2 in `norms`: L and 1/L, both 0 where L^2 is at most the floor; a NaN goes through.
+template <typename T>
+DSP_INLINE void invert(T* norms, T* inverse, int64_t count) {
+  const T floor = norm_floor<T>() * norm_floor<T>();
+  for (int64_t i = 0; i < count; ++i) {
+    const T norm = std::sqrt(norms[i]);
+    const bool dead = norms[i] <= floor;
+    const T one = 1 / norm;
+    norms[i] = dead ? T(0) : norm;
+    inverse[i] = dead ? T(0) : one;
+  }
+}
+
+template <typename T>
+DSP_INLINE double row_total(const T* row, int64_t width) {
+  double sum = 0;
+  for (int64_t c = 0; c < width; ++c) sum += static_cast<double>(row[c]);
+  return sum;
+}
+
+// out[c, k] = w[c, k] * f[c] (+ d[c, k] * h[c]), optionally keeping w.
+template <typename T, int Taps>
+DSP_INLINE void scale_taps(const T* w, const T* f, const T* d, const T* h, T* keep, T* out, int64_t count,
+                           int64_t taps) {
+  if (Taps > 0) taps = Taps;
+  for (int64_t c = 0; c < count; ++c) {
+    const T factor = f[c];
+    if (keep != nullptr)
+      for (int64_t k = 0; k < taps; ++k) keep[c * taps + k] = w[c * taps + k];
+    if (d == nullptr) {
+      for (int64_t k = 0; k < taps; ++k) out[c * taps + k] = w[c * taps + k] * factor;
+    } else {
+      const T other = h[c];
+      for (int64_t k = 0; k < taps; ++k)
+        out[c * taps + k] = w[c * taps + k] * factor + d[c * taps + k] * other;
+    }
+  }
+}
+
+template <typename T>
+DSP_INLINE void scale_channels(const T* w, const T* f, const T* d, const T* h, T* keep, T* out,
+                               int64_t count) {
+  if (keep != nullptr) std::memcpy(keep, w, static_cast<size_t>(count) * sizeof(T));
+  if (d == nullptr) {
+    for (int64_t c = 0; c < count; ++c) out[c] = w[c] * f[c];
+  } else {
+    for (int64_t c = 0; c < count; ++c) out[c] = w[c] * f[c] + d[c] * h[c];
+  }
+}
+
+template <typename T>
+void write_row(const LassoLayer& l, int64_t o, int64_t first, int64_t count, const T* f, const T* h) {
+  const int64_t row = o * l.channels * l.taps;
+  const bool flat = l.tap_major || l.taps == 1;
+  const int64_t at = flat ? row + first : row + first * l.taps;
+  const T* w = static_cast<const T*>(l.weight) + at;
+  const T* d = h == nullptr ? nullptr : static_cast<const T*>(l.direction) + at;
+  T* keep = l.keep == nullptr ? nullptr : static_cast<T*>(l.keep) + at;
+  T* out = static_cast<T*>(l.weight_out) + at;
+  if (flat) {
+    for (int64_t k = 0; k < l.taps; ++k) {
+      const int64_t shift = k * l.channels;
+      scale_channels<T>(w + shift, f, d == nullptr ? d : d + shift, h, keep == nullptr ? keep : keep + shift,
+                        out + shift, count);
+    }
+  } else if (l.taps == 9) {
+    scale_taps<T, 9>(w, f, d, h, keep, out, count, 9);
+  } else {
+    scale_taps<T, 0>(w, f, d, h, keep, out, count, l.taps);
+  }
+}
+
+// (filters, width) matrices and (groups, width) tables that a block needs.
+constexpr int64_t kMatrices = 3;
+constexpr int64_t kTables = 7;
+
+template <typename T>
+int64_t scratch_bytes(const LassoLayer& l) {
+  return (kMatrices * l.filters + kTables * l.groups + 4) * l.block * static_cast<int64_t>(sizeof(T));
+}
+
+template <typename T>
+void block(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scratch) {
+  const int64_t width = l.block;
+  const int64_t groups = l.groups;
+  const int64_t filters = l.filters;
+  const int64_t first = index * width;
+  const int64_t count = l.channels - first < width ? l.channels - first : width;
+  const int64_t cells = groups * width;
+  const T* weight = static_cast<const T*>(l.weight);
+  const T* direction = static_cast<const T*>(l.direction);
+  const T* p2 = static_cast<const T*>(l.squares);
+  const T* doubled = static_cast<const T*>(l.doubled);
+  T* parts = static_cast<T*>(l.parts);
+  if (parts != nullptr) parts += index * filters * groups;
+  double* sums = l.sums + index * groups * 2;
+
+  T* next = reinterpret_cast<T*>(scratch);
+  const auto take = [&next, width](int64_t rows) {
+    T* at = next;
+    next += rows * width;
+    return at;
+  };
+  T* S = take(filters);
+  T* P = take(filters);      // T = sum over taps of W D
+  T* moved = take(filters);  // S at the moved weights
+  T* norm = take(groups);
+  T* inverse = take(groups);
+  T* ratio = take(groups);
+  T* change = take(groups);
+  T* ratio_change = take(groups);
+  T* moved_norm = take(groups);
+  T* moved_ratio = take(groups);
+  T* row = take(1);
+  T* row2 = take(1);
+  const T amount = static_cast<T>(l.amount);
+
+  products<T>(l, weight, weight, first, count, width, S);
+  // For the proximal step p is 0 or 1, and p^2 = p.
+  mix<T>(p2, S, filters, groups, width, norm);
+  invert<T>(norm, inverse, cells);
+  for (int64_t g = 0; g < groups; ++g) {
+    const T size = static_cast<T>(l.size[g]);
+    for (int64_t c = 0; c < width; ++c) ratio[g * width + c] = size * inverse[g * width + c];
+    sums[g * 2] = row_total<T>(norm + g * width, width);
+    sums[g * 2 + 1] = 0;
+  }
+
+  switch (operation) {
+    case DSP_LASSO_PENALTY:
+      break;
+    case DSP_LASSO_SHRINK:
+      for (int64_t i = 0; i < cells; ++i) change[i] = -amount * ratio[i];
+      for (int64_t o = 0; o < filters; ++o) {
+        spread<T>(p2 + o * groups, change, groups, width, T(1), row);
+        write_row<T>(l, o, first, count, row, nullptr);
+      }
+      break;
+    case DSP_LASSO_PROXIMAL:
+      for (int64_t i = 0; i < cells; ++i) {
+        const T left = 1 - amount * ratio[i];
+        // A dead norm (0, not NaN) shrinks to nothing.
+        change[i] = norm[i] == 0 || left < 0 ? T(0) : left;
+      }
+      for (int64_t o = 0; o < filters; ++o) {
+        spread<T>(p2 + o * groups, change, groups, width, T(0), row);
+        write_row<T>(l, o, first, count, row, nullptr);
+      }
+      break;
+    case DSP_LASSO_BACKWARD:
+      if (l.weight_out != nullptr) {
+        for (int64_t i = 0; i < cells; ++i) change[i] = amount * ratio[i];
+        for (int64_t o = 0; o < filters; ++o) {
+          spread<T>(p2 + o * groups, change, groups, width, T(0), row);
+          write_row<T>(l, o, first, count, row, nullptr);
+        }
+      }
+      if (parts != nullptr)
+        for (int64_t o = 0; o < filters; ++o)
+          for (int64_t g = 0; g < groups; ++g)
+            parts[o * groups + g] = p2[o * groups + g] * dot<T>(ratio + g * width, S + o * width, width);
+      break;
+    case DSP_LASSO_HESSIAN: {
+      products<T>(l, weight, direction, first, count, width, P);
+      mix<T>(p2, P, filters, groups, width, change);
+      mix<T>(doubled, S, filters, groups, width, moved_norm);
+      for (int64_t g = 0; g < groups; ++g) {
+        const T size_change = static_cast<T>(l.size_change[g]);
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+          change[c] = (change[c] + moved_norm[c] / 2) * inverse[c];
+          ratio_change[c] = size_change * inverse[c] - ratio[c] * (change[c] * inverse[c]);
+        }
+        sums[g * 2 + 1] = row_total<T>(change + g * width, width);
+      }
+      if (l.weight_out != nullptr) {
+        for (int64_t i = 0; i < cells; ++i) {
+          moved_norm[i] = amount * ratio[i];
+          moved_ratio[i] = amount * ratio_change[i];
+        }
+        T* sum = moved;  // one more row
+        for (int64_t o = 0; o < filters; ++o) {
+          spread<T>(p2 + o * groups, moved_norm, groups, width, T(0), row2);
+          spread<T>(p2 + o * groups, moved_ratio, groups, width, T(0), row);
+          spread<T>(doubled + o * groups, moved_norm, groups, width, T(0), sum);
+          for (int64_t c = 0; c < width; ++c) row[c] += sum[c];
+          write_row<T>(l, o, first, count, row, row2);
+        }
+      }
+      if (parts != nullptr)
+        for (int64_t o = 0; o < filters; ++o)
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t at = o * groups + g;
+            const T a = dot<T>(ratio_change + g * width, S + o * width, width);
+            const T b = dot<T>(ratio + g * width, P + o * width, width);
+            const T e = dot<T>(ratio + g * width, S + o * width, width);
+            parts[at] = p2[at] * (a + 2 * b) + doubled[at] * e;
+          }
+      break;
+    }
+    case DSP_LASSO_STEP_GRADIENT: {
+      for (int64_t i = 0; i < cells; ++i) change[i] = -amount * ratio[i];
+      for (int64_t o = 0; o < filters; ++o) {
+        spread<T>(p2 + o * groups, change, groups, width, T(1), row);
+        for (int64_t c = 0; c < width; ++c) {
+          const T s = S[o * width + c];
+          moved[o * width + c] = s * row[c] * row[c];
+          P[o * width + c] = s * row[c];
+        }
+      }
+      mix<T>(p2, moved, filters, groups, width, moved_norm);
+      invert<T>(moved_norm, moved_ratio, cells);
+      for (int64_t g = 0; g < groups; ++g) {
+        const T size = static_cast<T>(l.size[g]);
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) moved_ratio[c] *= size;
+        sums[g * 2] = row_total<T>(moved_norm + g * width, width);
+      }
+      if (direction == nullptr) {
+        for (int64_t o = 0; o < filters; ++o)
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t at = o * groups + g;
+            parts[at] = p2[at] * dot<T>(moved_ratio + g * width, moved + o * width, width);
+          }
+        break;
+      }
+      // T = sum over taps of W (D - amount M' W'), with W' = f W.
+      for (int64_t o = 0; o < filters; ++o) {
+        spread<T>(p2 + o * groups, moved_ratio, groups, width, T(0), row);
+        for (int64_t c = 0; c < width; ++c) P[o * width + c] *= -amount * row[c];
+      }
+      {
+        // The weights' own products, added row by row.
+        LassoLayer one = l;
+        one.filters = 1;
+        for (int64_t o = 0; o < filters; ++o) {
+          const int64_t at = o * l.channels * l.taps;
+          products<T>(one, weight + at, direction + at, first, count, width, row);
+          for (int64_t c = 0; c < width; ++c) P[o * width + c] += row[c];
+        }
+      }
+      mix<T>(p2, P, filters, groups, width, change);
+      for (int64_t i = 0; i < cells; ++i) {
+        change[i] *= inverse[i];
+        ratio_change[i] = -ratio[i] * (change[i] * inverse[i]);
+      }
+      for (int64_t g = 0; g < groups; ++g) sums[g * 2 + 1] = row_total<T>(change + g * width, width);
+      for (int64_t o = 0; o < filters; ++o)
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t at = o * groups + g;
+          const T a = dot<T>(moved_ratio + g * width, moved + o * width, width);
+          const T b = dot<T>(ratio_change + g * width, S + o * width, width);
+          const T e = dot<T>(ratio + g * width, P + o * width, width);
+          parts[at] = p2[at] * (a + b + 2 * e);
+        }
+      break;
+    }
+  }
+}
+
+// ---- per layer: the blocks' results in their order ----
+
+template <typename T>
+void finish(const LassoLayer& l, dsp_lasso_op operation) {
+  const int64_t groups = l.groups;
+  const T* roots = static_cast<const T*>(l.roots);
+  const T* halves = static_cast<const T*>(l.halves);
+  const T* parts = static_cast<const T*>(l.parts);
+  double penalty = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    double norms = 0;
+    double changes = 0;
+    for (int64_t b = 0; b < l.blocks; ++b) {
+      norms += l.sums[(b * groups + g) * 2];
+      changes += l.sums[(b * groups + g) * 2 + 1];
+    }
+    penalty +=
+        operation == DSP_LASSO_HESSIAN ? l.size_change[g] * norms + l.size[g] * changes : l.size[g] * norms;
+    if (parts == nullptr || l.log_out == nullptr) continue;
+    const bool hessian = operation == DSP_LASSO_HESSIAN;
+    const double factor = operation == DSP_LASSO_STEP_GRADIENT ? l.scale : l.amount;
+    const double slope =
+        hessian ? changes * l.root_sum[g] + norms * l.root_change[g] : (norms + changes) * l.root_sum[g];
+    const double bend = norms * l.root_sum[g];
+    T* out = static_cast<T*>(l.log_out) + g * l.log_out_stride;
+    for (int64_t o = 0; o < l.filters; ++o) {
+      const int64_t at = o * groups + g;
+      double sum = 0;
+      for (int64_t b = 0; b < l.blocks; ++b) sum += static_cast<double>(parts[b * l.filters * groups + at]);
+      sum += slope * static_cast<double>(roots[at]);
+      if (hessian) sum += bend * static_cast<double>(halves[at]);
+      out[o] = static_cast<T>(factor * sum);
+    }
+  }
+  if (l.penalty != nullptr) *l.penalty = l.scale * penalty;
+}
+
+template <typename T>
+const LassoKernels* kernels_of() {
+  static const LassoKernels table = {&prepare<T>, &scratch_bytes<T>, &block<T>, &finish<T>, &block_width<T>};
+  return &table;
+}
+
+}  // namespace
+
+inline const LassoKernels* lasso_kernels(int element) {
+  return element == 0 ? kernels_of<float>() : kernels_of<double>();
+}
+
+}  // namespace DSP_ISA
+}  // namespace dsp

@@ -93,3 +93,14 @@ def program_run(
 def program_destroy(program: int) -> None: ...
 def program_output(program: int) -> tuple[int, int, int]: ...
 def program_memory(program: int) -> dict[str, int]: ...
+def lasso(
+    operation: int,
+    element: int,
+    words: int,
+    words_numel: int,
+    numbers: int,
+    numbers_numel: int,
+    groups: int,
+    penalties: int,
+    threads: int,
+) -> int: ...

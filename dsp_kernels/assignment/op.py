@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._library import define, library
-from . import reference
+from . import native, reference
 
 __all__ = ["FORMS", "group_lasso", "sample_groups"]
 
@@ -46,6 +46,10 @@ _ops = torch.ops.dsp_kernels
 # ---- implementations
 
 
+def _implementation(backend: str) -> Any:
+    return native if backend == "native" else reference
+
+
 def _sample_groups(
     logits: Tensor, noise: Tensor, temperature: float, divide_noise: bool, backend: str
 ) -> Tensor:
@@ -61,13 +65,13 @@ def _sample_groups_backward(
 def _group_lasso(
     weights: list[Tensor], log_probabilities: list[Tensor], scales: list[float], backend: str
 ) -> Tensor:
-    return reference.group_lasso(weights, log_probabilities, scales)
+    return _implementation(backend).group_lasso(weights, log_probabilities, scales)
 
 
 def _group_lasso_backward(
     grad: Tensor, weights: list[Tensor], log_probabilities: list[Tensor], scales: list[float], backend: str
 ) -> list[Tensor]:
-    return reference.group_lasso_backward(grad, weights, log_probabilities, scales)
+    return _implementation(backend).group_lasso_backward(grad, weights, log_probabilities, scales)
 
 
 def _group_lasso_hessian(
@@ -79,7 +83,7 @@ def _group_lasso_hessian(
     scales: list[float],
     backend: str,
 ) -> list[Tensor]:
-    return reference.group_lasso_hessian(
+    return _implementation(backend).group_lasso_hessian(
         grad, weight_directions, log_directions, weights, log_probabilities, scales
     )
 
@@ -267,14 +271,6 @@ def _(
 # ---- public functions
 
 
-def _backend(backend: str | None, like: Tensor) -> str:
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string, got {type(backend).__name__}")
-    if backend not in (None, "reference"):
-        raise ValueError(f"backend: expected 'reference', got {backend!r}")
-    return "reference"
-
-
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
@@ -367,7 +363,9 @@ def sample_groups(
             raise TypeError(f"noise: expected the logits' dtype {logits.dtype}, got {noise.dtype}")
         if noise.device != logits.device:
             raise ValueError(f"noise: expected the logits' device {logits.device}, got {noise.device}")
-    soft = _ops.sample_groups(logits, noise, value, divide, _backend(backend, logits))
+    soft = _ops.sample_groups(
+        logits, noise, value, divide, native.backend_for(backend, logits.device.type, logits.dtype)
+    )
     return cast(Tensor, _ops.harden_groups(soft) if hard else soft)
 
 
@@ -392,6 +390,12 @@ def check_scales(scales: object, count: int) -> list[float]:
         if not math.isfinite(value):
             raise ValueError(f"scales[{index}]: expected a finite number, got {value}")
     return values
+
+
+def _shared_backend(backend: str | None, weights: Sequence[Tensor]) -> str:
+    """The backend for a list of weights, which must run all of them."""
+    names = {native.backend_for(backend, weight.device.type, weight.dtype) for weight in weights}
+    return names.pop() if len(names) == 1 else "reference"
 
 
 def group_lasso(
@@ -449,4 +453,4 @@ def group_lasso(
                 raise ValueError(
                     f"{name}[{index}]: expected device {first.device} as weights[0], got {tensor.device}"
                 )
-    return cast(Tensor, _ops.group_lasso(layers, logs, numbers, _backend(backend, first)))
+    return cast(Tensor, _ops.group_lasso(layers, logs, numbers, _shared_backend(backend, layers)))

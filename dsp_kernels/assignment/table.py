@@ -13,6 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from . import native
+from .native import Operation
 from .op import check_scales
 from .reference import accumulation_dtype, lasso_terms, spread, square_sum, tap_product
 
@@ -23,15 +25,22 @@ class LassoTable:
     """A fixed list of weights with their scales.
 
     ``weights``: tensors (O, C, ...taps) on one device and of one accumulation dtype, which the methods
-    change in place.
-    ``groups``: G. ``scales``: one finite number a layer, 1 if None.
+    change in place. ``groups``: G. ``scales``: one finite number a layer, 1 if None. ``backend``:
+    "reference", "native" or None for the best that runs; weights that are neither contiguous nor channels
+    last always take the reference.
 
     ``rates`` are one number a layer: the step length that multiplies the scaled gradient dR/dW. Everything
-    runs under
-    ``torch.no_grad``.
+    runs under ``torch.no_grad``.
     """
 
-    def __init__(self, weights: Sequence[Tensor], groups: int, scales: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        groups: int,
+        scales: Sequence[float] | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
         if not weights:
             raise ValueError("weights: expected at least one layer, got none")
         if isinstance(groups, bool) or not isinstance(groups, int):
@@ -55,6 +64,8 @@ class LassoTable:
                 )
             if weight.device != self.device:
                 raise ValueError(f"weights[{index}]: expected device {self.device}, got {weight.device}")
+        names = {native.backend_for(backend, self.device.type, weight.dtype) for weight in self.weights}
+        self.backend = names.pop() if len(names) == 1 else "reference"
         self.offsets = [0, *accumulate(weight.shape[0] for weight in self.weights)]
         self._shapes = [(weight.shape, weight.dtype) for weight in self.weights]
 
@@ -79,9 +90,15 @@ class LassoTable:
             )
         return [matrix[:, a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
+    def _runs_native(self) -> bool:
+        return self.backend == "native" and all(map(native.is_plain, self.weights))
+
     @torch.no_grad()
     def penalties(self, log_probabilities: Tensor) -> Tensor:
         """The scaled penalty of each layer, (L,)."""
+        if self._runs_native():
+            logs = self.split(log_probabilities)
+            return native.group_lasso(self.weights, logs, self.scales)
         layers = zip(self.weights, self.split(log_probabilities), self.scales, strict=True)
         return torch.stack([lasso_terms(square_sum(w), logs).penalty() * scale for w, logs, scale in layers])
 
@@ -100,6 +117,9 @@ class LassoTable:
         (log-probabilities 0 and -inf), which shrinks each (group, channel) block by rate * s in norm and
         gives exact zeros. ``keep``: tensors shaped as the weights that receive the weights as they were.
         """
+        if self._runs_native():
+            self._shrink_native(self.split(log_probabilities), rates, proximal, keep)
+            return
         layers = zip(self.weights, self.split(log_probabilities), self.scales, rates, strict=True)
         for index, (weight, logs, scale, rate) in enumerate(layers):
             if keep is not None:
@@ -113,6 +133,31 @@ class LassoTable:
                 factor = 1 - amount * terms.multiplier()
             weight.mul_(spread(factor, weight))
 
+    def _shrink_native(
+        self, logs: Sequence[Tensor], rates: Sequence[float], proximal: bool, keep: Sequence[Tensor] | None
+    ) -> None:
+        fused = keep is not None and all(
+            kept.stride() == weight.stride() and kept.dtype == weight.dtype
+            for kept, weight in zip(keep, self.weights, strict=True)
+        )
+        if keep is not None and not fused:
+            for kept, weight in zip(keep, self.weights, strict=True):
+                kept.copy_(weight)
+        native.run(
+            Operation.PROXIMAL if proximal else Operation.SHRINK,
+            self.weights,
+            logs,
+            scales=self.scales,
+            amounts=self._amounts(rates),
+            weight_outs=self.weights,
+            keeps=keep if fused else None,
+        )
+        # Autograd and caches go by the version of a tensor, which the core cannot raise.
+        torch.autograd.graph.increment_version([*self.weights, *(keep or ())])
+
+    def _amounts(self, rates: Sequence[float]) -> list[float]:
+        return [rate * scale for rate, scale in zip(rates, self.scales, strict=True)]
+
     @torch.no_grad()
     def log_gradient(
         self, log_probabilities: Tensor, rates: Sequence[float], displacements: Sequence[Tensor] | None = None
@@ -124,7 +169,18 @@ class LassoTable:
         layer, shaped as the weights), the mixed product d<dR/dW(W), D - rate dR/dW(W')>/dl. D is the move
         that the optimizer would make at W'; the penalty's own move at W' is added here.
         """
-        out = torch.empty_like(log_probabilities)
+        out = torch.empty(log_probabilities.shape, dtype=self.dtype, device=self.device)
+        if self._runs_native():
+            native.run(
+                Operation.STEP_GRADIENT,
+                self.weights,
+                self.split(log_probabilities),
+                scales=self.scales,
+                amounts=self._amounts(rates),
+                directions=displacements,
+                log_outs=self.split(out),
+            )
+            return out
         layers = zip(
             self.weights, self.split(log_probabilities), self.scales, rates, self.split(out), strict=True
         )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsp_kernels import group_lasso, sample_groups
+from dsp_kernels import available_backends, group_lasso, sample_groups
 from dsp_kernels.assignment import LassoTable, reference
 from dsp_kernels.assignment.op import standard_gumbel
 
@@ -627,3 +627,229 @@ def test_table_refuses_a_matrix_of_another_network():
     with pytest.raises(ValueError, match="log_probabilities: expected"):
         table.shrink(matrix[:, 1:], [0.1] * 4)
     assert all(torch.equal(a, b) for a, b in zip(table.weights, before, strict=True))
+
+
+# ---- the compiled core against the reference ----
+
+HAS_NATIVE = available_backends()["native"] is None
+needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=f"native: {available_backends()['native']}")
+NATIVE_SHAPES = [
+    (5, 3, 2, 2),
+    (4, 6),
+    (40, 33, 3, 3),
+    (33, 130, 1, 1),
+    (16, 7, 3, 3),
+    (1, 1, 1, 1),
+    (8, 20, 5, 5),
+]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def with_backend(backend):
+    return lambda weights, logs, scales: group_lasso(weights, logs, scales, backend=backend)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 6])
+def test_native_matches_the_reference_to_second_order(groups, dtype):
+    weights, logs, scales = layers(groups, dtype, shapes=NATIVE_SHAPES)
+    got = second_order(with_backend("native"), weights, logs, scales)
+    want = second_order(with_backend("reference"), weights, logs, scales)
+    for a, b in zip([got[0], *got[1], *got[2]], [want[0], *want[1], *want[2]], strict=True):
+        assert a.dtype == b.dtype and relative(a.double(), b.double()) < TOLERANCE[dtype]
+
+
+@needs_native
+@given(
+    filters=st.integers(1, 40),
+    channels=st.integers(1, 70),
+    taps=st.sampled_from([(), (1, 1), (2, 2), (3, 3), (1, 5)]),
+    groups=st.integers(1, 6),
+    last=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_native_matches_the_definition_on_any_shape(filters, channels, taps, groups, last, seed):
+    weights, logs, scales = layers(groups, shapes=[(filters, channels, *taps)], seed=seed)
+    if last and taps:
+        weights = [w.to(memory_format=torch.channels_last) for w in weights]
+    got = second_order(with_backend("native"), weights, logs, scales, seed)
+    want = second_order(reference.group_lasso_definition, weights, logs, scales, seed)
+    assert relative(got[0], want[0]) < 1e-12
+    for a, b in zip(got[1] + got[2], want[1] + want[2], strict=True):
+        assert (a - b).abs().max() < 1e-9 * (1 + b.abs().max())
+
+
+@needs_native
+def test_native_gradgradcheck():
+    weights, logs = leaves(*layers(shapes=SHAPES[:2])[:2])
+
+    def penalty(*t):
+        return group_lasso(t[:2], t[2:], [1.5, 0.7], backend="native")
+
+    assert torch.autograd.gradcheck(penalty, (*weights, *logs))
+    assert torch.autograd.gradgradcheck(penalty, (*weights, *logs))
+
+
+@needs_native
+def test_native_opcheck():
+    weights, logs, scales = opcheck_arguments()
+    torch.library.opcheck(OPS.group_lasso, (weights, logs, scales, "native"))
+    grad = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(OPS.group_lasso_backward, (grad, weights, logs, scales, "native"))
+
+
+@needs_native
+@pytest.mark.parametrize("proximal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("last", [False, True])
+def test_native_table_matches_the_reference(proximal, dtype, last):
+    weights, logs, scales = layers(3, dtype, shapes=NATIVE_SHAPES)
+    if last:
+        weights = [w.to(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
+    matrix = torch.cat(logs, 1)
+    rates = [1e-3 * (index + 1) for index in range(len(weights))]
+    moves = [torch.randn_like(w) for w in weights]
+    tables = [LassoTable([w.clone() for w in weights], 3, scales, backend=b) for b in ("native", "reference")]
+    assert [table.backend for table in tables] == ["native", "reference"]
+    for arguments in ((matrix, rates), (matrix, rates, moves)):
+        got, want = (table.log_gradient(*arguments) for table in tables)
+        assert relative(got, want) < TOLERANCE[dtype]
+    got, want = (table.penalties(matrix) for table in tables)
+    assert relative(got, want) < TOLERANCE[dtype]
+    assert got.dtype == want.dtype
+    step = reference.harden(matrix) if proximal else matrix
+    keep = [torch.empty_like(w) for w in weights]
+    for table in tables:
+        table.shrink(step, rates, proximal=proximal, keep=keep)
+    for a, b, kept, old in zip(tables[0].weights, tables[1].weights, keep, weights, strict=True):
+        assert relative(a, b) < TOLERANCE[dtype]
+        assert torch.equal(kept, old)
+
+
+@needs_native
+def test_native_results_do_not_depend_on_threads_or_runs():
+    weights, logs, scales = layers(4, torch.float32, shapes=[(64, 64, 3, 3), (128, 64, 1, 1), (16, 8, 3, 3)])
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        value, first, second = second_order(with_backend("native"), weights, logs, scales)
+        results.append([value, *first, *second])
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_native_step_raises_the_version_of_the_weights():
+    weights, logs, scales = layers()
+    table = LassoTable(weights, 3, scales, backend="native")
+    before = [w._version for w in weights]
+    table.shrink(torch.cat(logs, 1), [1e-3] * 4)
+    assert all(w._version > old for w, old in zip(weights, before, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_native_is_finite_at_zero(dtype):
+    weights, _, scales = layers(dtype=dtype, shapes=NATIVE_SHAPES)
+    weights[0].zero_()
+    weights[2][:, 4] = 0
+    weights[2][3] = 0
+    logs = [hard_logs([o % 2 for o in range(w.shape[0])], 3, dtype) for w in weights]
+    value, first, second = second_order(with_backend("native"), weights, logs, scales)
+    assert all(t.isfinite().all() for t in [value, *first, *second])
+    weights[1][0, 0] = math.nan
+    assert (
+        group_lasso(weights, logs, scales, backend="native").isnan().tolist() == [False, True] + [False] * 5
+    )
+
+
+@needs_native
+def test_strided_weights_and_matrices_are_read_rightly():
+    weights, logs, scales = layers(3, torch.float32, shapes=[(6, 4, 3, 3), (6, 4, 3, 3)])
+    wide = [torch.stack([w, w], -1)[..., 1] for w in weights]
+    columns = [torch.cat([log, log], 1)[:, 6:] for log in logs]
+    transposed = [log.t().contiguous().t() for log in logs]
+    want = second_order(with_backend("reference"), weights, logs, scales)
+    for a, b in ((wide, logs), (weights, columns), (weights, transposed)):
+        penalties = group_lasso(a, b, scales, backend="native")
+        assert torch.allclose(penalties, want[0], rtol=1e-6)
+    table = LassoTable(wide, 3, scales)
+    twin = LassoTable([w.clone() for w in weights], 3, scales, backend="reference")
+    for one in (table, twin):
+        one.shrink(torch.cat(logs, 1), [1e-3] * 2)
+    assert all(torch.allclose(a, b) for a, b in zip(table.weights, twin.weights, strict=True))
+
+
+@needs_native
+def test_layers_may_differ_in_their_number_of_groups():
+    weights, _, scales = layers(shapes=SHAPES[:3])
+    logs = [
+        torch.log_softmax(torch.randn(g, w.shape[0], dtype=torch.float64), 0)
+        for g, w in zip((2, 5, 2), weights, strict=True)
+    ]
+    got = second_order(with_backend("native"), weights, logs, scales[:3])
+    want = second_order(reference.group_lasso_definition, weights, logs, scales[:3])
+    for a, b in zip([got[0], *got[1], *got[2]], [want[0], *want[1], *want[2]], strict=True):
+        assert relative(a, b) < 1e-9
+
+
+@needs_native
+def test_half_weights_take_the_reference_and_refuse_the_native_backend():
+    weights, logs, scales = layers(3, torch.bfloat16, shapes=[(8, 4, 3, 3)])
+    assert LassoTable(weights, 3, scales).backend == "reference"
+    with pytest.raises(ValueError, match="backend 'native' cannot run here"):
+        group_lasso(weights, logs, scales, backend="native")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"operation": 9}, "unknown operation"),
+        ({"element": 2}, "unknown element"),
+        ({"groups": 0}, "number of groups"),
+        ({"threads": 0}, "threads"),
+        ({"words_numel": 14}, "wrong length"),
+        ({"numbers_numel": 1}, "wrong length"),
+        ({"words": 0}, "missing"),
+        ({4: 35}, "size is not filters x channels x taps"),
+        ({5: 0}, "no filters"),
+        ({6: -3}, "no filters"),
+        ({5: 1 << 40, 6: 1 << 40}, "lasso"),
+        ({9: 0}, "lacks its weight or log-probabilities"),
+        ({10: 3}, "rows of the log-probabilities overlap"),
+        ({"operation": 2}, "Hessian product needs both directions"),
+        ({"operation": 3, 2: 0}, "needs an output for the weights"),
+        ({"operation": 5}, "needs an output"),
+        ({14: 1, 13: 8}, "rows of the output overlap"),
+    ],
+)
+def test_the_core_refuses_a_table_that_does_not_fit(change, text):
+    from array import array
+
+    from dsp_kernels.backends import native_module
+
+    weight, log = torch.ones(4, 3, 3), torch.zeros(2, 4)
+    words = [weight.data_ptr(), 0, 0, 0, 36, 4, 3, 3, 0, log.data_ptr(), 4, 0, 0, 0, 0]
+    for key, value in change.items():
+        if isinstance(key, int):
+            words[key] = value
+    table, numbers = array("q", words), array("d", [1.0, 1.0])
+    arguments = {
+        "operation": 0,
+        "element": 0,
+        "words": table.buffer_info()[0],
+        "words_numel": 15,
+        "numbers": numbers.buffer_info()[0],
+        "numbers_numel": 2,
+        "groups": 2,
+        "penalties": 0,
+        "threads": 1,
+    }
+    module = native_module()
+    assert module.lasso(**arguments) == 0 or any(isinstance(key, int) for key in change)
+    arguments.update({key: value for key, value in change.items() if isinstance(key, str)})
+    assert module.lasso(**arguments) != 0
+    assert text in module.last_error()

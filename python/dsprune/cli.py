@@ -585,9 +585,8 @@ def main(arguments: list[str] | None = None) -> int:
         previous = None
     try:
         result = app(args=arguments, prog_name="dsprune", standalone_mode=False)
-        return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        return _fail("interrupted; the last finished epoch is kept, --resume goes on from it", INTERRUPTED)
+        result = INTERRUPTED
     except typer.Exit as exit_:
         return exit_.exit_code
     except Exception as error:
@@ -599,11 +598,12 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+    if result == INTERRUPTED:  # typer, too, turns Ctrl-C into this status
+        return _fail("interrupted; the last finished epoch is kept, --resume goes on from it", INTERRUPTED)
+    return result if isinstance(result, int) else 0
 
 
 def _usage(error: Exception) -> int:
-    if type(error).__name__ == "Abort":
-        return _fail("interrupted; the last finished epoch is kept, --resume goes on from it", INTERRUPTED)
     text = error.format_message() if hasattr(error, "format_message") else str(error)
     return _fail(text, getattr(error, "exit_code", 1))
 

@@ -6,7 +6,10 @@ linear layer by the module that owns its weight. Batch and image size stay symbo
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import math
 import re
 import warnings
@@ -118,6 +121,7 @@ class NetworkGraph:
     module: fx.GraphModule
     tensors: dict[str, torch.Tensor]
     sites: list[Site]
+    others: dict[str, tuple[int, int]]
     limits: Limits
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -188,6 +192,8 @@ def clean_copy(model: nn.Module) -> nn.Module:
     clone = copy.deepcopy(model, memo)
     for module in clone.modules():
         if parametrize.is_parametrized(module):
+            # The copy shares the original's generated class; taking the property off it must not reach the original.
+            module.__class__ = type(type(module).__name__, type(module).__bases__, dict(vars(type(module))))
             for name in list(module.parametrizations):  # type: ignore[arg-type, union-attr]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         for hook in list(module._forward_pre_hooks.values()):
@@ -206,6 +212,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines or warnings of the tracer: where an attempt fails, the next one or the error says what matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def hint(size: Any) -> int:
@@ -254,9 +273,9 @@ def _guard(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> Call
     source = " and ".join(
         f"({pattern.sub(lambda m: f's[{names[m[1]]}][{m[2]}]', guard)})" for guard in dict.fromkeys(guards)
     )
-    if re.search(r"[A-Za-rt-z_]", re.sub(r"\b(and|or|not)\b", "", source)):
+    if re.search(r"[A-Za-z_]", re.sub(r"\b(and|or|not|max|min|s)\b", "", source)):
         raise ExportError(f"assumptions on sizes that are not understood: {source}")
-    guard = eval(f"lambda s: {source}", {"__builtins__": {}})  # arithmetic on sizes alone: no other name is left
+    guard = eval(f"lambda s: {source}", {"__builtins__": {"max": max, "min": min}})  # arithmetic on sizes: no other name is left
     if not guard([tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in inputs]):
         raise ExportError("the tracer's assumptions do not hold for the example")
     return guard
@@ -292,8 +311,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.export.Exp
     error = ""
     for args, shapes in attempts:
         try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
+            with _quiet(), torch.no_grad():
                 program = torch.export.export(model, args, dynamic_shapes=shapes)
                 limits = Limits(_ranges(program, args), None if shapes is None else _guard(program, args))
                 if shapes is not None and any(r and r[0][0] == r[0][1] for r in limits.ranges):
@@ -320,8 +338,7 @@ def trace(model: nn.Module, example_input: Any) -> NetworkGraph:
     inputs = as_inputs(example_input)
     with evaluating(model):
         program, limits = _export(model, inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         module = program.module()
     assert isinstance(module, fx.GraphModule)
     for node in list(module.graph.nodes):
@@ -333,7 +350,7 @@ def trace(model: nn.Module, example_input: Any) -> NetworkGraph:
         node.target: _attribute(module, node.target) for node in module.graph.nodes if node.op == "get_attr"
     }
     tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    return NetworkGraph(module, tensors, _sites(module, tensors), limits)
+    return NetworkGraph(module, tensors, _sites(module, tensors), _others(module, tensors), limits)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
@@ -416,6 +433,18 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
         site.is_module = site.name != site.weight_name
         site.uses = sum(other.weight_name == site.weight_name for other in sites)
     return sites
+
+
+def _others(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    out: dict[str, tuple[int, int]] = {}
+    for node in module.graph.nodes:
+        if node.target is not aten.conv_transpose2d.input:
+            continue
+        source, weight = shape_of(node.args[0]), tensors.get(str(getattr(node.args[1], "target", "")))
+        if source is not None and weight is not None:
+            name, count = _owner(str(node.args[1].target)), weight.numel()
+            out[name] = (out.get(name, (0, 0))[0] + count * source[-2] * source[-1], count)
+    return out
 
 
 def _roles(graph: NetworkGraph) -> dict[fx.Node, tuple[bool, bool, bool]]:

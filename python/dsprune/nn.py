@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsp_kernels import GroupLayout
-from dsp_kernels.conv.op import conv2d_from_plan
+from dsp_kernels.conv import conv2d_from_plan
 
 __all__ = ["PermutedGroupedConv2d"]
 
@@ -91,7 +91,7 @@ class PermutedGroupedConv2d(nn.Module):
             self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self.register_buffer("plan", layout.plan() if device is None else layout.plan().to(device), persistent=False)
+        self.register_buffer("plan", layout.plan().clone(), persistent=False)
         self.reset_parameters()
 
     def _split_padding(self) -> tuple[tuple[int, int], tuple[int, int, int, int] | None]:

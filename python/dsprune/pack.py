@@ -125,9 +125,11 @@ class PackedNetwork(nn.Module):
             return self.network(*args, **kwargs)
         if kwargs:
             args = self._positional(args, kwargs)
-        if self._fits(args):
-            return self.network(*args)
-        return self._variant(args)(*args)
+        return self.network_for(args)(*args)
+
+    def network_for(self, args: tuple[Any, ...]) -> nn.Module:
+        """The network that runs for these positional arguments: ``network``, or one planned again for their sizes."""
+        return self.network if self._limits is None or self._fits(args) else self._variant(args)
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         count = len(self.example_shapes)

@@ -125,11 +125,12 @@ def _measured(packed: PackedNetwork, inputs: tuple[Any, ...]) -> dict[str, tuple
 
         handles.append(layer.register_forward_hook(hook))
 
-    for name, layer in iterate_layers(packed.network):
+    network = packed.network_for(inputs)
+    for name, layer in iterate_layers(network):
         watch(name, layer)
     try:
         with evaluating(packed), torch.no_grad():
-            packed.network(*inputs)
+            network(*inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -161,10 +162,12 @@ def summary(model: nn.Module, example_input: Any) -> Summary:
     if isinstance(inner, PackedNetwork):
         measured = _measured(inner, inputs)
     linear = {site.name for site in counter.graph.sites if site.kind == "linear"} if counter.graph else set()
+    others = counter.graph.others if counter.graph else {}
     rows = []
     for name in counts.macs:
-        macs, weights, groups = counts.macs[name], counts.weights[name], _groups_of(pairs[name])
-        if measured is not None:
+        groups = 1 if name in others else _groups_of(pairs[name])
+        macs, weights = counts.macs[name], counts.weights[name]
+        if measured is not None and name not in others:
             macs, weights, groups = measured.get(name, (0, 0, 0))
         rows.append(
             LayerSummary(

@@ -140,6 +140,9 @@ class _Counter:
             macs[name] = macs.get(name, 0) + live * taps * positions
             dense[name] = dense.get(name, 0) + full * taps * positions
             weights[name], dense_weights[name] = live * taps, full * taps
+        for name, (other_macs, count) in (self.graph.others if self.graph is not None else {}).items():
+            macs[name] = dense[name] = other_macs
+            weights[name] = dense_weights[name] = count
         return Count(macs, dense, weights, dense_weights, self.all_params, frozenset(self.prunable))
 
 

@@ -91,8 +91,11 @@ def test_strides_halve_the_maps() -> None:
         model(torch.zeros(1, 3, 32, 32))
         deep(torch.zeros(1, 3, 64, 64))
     assert sizes == {
-        "stage1": (1, 16, 32, 32), "stage2": (1, 32, 16, 16), "stage3": (1, 64, 8, 8), "layer4": (1, 2048, 2, 2)
-    }  # fmt: skip
+        "stage1": (1, 16, 32, 32),
+        "stage2": (1, 32, 16, 16),
+        "stage3": (1, 64, 8, 8),
+        "layer4": (1, 2048, 2, 2),
+    }
 
 
 def test_block_is_the_documented_formula() -> None:

@@ -221,12 +221,12 @@ def learn(
     _say_accuracy(here, images, "learned")
 
 
-def _say_accuracy(run: Run, data: ImageData, stage: str) -> None:
+def _say_accuracy(run: Run, data: ImageData, stage: str, model: nn.Module | None = None) -> None:
     from dsprune.recipes.training import evaluate
 
-    model = run.packed(data) if stage == "packed" else run.read(stage, data)[0]
+    model = model or run.read(stage, data)[0]
     accuracy = evaluate(model, data.validation).accuracy
-    _out().print(f"{run.file(stage)}: validation accuracy {accuracy:.2f}%")
+    typer.echo(f"{run.file(stage)}: validation accuracy {accuracy:.2f}%")
 
 
 @app.command()
@@ -257,8 +257,9 @@ def prune(
     images = here.data()
     here.reconfigure(prune=settings)
     stages.make_pruned(here, images)
-    _print_summary(here.read("pruned", images)[0], images)
-    _say_accuracy(here, images, "pruned")
+    pruned = here.read("pruned", images)[0]
+    _print_summary(pruned, images)
+    _say_accuracy(here, images, "pruned", pruned)
 
 
 @app.command()
@@ -296,9 +297,10 @@ def pack(run: RunOption, threads: ThreadsOption = None) -> None:
     here.need("pruned", "prune")
     images = here.data()
     difference = stages.make_packed(here, images)
-    _print_summary(here.packed(images), images)
-    _say_accuracy(here, images, "packed")
-    _out().print(f"largest difference from the masked network's logits: {difference:.1e}")
+    packed = here.packed(images)
+    _print_summary(packed, images)
+    _say_accuracy(here, images, "packed", packed)
+    typer.echo(f"largest difference from the masked network's logits: {difference:.1e}")
 
 
 def _print_summary(model: nn.Module, data: ImageData) -> None:
@@ -400,9 +402,9 @@ def show(
     except ValueError as error:
         if "nothing to draw" not in str(error):
             raise
-        _out().print("no picture: nothing is pruned in this network")
+        typer.echo("no picture: nothing is pruned in this network")
     else:
-        _out().print(f"picture: {path}")
+        typer.echo(f"picture: {path}")
 
 
 @app.command()
@@ -514,7 +516,7 @@ def demo(
             reports.append(
                 run_demo(
                     folder, config, resume=resume, timing=timing, progress=shown,
-                    say=lambda text, shown=shown: bars.console.print(f"  {shown.prefix}{text}"),
+                    say=lambda text, shown=shown: bars.console.print(f"  {shown.prefix}{text}", markup=False),
                 )
             )  # fmt: skip
     report = reports[0]
@@ -524,15 +526,15 @@ def demo(
     console = _out()
     for table in _demo_tables(report, seeds):
         console.print(table)
-    console.print(
+    typer.echo(
         f"packed and masked logits differ by at most {report['packed_minus_masked']:.1e}; "
         "reloaded in a new process: the same bits"
     )
     last = out if seeds == 1 else out / f"seed{seed}"
-    console.print(f"picture: {last / 'report.png'}")
-    console.print(f"packed network: {last / 'packed.safetensors'}")
-    console.print(f"figures: {out / 'report.json'}")
-    console.print(f"took {time.perf_counter() - start:.0f} s")
+    typer.echo(f"picture: {last / 'report.png'}")
+    typer.echo(f"packed network: {last / 'packed.safetensors'}")
+    typer.echo(f"figures: {out / 'report.json'}")
+    typer.echo(f"took {time.perf_counter() - start:.0f} s")
 
 
 def _demo_tables(report: dict[str, Any], seeds: int) -> list[Table]:

@@ -41,10 +41,10 @@ struct LassoLayer {
 
 struct LassoKernels {
   void (*prepare)(const LassoLayer& layer, dsp_lasso_op operation);
-  int64_t (*scratch_bytes)(const LassoLayer& layer);
+  int64_t (*scratch_bytes)(const LassoLayer& layer, dsp_lasso_op operation);
   void (*block)(const LassoLayer& layer, dsp_lasso_op operation, int64_t index, char* scratch);
   void (*finish)(const LassoLayer& layer, dsp_lasso_op operation);
-  int64_t (*block_width)(int64_t filters, int64_t channels, int64_t taps);
+  int64_t (*block_width)(int64_t filters, int64_t channels, int64_t taps, dsp_lasso_op operation);
 };
 
 // Element type 0: float32, 1: float64.

@@ -18,7 +18,9 @@ namespace dsp {
 namespace DSP_ISA {
 namespace {
 
-constexpr int64_t kTileBytes = 256 * 1024;  // of weights in a block: they are touched twice
+// Of weights in a block: they are touched twice.
+constexpr int64_t kTileBytes = 256 * 1024;
+constexpr int64_t kFlatTileBytes = 512 * 1024;
 
 template <typename T>
 struct Lanes {
@@ -37,10 +39,15 @@ constexpr double norm_floor<double>() {
   return 1e-100;
 }
 
+bool is_flat(dsp_lasso_op operation) {
+  return operation != DSP_LASSO_HESSIAN && operation != DSP_LASSO_STEP_GRADIENT;
+}
+
 template <typename T>
-int64_t block_width(int64_t filters, int64_t channels, int64_t taps) {
+int64_t block_width(int64_t filters, int64_t channels, int64_t taps, dsp_lasso_op operation) {
   constexpr int64_t lanes = Lanes<T>::count;
-  int64_t width = kTileBytes / static_cast<int64_t>(sizeof(T)) / (filters * taps) / lanes * lanes;
+  const int64_t bytes = is_flat(operation) ? kFlatTileBytes : kTileBytes;
+  int64_t width = bytes / static_cast<int64_t>(sizeof(T)) / (filters * taps) / lanes * lanes;
   if (width < lanes) width = lanes;
   const int64_t all = (channels + lanes - 1) / lanes * lanes;
   if (width >= all) return all;
@@ -266,17 +273,298 @@ void write_row(const LassoLayer& l, int64_t o, int64_t first, int64_t count, con
   }
 }
 
-// (filters, width) matrices and (groups, width) tables that a block needs.
-constexpr int64_t kMatrices = 3;
-constexpr int64_t kTables = 7;
+// ---- a block without S: everything in the order in which the weights lie ----
+//
+// For what needs only the norms and products with per-channel tables, S need not exist: the sum over the taps
+// commutes with the sum over the filters, so norms are summed per element and folded once, and a table
+// (groups, channels) is spread over the taps once. Rows are then read as they lie, in whole vectors.
+
+#if defined(__AVX512F__)
+constexpr int kRows = 4;
+#else
+constexpr int kRows = 2;
+#endif
 
 template <typename T>
-int64_t scratch_bytes(const LassoLayer& l) {
-  return (kMatrices * l.filters + kTables * l.groups + 4) * l.block * static_cast<int64_t>(sizeof(T));
+DSP_INLINE void load(const T* at, typename Lanes<T>::Vec* v) {
+  std::memcpy(v, at, sizeof(*v));
 }
 
 template <typename T>
-void block(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scratch) {
+DSP_INLINE void load_some(const T* at, int64_t count, typename Lanes<T>::Vec* v) {
+  alignas(64) T a[Lanes<T>::count] = {};
+  std::memcpy(a, at, static_cast<size_t>(count) * sizeof(T));
+  std::memcpy(v, a, sizeof(*v));
+}
+
+template <typename T>
+DSP_INLINE void store_some(const typename Lanes<T>::Vec& v, int64_t count, T* at) {
+  std::memcpy(at, &v, static_cast<size_t>(count) * sizeof(T));
+}
+
+// sums[g, c] += sum over Rows rows of p2[row, g] w[row, c]^2
+template <typename T, int Rows, int Count>
+void add_squares(const T* w, int64_t row, const T* p2, int64_t groups, int64_t length, int64_t width,
+                 T* sums) {
+  using Vec = typename Lanes<T>::Vec;
+  constexpr int64_t lanes = Lanes<T>::count;
+  for (int64_t c = 0; c < length; c += lanes) {
+    Vec sum[Count];
+    for (int g = 0; g < Count; ++g) sum[g] = *reinterpret_cast<const Vec*>(sums + g * width + c);
+    for (int i = 0; i < Rows; ++i) {
+      Vec x;
+      if (c + lanes <= length) {
+        load<T>(w + i * row + c, &x);
+      } else {
+        load_some<T>(w + i * row + c, length - c, &x);
+      }
+      x *= x;
+      for (int g = 0; g < Count; ++g) sum[g] += p2[i * groups + g] * x;
+    }
+    for (int g = 0; g < Count; ++g) *reinterpret_cast<Vec*>(sums + g * width + c) = sum[g];
+  }
+}
+
+template <typename T, int Count>
+void all_squares(const T* w, int64_t row, const T* p2, int64_t filters, int64_t groups, int64_t length,
+                 int64_t width, T* sums) {
+  constexpr int rows = 8;
+  int64_t o = 0;
+  for (; o + rows <= filters; o += rows)
+    add_squares<T, rows, Count>(w + o * row, row, p2 + o * groups, groups, length, width, sums);
+  for (; o < filters; ++o)
+    add_squares<T, 1, Count>(w + o * row, row, p2 + o * groups, groups, length, width, sums);
+}
+
+struct Pass {
+  int64_t row, groups, length, width;
+};
+
+// For Rows rows: dots[row, g] += sum_c table[g, c] w[row, c]^2, and
+// out[row, c] = w[row, c] (base + sum_g p2[row, g] factors[g, c]); either may be left out.
+template <typename T, int Rows, int Count, bool Dots, bool Write>
+void pass_rows(const Pass& s, const T* w, const T* p2, const T* table, const T* factors, T base, T* dots,
+               T* keep, T* out) {
+  using Vec = typename Lanes<T>::Vec;
+  constexpr int64_t lanes = Lanes<T>::count;
+  Vec sum[Rows][Count] = {};
+  for (int64_t c = 0; c < s.length; c += lanes) {
+    const int64_t left = s.length - c;
+    Vec entry[Count];
+    Vec factor[Count];
+    for (int g = 0; g < Count; ++g) {
+      if (Dots) entry[g] = *reinterpret_cast<const Vec*>(table + g * s.width + c);
+      if (Write) factor[g] = *reinterpret_cast<const Vec*>(factors + g * s.width + c);
+    }
+    for (int i = 0; i < Rows; ++i) {
+      Vec x;
+      if (left >= lanes) {
+        load<T>(w + i * s.row + c, &x);
+      } else {
+        load_some<T>(w + i * s.row + c, left, &x);
+      }
+      if (Write) {
+        Vec f = base - Vec{};
+        for (int g = 0; g < Count; ++g) f += p2[i * s.groups + g] * factor[g];
+        f *= x;
+        if (left >= lanes) {
+          if (keep != nullptr) std::memcpy(keep + i * s.row + c, &x, sizeof(x));
+          std::memcpy(out + i * s.row + c, &f, sizeof(f));
+        } else {
+          if (keep != nullptr) store_some<T>(x, left, keep + i * s.row + c);
+          store_some<T>(f, left, out + i * s.row + c);
+        }
+      }
+      if (Dots) {
+        x *= x;
+        for (int g = 0; g < Count; ++g) sum[i][g] += entry[g] * x;
+      }
+    }
+  }
+  if (Dots)
+    for (int i = 0; i < Rows; ++i)
+      for (int g = 0; g < Count; ++g) dots[i * s.groups + g] += total<T>(sum[i][g]);
+}
+
+template <typename T, int Count, bool Dots, bool Write>
+void pass_all(const Pass& s, int64_t filters, const T* w, const T* p2, const T* table, const T* factors,
+              T base, T* dots, T* keep, T* out) {
+  int64_t o = 0;
+  const auto step = [&](auto run, int64_t rows) {
+    run(s, w + o * s.row, p2 + o * s.groups, table, factors, base, Dots ? dots + o * s.groups : dots,
+        keep == nullptr ? keep : keep + o * s.row, Write ? out + o * s.row : out);
+    o += rows;
+  };
+  while (o + kRows <= filters) step(&pass_rows<T, kRows, Count, Dots, Write>, kRows);
+  while (o < filters) step(&pass_rows<T, 1, Count, Dots, Write>, 1);
+}
+
+template <typename T, int Count>
+void pass_some(const Pass& s, int64_t filters, const T* w, const T* p2, const T* table, const T* factors,
+               T base, T* dots, T* keep, T* out) {
+  if (dots != nullptr && out != nullptr) {
+    pass_all<T, Count, true, true>(s, filters, w, p2, table, factors, base, dots, keep, out);
+  } else if (dots != nullptr) {
+    pass_all<T, Count, true, false>(s, filters, w, p2, table, factors, base, dots, keep, out);
+  } else {
+    pass_all<T, Count, false, true>(s, filters, w, p2, table, factors, base, dots, keep, out);
+  }
+}
+
+// More groups than are handled at once: the factor of a row is made first.
+template <typename T>
+void write_many(const Pass& s, int64_t filters, const T* w, const T* p2, const T* factors, T base, T* row,
+                T* keep, T* out) {
+  for (int64_t o = 0; o < filters; ++o) {
+    spread<T>(p2 + o * s.groups, factors, s.groups, s.width, base, row);
+    const int64_t at = o * s.row;
+    scale_channels<T>(w + at, row, static_cast<const T*>(nullptr), static_cast<const T*>(nullptr),
+                      keep == nullptr ? keep : keep + at, out + at, s.length);
+  }
+}
+
+constexpr int kAtOnce = 4;
+
+// Elements of a row of the block that lie together, and that rounded up to whole vectors.
+template <typename T>
+int64_t segment_width(const LassoLayer& l) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  return ((l.tap_major ? l.block : l.block * l.taps) + lanes - 1) / lanes * lanes;
+}
+
+template <typename T>
+void block_flat(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scratch) {
+  const int64_t groups = l.groups;
+  const int64_t filters = l.filters;
+  const int64_t first = index * l.block;
+  const int64_t count = l.channels - first < l.block ? l.channels - first : l.block;
+  const int64_t channels = l.block;
+  const int64_t segments = l.tap_major ? l.taps : 1;
+  const int64_t fold = l.tap_major ? 1 : l.taps;
+  const Pass s = {l.channels * l.taps, groups, count * fold, segment_width<T>(l)};
+  const T* weight = static_cast<const T*>(l.weight) + first * fold;
+  const T* p2 = static_cast<const T*>(l.squares);
+  double* sums = l.sums + index * groups * 2;
+
+  T* elements = reinterpret_cast<T*>(scratch);  // (groups, width): sums of squares, then the table
+  T* factors = elements + groups * s.width;
+  T* row = factors + groups * s.width;
+  T* norm = row + s.width;
+  T* inverse = norm + groups * channels;
+
+  std::memset(elements, 0, static_cast<size_t>(groups * s.width) * sizeof(T));
+  for (int64_t k = 0; k < segments; ++k) {
+    const T* w = weight + k * l.channels;
+    for (int64_t g = 0; g < groups; g += kAtOnce) {
+      T* at = elements + g * s.width;
+      switch (groups - g) {
+        case 1:
+          all_squares<T, 1>(w, s.row, p2 + g, filters, groups, s.length, s.width, at);
+          break;
+        case 2:
+          all_squares<T, 2>(w, s.row, p2 + g, filters, groups, s.length, s.width, at);
+          break;
+        case 3:
+          all_squares<T, 3>(w, s.row, p2 + g, filters, groups, s.length, s.width, at);
+          break;
+        default:
+          all_squares<T, kAtOnce>(w, s.row, p2 + g, filters, groups, s.length, s.width, at);
+          break;
+      }
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t c = 0; c < channels; ++c) {
+      T sum = 0;
+      if (c < count)
+        for (int64_t k = 0; k < fold; ++k) sum += elements[g * s.width + c * fold + k];
+      norm[g * channels + c] = sum;
+    }
+  invert<T>(norm, inverse, groups * channels);
+  for (int64_t g = 0; g < groups; ++g) {
+    sums[g * 2] = row_total<T>(norm + g * channels, channels);
+    sums[g * 2 + 1] = 0;
+  }
+  if (operation == DSP_LASSO_PENALTY) return;
+
+  const T amount = static_cast<T>(l.amount);
+  const bool shrinks = operation != DSP_LASSO_BACKWARD;
+  T* dots = nullptr;
+  if (!shrinks && l.parts != nullptr) {
+    dots = static_cast<T*>(l.parts) + index * filters * groups;
+    std::memset(dots, 0, static_cast<size_t>(filters * groups) * sizeof(T));
+  }
+  T* out = l.weight_out == nullptr ? nullptr : static_cast<T*>(l.weight_out) + first * fold;
+  T* keep = l.keep == nullptr ? nullptr : static_cast<T*>(l.keep) + first * fold;
+  if (dots == nullptr && out == nullptr) return;
+  std::memset(elements, 0, static_cast<size_t>(2 * groups * s.width) * sizeof(T));
+  for (int64_t g = 0; g < groups; ++g) {
+    const T size = static_cast<T>(l.size[g]);
+    for (int64_t c = 0; c < count; ++c) {
+      const T ratio = size * inverse[g * channels + c];
+      T factor = amount * ratio;
+      if (operation == DSP_LASSO_SHRINK) factor = -factor;
+      if (operation == DSP_LASSO_PROXIMAL) {
+        // A dead norm (0, not NaN) shrinks to nothing.
+        factor = 1 - factor;
+        if (norm[g * channels + c] == 0 || factor < 0) factor = 0;
+      }
+      for (int64_t k = 0; k < fold; ++k) {
+        elements[g * s.width + c * fold + k] = ratio;
+        factors[g * s.width + c * fold + k] = factor;
+      }
+    }
+  }
+  const T base = operation == DSP_LASSO_SHRINK ? T(1) : T(0);
+  for (int64_t k = 0; k < segments; ++k) {
+    const int64_t shift = k * l.channels;
+    const T* w = weight + shift;
+    T* to = out == nullptr ? out : out + shift;
+    T* kept = keep == nullptr ? keep : keep + shift;
+    if (groups > kAtOnce) {
+      for (int64_t g = 0; g < groups && dots != nullptr; ++g)
+        pass_some<T, 1>(s, filters, w, p2 + g, elements + g * s.width, factors, base, dots + g,
+                        static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+      if (to != nullptr) write_many<T>(s, filters, w, p2, factors, base, row, kept, to);
+      continue;
+    }
+    switch (groups) {
+      case 1:
+        pass_some<T, 1>(s, filters, w, p2, elements, factors, base, dots, kept, to);
+        break;
+      case 2:
+        pass_some<T, 2>(s, filters, w, p2, elements, factors, base, dots, kept, to);
+        break;
+      case 3:
+        pass_some<T, 3>(s, filters, w, p2, elements, factors, base, dots, kept, to);
+        break;
+      default:
+        pass_some<T, kAtOnce>(s, filters, w, p2, elements, factors, base, dots, kept, to);
+        break;
+    }
+  }
+  if (dots != nullptr)
+    for (int64_t i = 0; i < filters * groups; ++i) dots[i] *= p2[i];
+}
+
+// ---- a block by way of S ----
+
+// (filters, width) matrices and (groups, width) tables that a block needs.
+constexpr int64_t kMatrices = 3;
+constexpr int64_t kTables = 7;
+constexpr int64_t kRowBuffers = 2;
+
+template <typename T>
+int64_t scratch_bytes(const LassoLayer& l, dsp_lasso_op operation) {
+  const int64_t groups = l.groups;
+  const int64_t count = is_flat(operation)
+                            ? (2 * groups + 1) * segment_width<T>(l) + 2 * groups * l.block
+                            : (kMatrices * l.filters + kTables * groups + kRowBuffers) * l.block;
+  return count * static_cast<int64_t>(sizeof(T));
+}
+
+template <typename T>
+void block_square(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scratch) {
   const int64_t width = l.block;
   const int64_t groups = l.groups;
   const int64_t filters = l.filters;
@@ -312,7 +600,6 @@ void block(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scr
   const T amount = static_cast<T>(l.amount);
 
   products<T>(l, weight, weight, first, count, width, S);
-  // For the proximal step p is 0 or 1, and p^2 = p.
   mix<T>(p2, S, filters, groups, width, norm);
   invert<T>(norm, inverse, cells);
   for (int64_t g = 0; g < groups; ++g) {
@@ -323,39 +610,6 @@ void block(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scr
   }
 
   switch (operation) {
-    case DSP_LASSO_PENALTY:
-      break;
-    case DSP_LASSO_SHRINK:
-      for (int64_t i = 0; i < cells; ++i) change[i] = -amount * ratio[i];
-      for (int64_t o = 0; o < filters; ++o) {
-        spread<T>(p2 + o * groups, change, groups, width, T(1), row);
-        write_row<T>(l, o, first, count, row, nullptr);
-      }
-      break;
-    case DSP_LASSO_PROXIMAL:
-      for (int64_t i = 0; i < cells; ++i) {
-        const T left = 1 - amount * ratio[i];
-        // A dead norm (0, not NaN) shrinks to nothing.
-        change[i] = norm[i] == 0 || left < 0 ? T(0) : left;
-      }
-      for (int64_t o = 0; o < filters; ++o) {
-        spread<T>(p2 + o * groups, change, groups, width, T(0), row);
-        write_row<T>(l, o, first, count, row, nullptr);
-      }
-      break;
-    case DSP_LASSO_BACKWARD:
-      if (l.weight_out != nullptr) {
-        for (int64_t i = 0; i < cells; ++i) change[i] = amount * ratio[i];
-        for (int64_t o = 0; o < filters; ++o) {
-          spread<T>(p2 + o * groups, change, groups, width, T(0), row);
-          write_row<T>(l, o, first, count, row, nullptr);
-        }
-      }
-      if (parts != nullptr)
-        for (int64_t o = 0; o < filters; ++o)
-          for (int64_t g = 0; g < groups; ++g)
-            parts[o * groups + g] = p2[o * groups + g] * dot<T>(ratio + g * width, S + o * width, width);
-      break;
     case DSP_LASSO_HESSIAN: {
       products<T>(l, weight, direction, first, count, width, P);
       mix<T>(p2, P, filters, groups, width, change);
@@ -449,6 +703,17 @@ void block(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scr
         }
       break;
     }
+    default:
+      break;
+  }
+}
+
+template <typename T>
+void block(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scratch) {
+  if (is_flat(operation)) {
+    block_flat<T>(l, operation, index, scratch);
+  } else {
+    block_square<T>(l, operation, index, scratch);
   }
 }
 
@@ -459,7 +724,11 @@ void finish(const LassoLayer& l, dsp_lasso_op operation) {
   const int64_t groups = l.groups;
   const T* roots = static_cast<const T*>(l.roots);
   const T* halves = static_cast<const T*>(l.halves);
-  const T* parts = static_cast<const T*>(l.parts);
+  T* parts = static_cast<T*>(l.parts);
+  const int64_t cells = l.filters * groups;
+  if (parts != nullptr)
+    for (int64_t b = 1; b < l.blocks; ++b)
+      for (int64_t i = 0; i < cells; ++i) parts[i] += parts[b * cells + i];
   double penalty = 0;
   for (int64_t g = 0; g < groups; ++g) {
     double norms = 0;

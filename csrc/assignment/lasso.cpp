@@ -90,7 +90,7 @@ void run(dsp_lasso_op operation, int element, const int64_t* words, int64_t word
   std::vector<int64_t> starts(1, 0);
   for (int64_t i = 0; i < count; ++i) {
     LassoLayer l = decode(words + i * DSP_LASSO_WORDS, numbers + i * 2, static_cast<int>(groups), operation);
-    l.block = kernels.block_width(l.filters, l.channels, l.taps);
+    l.block = kernels.block_width(l.filters, l.channels, l.taps, operation);
     l.blocks = (l.channels + l.block - 1) / l.block;
     l.penalty = penalties == nullptr ? nullptr : penalties + i;
     layers.push_back(l);
@@ -129,7 +129,7 @@ void run(dsp_lasso_op operation, int element, const int64_t* words, int64_t word
       (starts[middle] <= task ? i : end) = middle;
     }
     const LassoLayer& l = layers[i];
-    char* scratch = task_scratch().reserve(static_cast<size_t>(kernels.scratch_bytes(l)));
+    char* scratch = task_scratch().reserve(static_cast<size_t>(kernels.scratch_bytes(l, operation)));
     kernels.block(l, operation, task - starts[i], scratch);
   };
   parallel_for(threads, starts.back(), block);

@@ -47,9 +47,15 @@ struct BlockArgs {
 
 using BlockFn = void (*)(const BlockArgs& args);
 
-// A row of `count` values, value j from src[j * stride - shift] where that lies inside [0, width), else 0.
-using GatherRowFn = void (*)(float* dst, int64_t count, const float* src, int64_t width, int64_t shift,
-                             int64_t stride);
+// Rows of `count` values: value j of a row is from[j * stride] for j in [first, last), else 0. No more than
+// `width` values may be read from `from + first * stride` on.
+struct GatherArgs {
+  float* dst;
+  const float* from;
+  int64_t dst_pitch, from_pitch;
+  int64_t rows, count, first, last, width, stride;
+};
+using GatherFn = void (*)(const GatherArgs& args);
 // dst = act(value + residual) for rows of a plane; residual may be null
 using FillFn = void (*)(float* dst, int64_t dst_pitch, const float* residual, int64_t residual_pitch,
                         float value, int64_t rows, int64_t width, int32_t activation);
@@ -73,7 +79,7 @@ struct KernelTable {
   int rows_log[kMaxFilters + 1];  // by filters of the block: how many vectors a tile has at best
   // [filters - 1][rows_log][kernel of 3 rows with reuse][mode]
   BlockFn block[kMaxFilters][kMaxRowsLog + 1][2][3];
-  GatherRowFn gather_row;
+  GatherFn gather;
   FillFn fill;
   AddFn add;
   AffineFn affine;

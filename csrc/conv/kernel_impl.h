@@ -79,42 +79,49 @@ void block(const BlockArgs& a) {
   }
 }
 
-inline void gather_row(float* dst, int64_t count, const float* src, int64_t width, int64_t shift,
-                       int64_t stride) {
-  // Value j comes from src[j * stride - shift]; the real ones are j in [first, last).
-  int64_t first = shift > 0 ? (shift + stride - 1) / stride : 0;
-  int64_t last = width - 1 + shift < 0 ? 0 : (width - 1 + shift) / stride + 1;
-  if (first > count) first = count;
-  if (last > count) last = count;
-  if (last < first) last = first;
+DSP_INLINE void copy_row(float* dst, const float* from, int64_t count) {
   int64_t j = 0;
-  for (; j < first; ++j) dst[j] = 0;
-  const float* from = src - shift;
-  if (stride == 1) {
-    for (; j + kLanes <= last; j += kLanes) store(dst + j, load(from + j));
-    if (j < last)
-      store_lanes(dst + j, load_lanes(from + j, static_cast<int>(last - j)), static_cast<int>(last - j));
-    j = last;
-  } else if (stride == 2) {
-    for (; j < last; j += kLanes) {
-      // The source's row has `left` values from here on: at least one, and no more than those are read.
-      const int64_t left = width + shift - 2 * j;
-      const float* at = from + 2 * j;
-      const int rest = static_cast<int>(last - j < kLanes ? last - j : kLanes);
-      if (left >= 2 * kLanes && rest == kLanes) {
-        store(dst + j, even(load(at), load(at + kLanes)));
-      } else {
-        const int low = static_cast<int>(left < kLanes ? left : kLanes);
-        const int high = static_cast<int>(left < kLanes ? 0 : (left < 2 * kLanes ? left - kLanes : kLanes));
-        const Vec b = high > 0 ? load_lanes(at + kLanes, high) : zero();
-        store_lanes(dst + j, even(load_lanes(at, low), b), rest);
-      }
-    }
-    j = last;
-  } else {
-    for (; j < last; ++j) dst[j] = from[j * stride];
+  for (; j + kLanes <= count; j += kLanes) store(dst + j, load(from + j));
+  if (j < count) {
+    const int rest = static_cast<int>(count - j);
+    store_lanes(dst + j, load_lanes(from + j, rest), rest);
   }
-  for (; j < count; ++j) dst[j] = 0;
+}
+
+// Every second of at most `width` values.
+DSP_INLINE void copy_even(float* dst, const float* from, int64_t count, int64_t width) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const int64_t left = width - 2 * j;
+    const float* at = from + 2 * j;
+    const int rest = static_cast<int>(count - j < kLanes ? count - j : kLanes);
+    if (left >= 2 * kLanes && rest == kLanes) {
+      store(dst + j, even(load(at), load(at + kLanes)));
+    } else {
+      const int low = static_cast<int>(left < kLanes ? left : kLanes);
+      const int high = static_cast<int>(left < kLanes ? 0 : (left < 2 * kLanes ? left - kLanes : kLanes));
+      const Vec b = high > 0 ? load_lanes(at + kLanes, high) : zero();
+      store_lanes(dst + j, even(load_lanes(at, low), b), rest);
+    }
+  }
+}
+
+inline void gather(const GatherArgs& a) {
+  const float* from = a.from + a.first * a.stride;
+  float* dst = a.dst;
+  const int64_t real = a.last - a.first;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    for (int64_t j = 0; j < a.first; ++j) dst[j] = 0;
+    if (a.stride == 1) {
+      copy_row(dst + a.first, from, real);
+    } else if (a.stride == 2) {
+      copy_even(dst + a.first, from, real, a.width);
+    } else {
+      for (int64_t j = 0; j < real; ++j) dst[a.first + j] = from[j * a.stride];
+    }
+    for (int64_t j = a.last; j < a.count; ++j) dst[j] = 0;
+    dst += a.dst_pitch;
+    from += a.from_pitch;
+  }
 }
 
 inline void fill(float* dst, int64_t dst_pitch, const float* residual, int64_t residual_pitch, float value,
@@ -246,7 +253,7 @@ inline KernelTable make_table(const char* name) {
   add_filters<4>(&table);
   add_filters<5>(&table);
   if (kManyRegisters) add_filters<kManyRegisters ? 6 : 5>(&table);
-  table.gather_row = &gather_row;
+  table.gather = &gather;
   table.fill = &fill;
   table.add = &add_planes;
   table.affine = &affine;

@@ -7,8 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def structured_zeros(model: nn.Module, seed: int = 0, groups: int = 3, keep: float = 0.5, dead: float = 0.1) -> nn.Module:
-    """Random uneven groups in every plain convolution: each reads its own random channels; some filters die."""
+def structured_zeros(
+    model: nn.Module, seed: int = 0, groups: int = 3, keep: float = 0.5, dead: float = 0.1
+) -> nn.Module:
+    """Random uneven groups in every plain convolution: each reads its own random channels; some filters
+    die.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -78,8 +82,10 @@ class Residual(nn.Module):
 
 
 class Zoo(nn.Module):
-    """A depthwise, a dilated, a biased, a shared, an even-grouped and a transposed convolution, a concatenation, a channel
-    shuffle, a squeeze-excite branch, a max pool, and room for dead filters whose BatchNorm bias is not zero."""
+    """A depthwise, a dilated, a biased, a shared, an even-grouped and a transposed convolution, a
+    concatenation, a channel shuffle, a squeeze-excite branch, a max pool, and room for dead filters whose
+    BatchNorm bias is not zero.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +124,9 @@ class Zoo(nn.Module):
 
 
 class DeadButBiased(nn.Module):
-    """Filters that are all zero, with BatchNorm biases that are not: read by an unpadded and by a padded convolution."""
+    """Filters that are all zero, with BatchNorm biases that are not: read by an unpadded and by a padded
+    convolution.
+    """
 
     def __init__(self) -> None:
         super().__init__()

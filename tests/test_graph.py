@@ -22,7 +22,9 @@ def test_roles_of_a_cifar_resnet() -> None:
     found = roles(cifar_resnet(20), torch.randn(1, 3, 32, 32))
     assert [n for n, r in found.items() if r[0]] == ["stem.conv"]
     assert {n for n, r in found.items() if r[1]} == {"stage2.0.shortcut.conv", "stage3.0.shortcut.conv"}
-    assert {n for n, r in found.items() if r[2]} == {f"stage{s}.{b}.conv_b" for s in (1, 2, 3) for b in range(3)}
+    assert {n for n, r in found.items() if r[2]} == {
+        f"stage{s}.{b}.conv_b" for s in (1, 2, 3) for b in range(3)
+    }
     assert len(prunable_convs(cifar_resnet(20), torch.randn(1, 3, 32, 32))) == 18
 
 
@@ -104,12 +106,12 @@ def test_clean_copy_applies_parametrizations() -> None:
 def test_unwrap() -> None:
     model = nets.Plain()
     assert unwrap(torch.compile(nn.DataParallel(model))) is model
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
         unwrap(3)  # type: ignore[arg-type]
 
 
 def test_fallback_without_export() -> None:
-    with pytest.warns(UserWarning, match="torch.export failed"):
+    with pytest.warns(UserWarning, match=r"torch\.export failed"):
         infos = conv_infos(nets.Untraceable(), torch.randn(1, 4, 8, 8))
     assert [i.name for i in infos] == ["a", "b"]
     assert infos[0].is_stem and infos[1].prunable and infos[1].output_size == (8, 8)

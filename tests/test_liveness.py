@@ -12,7 +12,9 @@ from dsprune.graph import trace
 from dsprune.liveness import Liveness, along, analyse
 
 
-def live(model: nn.Module, x: torch.Tensor, masks: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def live(
+    model: nn.Module, x: torch.Tensor, masks: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     graph = trace(model.eval(), x)
     found = analyse(graph, masks)
     return {site.name: found.pairs[site.node] for site in graph.sites}
@@ -78,7 +80,9 @@ def test_batch_norm_weight_of_zero_makes_a_constant() -> None:
 def test_residual_stream_needs_what_any_branch_needs() -> None:
     model = nets.Residual()
     with torch.no_grad():
-        model.a1[0].weight[:, 3] = 0  # the block's first conv does not read channel 3, the addition still does
+        model.a1[0].weight[:, 3] = (
+            0  # the block's first conv does not read channel 3, the addition still does
+        )
     assert live(model, torch.randn(1, 3, 16, 16))["stem.0"][3].all()
 
 
@@ -111,7 +115,14 @@ def test_channel_slice_and_chunk() -> None:
             first, _ = self.a(x).chunk(2, 1)
             return self.b(first[:, 1:])
 
-    assert live(Net(), torch.randn(1, 3, 5, 5))["a"].any(1).tolist() == [False, True, True, False, False, False]
+    assert live(Net(), torch.randn(1, 3, 5, 5))["a"].any(1).tolist() == [
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_flatten_keeps_channels_apart() -> None:
@@ -202,7 +213,9 @@ def test_dropping_what_is_dead_changes_nothing(seed: int) -> None:
     with torch.no_grad():
         for site in graph.sites:
             if site.kind == "conv" and site.groups == 1 and site.uses == 1:
-                dead_filters = ~found.pairs[site.node].any(1) & model.get_submodule(site.name).weight.flatten(1).ne(0).any(1)
+                dead_filters = ~found.pairs[site.node].any(1) & model.get_submodule(site.name).weight.flatten(
+                    1
+                ).ne(0).any(1)
                 model.get_submodule(site.name).weight[dead_filters] = torch.randn(()).double()
     torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
 

@@ -30,7 +30,9 @@ def test_drop_below_takes_the_least_first() -> None:
 
 
 def test_drop_below_never_wipes_a_group() -> None:
-    """Four equal channels, and one alone: the released code drops all of them once the least share reaches the threshold."""
+    """Four equal channels, and one alone: the released code drops all of them once the least share reaches
+    the threshold.
+    """
     assert drop_below(torch.ones(4), 0.9).sum() == 1
     assert drop_below(torch.ones(1), 0.99).tolist() == [True]
     assert drop_below(torch.zeros(3), 0.1).tolist() == [False] * 3
@@ -111,7 +113,9 @@ def test_apply_structure_follows_prunes_convention() -> None:
     assert prune.is_pruned(conv) and {"weight_orig", "weight_mask"} <= set(model.b2[0].state_dict())
     assert torch.equal(conv.weight_mask[:, :, 0, 0].bool(), structure["b2.0"].mask())
     model(X).sum().backward()
-    assert conv.weight_orig.grad is not None and bool((conv.weight_orig.grad[conv.weight_mask == 0] == 0).all())
+    assert conv.weight_orig.grad is not None and bool(
+        (conv.weight_orig.grad[conv.weight_mask == 0] == 0).all()
+    )
     prune.remove(conv, "weight")
     assert torch.equal(conv.weight.detach().flatten(2).ne(0).any(-1), structure["b2.0"].mask())
 
@@ -169,7 +173,11 @@ def test_bad_arguments(kwargs: dict, error: type[Exception], text: str) -> None:
         ({"zzz": torch.zeros(3)}, ValueError, "assignment: 'zzz' is no convolution"),
         ({"b": torch.zeros(11, dtype=torch.long)}, ValueError, r"assignment\['b'\]: expected shape \(12,\)"),
         ({"b": torch.zeros(12)}, TypeError, r"assignment\['b'\]: expected integer"),
-        ({"b": -torch.ones(12, dtype=torch.long)}, ValueError, r"assignment\['b'\]: expected group numbers from 0"),
+        (
+            {"b": -torch.ones(12, dtype=torch.long)},
+            ValueError,
+            r"assignment\['b'\]: expected group numbers from 0",
+        ),
         ([1], TypeError, "assignment: expected a mapping"),
     ],
 )

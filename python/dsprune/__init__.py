@@ -1,4 +1,6 @@
-"""Dynamic Structure Pruning: learn filter groups, prune input channels per group, pack what is left into fast layers."""
+"""Dynamic Structure Pruning: learn filter groups, prune input channels per group, pack what is left into fast
+layers.
+"""
 
 from . import models, nn
 from .graph import prunable_convs

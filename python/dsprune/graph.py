@@ -1,7 +1,8 @@
 """One view of the exported graph, shared by structure search, liveness, packing and the summary.
 
-``trace`` exports a model in evaluation mode with ``torch.export``, functionalises it and names every convolution and
-linear layer by the module that owns its weight. Batch and image size stay symbolic wherever the model allows it.
+``trace`` exports a model in evaluation mode with ``torch.export``, functionalises it and names every
+convolution and linear layer by the module that owns its weight. Batch and image size stay symbolic wherever
+the model allows it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -35,9 +36,10 @@ class ExportError(RuntimeError):
 class ConvInfo:
     """A convolution of a network, as seen at one example input.
 
-    ``macs`` counts multiply-accumulates of one image with dense weights. ``uses`` is how often the module is called.
-    The roles come from the graph: ``is_stem`` reads the network's input, ``is_shortcut`` is the projection on the short
-    branch of a residual addition, ``last_in_block`` is the last convolution on its long branch.
+    ``macs`` counts multiply-accumulates of one image with dense weights. ``uses`` is how often the module is
+    called. The roles come from the graph: ``is_stem`` reads the network's input, ``is_shortcut`` is the
+    projection on the short branch of a residual addition, ``last_in_block`` is the last convolution on its
+    long branch.
     """
 
     name: str
@@ -92,8 +94,9 @@ class Site:
 class Limits:
     """Input sizes that an exported graph is good for.
 
-    ``ranges`` holds, per input, the least and greatest size (None: no limit) of each dimension; None for an input that is
-    no tensor. ``guard`` takes the inputs' sizes and says whether the tracer's further assumptions hold.
+    ``ranges`` holds, per input, the least and greatest size (None: no limit) of each dimension; None for an
+    input that is no tensor. ``guard`` takes the inputs' sizes and says whether the tracer's further
+    assumptions hold.
     """
 
     ranges: tuple[tuple[tuple[int, int | None], ...] | None, ...]
@@ -114,8 +117,9 @@ class Limits:
 class NetworkGraph:
     """The functional graph of a model with its layers; see ``trace``.
 
-    ``module`` is a flat ``torch.fx.GraphModule`` over ATen calls, whose ``get_attr`` nodes carry the model's own parameter
-    names. ``tensors`` maps these names to the tensors. ``sites`` are the layers in execution order.
+    ``module`` is a flat ``torch.fx.GraphModule`` over ATen calls, whose ``get_attr`` nodes carry the model's
+    own parameter names. ``tensors`` maps these names to the tensors. ``sites`` are the layers in execution
+    order.
     """
 
     module: fx.GraphModule
@@ -154,7 +158,9 @@ class NetworkGraph:
 
 
 def as_inputs(example_input: Any) -> tuple[Any, ...]:
-    """The positional arguments that ``example_input`` stands for: a tensor, or a tuple or list of arguments."""
+    """The positional arguments that ``example_input`` stands for: a tensor, or a tuple or list of
+    arguments.
+    """
     if isinstance(example_input, torch.Tensor):
         return (example_input,)
     if isinstance(example_input, (tuple, list)) and any(isinstance(t, torch.Tensor) for t in example_input):
@@ -173,7 +179,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model
 
@@ -181,7 +187,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def clean_copy(model: nn.Module) -> nn.Module:
     """A deep copy whose prune masks and parametrizations are applied for good; the argument is left alone.
 
-    ``copy.deepcopy`` alone raises on a model that carries prune masks: its ``weight`` is then not a graph leaf.
+    ``copy.deepcopy`` alone raises on a model that carries prune masks: its ``weight`` is then not a graph
+    leaf.
     """
     model = unwrap(model)
     memo: dict[int, Any] = {}
@@ -192,9 +199,10 @@ def clean_copy(model: nn.Module) -> nn.Module:
     clone = copy.deepcopy(model, memo)
     for module in clone.modules():
         if parametrize.is_parametrized(module):
-            # The copy shares the original's generated class; taking the property off it must not reach the original.
+            # The copy shares the original's generated class; taking the property off it must not reach the
+            # original.
             module.__class__ = type(type(module).__name__, type(module).__bases__, dict(vars(type(module))))
-            for name in list(module.parametrizations):  # type: ignore[arg-type, union-attr]
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
@@ -216,7 +224,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines or warnings of the tracer: where an attempt fails, the next one or the error says what matters."""
+    """No log lines or warnings of the tracer: where an attempt fails, the next one or the error says what
+    matters.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -261,8 +271,12 @@ def _dynamic_shapes(inputs: Sequence[Any], spatial: bool) -> tuple[Any, ...]:
     return tuple(shapes)
 
 
-def _guard(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> Callable[[Sequence[Any]], bool] | None:
-    """The tracer's assumptions on sizes as a function. Raises ExportError where they cannot be had or are no such function."""
+def _guard(
+    program: torch.export.ExportedProgram, inputs: Sequence[Any]
+) -> Callable[[Sequence[Any]], bool] | None:
+    """The tracer's assumptions on sizes as a function. Raises ExportError where they cannot be had or are no
+    such function.
+    """
     guards = getattr(program, "_guards_code", None)
     if guards is None:
         raise ExportError("this torch does not tell the tracer's assumptions on sizes")
@@ -275,7 +289,9 @@ def _guard(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> Call
     )
     if re.search(r"[A-Za-z_]", re.sub(r"\b(and|or|not|max|min|s)\b", "", source)):
         raise ExportError(f"assumptions on sizes that are not understood: {source}")
-    guard = eval(f"lambda s: {source}", {"__builtins__": {"max": max, "min": min}})  # arithmetic on sizes: no other name is left
+    guard = eval(
+        f"lambda s: {source}", {"__builtins__": {"max": max, "min": min}}
+    )  # arithmetic on sizes: no other name is left
     if not guard([tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in inputs]):
         raise ExportError("the tracer's assumptions do not hold for the example")
     return guard
@@ -410,12 +426,23 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
                 padding = [0, 0] if padding == "valid" else [t // 2 for t in total]
             sites.append(
                 Site(
-                    node, "conv", _owner(weight_name), weight_name, parameter(bias), x,
-                    out_channels=int(w.shape[0]), in_channels=int(w.shape[1]) * groups, kernel_size=kernel,
-                    stride=_pair(stride), padding=_pair(padding), dilation=dilation, groups=int(groups),
-                    output_size=(shape[2], shape[3]), positions=shape[2] * shape[3],
+                    node,
+                    "conv",
+                    _owner(weight_name),
+                    weight_name,
+                    parameter(bias),
+                    x,
+                    out_channels=int(w.shape[0]),
+                    in_channels=int(w.shape[1]) * groups,
+                    kernel_size=kernel,
+                    stride=_pair(stride),
+                    padding=_pair(padding),
+                    dilation=dilation,
+                    groups=int(groups),
+                    output_size=(shape[2], shape[3]),
+                    positions=shape[2] * shape[3],
                 )
-            )  # fmt: skip
+            )
         elif node.target is aten.linear.default:
             x, weight, bias = arguments(node, [None, None, None])
             weight_name, shape = parameter(weight), shape_of(node)
@@ -424,11 +451,17 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
             w = tensors[weight_name]
             sites.append(
                 Site(
-                    node, "linear", _owner(weight_name), weight_name, parameter(bias), x,
-                    out_channels=int(w.shape[0]), in_channels=int(w.shape[1]),
+                    node,
+                    "linear",
+                    _owner(weight_name),
+                    weight_name,
+                    parameter(bias),
+                    x,
+                    out_channels=int(w.shape[0]),
+                    in_channels=int(w.shape[1]),
                     positions=math.prod(shape[1:-1]) if len(shape) > 2 else 1,
                 )
-            )  # fmt: skip
+            )
     for site in sites:
         site.is_module = site.name != site.weight_name
         site.uses = sum(other.weight_name == site.weight_name for other in sites)
@@ -496,7 +529,9 @@ def _roles(graph: NetworkGraph) -> dict[fx.Node, tuple[bool, bool, bool]]:
         if count_a == count_b:  # two branches of one convolution each: the smaller kernel is the projection
             if count_a != 1:
                 continue
-            kernels = [sites[next(iter(nearest(n, bits)))].kernel_size for n, bits in ((a, only_a), (b, only_b))]
+            kernels = [
+                sites[next(iter(nearest(n, bits)))].kernel_size for n, bits in ((a, only_a), (b, only_b))
+            ]
             if kernels[0] == kernels[1]:
                 continue
             a_is_main = kernels[0] > kernels[1]
@@ -527,10 +562,16 @@ def _hooked_infos(model: nn.Module, inputs: tuple[Any, ...]) -> list[ConvInfo]:
             macs = conv.weight.shape[0] * conv.weight.shape[1] * kernel[0] * kernel[1] * h * w
             known = seen.get(name)
             seen[name] = ConvInfo(
-                name, conv.in_channels, conv.out_channels, kernel, conv.groups, (h, w),
-                macs + (known.macs if known else 0), 1 + (known.uses if known else 0),
+                name,
+                conv.in_channels,
+                conv.out_channels,
+                kernel,
+                conv.groups,
+                (h, w),
+                macs + (known.macs if known else 0),
+                1 + (known.uses if known else 0),
                 is_stem=not seen or (known is not None and known.is_stem),
-            )  # fmt: skip
+            )
 
         handles.append(conv.register_forward_hook(hook))
 
@@ -547,7 +588,9 @@ def _hooked_infos(model: nn.Module, inputs: tuple[Any, ...]) -> list[ConvInfo]:
 
 
 def conv_infos(model: nn.Module, example_input: Any) -> list[ConvInfo]:
-    """Every convolution that ``example_input`` reaches, in execution order; works without export, with fewer roles."""
+    """Every convolution that ``example_input`` reaches, in execution order; works without export, with fewer
+    roles.
+    """
     clone = clean_copy(model)
     inputs = as_inputs(example_input)
     try:
@@ -560,8 +603,8 @@ def conv_infos(model: nn.Module, example_input: Any) -> list[ConvInfo]:
 def prunable_convs(model: nn.Module, example_input: Any) -> list[ConvInfo]:
     """The convolutions that the method groups and prunes, in execution order.
 
-    Prunable is every ``Conv2d`` except the stem, shortcut projections, depthwise and already grouped ones; the roles are
-    found in the exported graph, not from names.
+    Prunable is every ``Conv2d`` except the stem, shortcut projections, depthwise and already grouped ones;
+    the roles are found in the exported graph, not from names.
 
     Args:
         model: any ``torch.nn.Module``; it is not changed.

@@ -26,7 +26,9 @@ VERSION = 1
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes ``data`` to a temporary file beside ``path``, syncs it and renames it: readers see the old or the new file."""
+    """Writes ``data`` to a temporary file beside ``path``, syncs it and renames it: readers see the old or
+    the new file.
+    """
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
@@ -42,7 +44,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
-    """Saves a packed network: packed weights and groups by module name, and the input shapes it was packed for.
+    """Saves a packed network: packed weights and groups by module name, and the input shapes it was packed
+    for.
 
     Args:
         packed: from ``pack`` or ``load``.
@@ -55,7 +58,7 @@ def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
     if not isinstance(packed, PackedNetwork):
         raise TypeError(f"packed: expected a PackedNetwork, got {type(packed).__name__}")
     state = packed.packed_state()
-    inputs = []
+    inputs: list[dict[str, Any]] = []
     for shape, dtype in zip(packed.example_shapes, packed.example_dtypes, strict=True):
         if dtype is not None:
             inputs.append({"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")})
@@ -94,7 +97,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch
     if not isinstance(header, Mapping) or header.get("format") != FORMAT:
         raise ValueError(f"path: {name!r} has a header of another format")
     if header.get("version") != VERSION:
-        raise ValueError(f"path: {name!r} has version {header.get('version')!r}; this package reads version {VERSION}")
+        raise ValueError(
+            f"path: {name!r} has version {header.get('version')!r}; this package reads version {VERSION}"
+        )
     return dict(header), tensors
 
 
@@ -123,15 +128,18 @@ def load(
 
     Args:
         path: written by ``save``.
-        model: a fresh dense network of the same architecture; filled in place with the weights, zeros where pruned.
+        model: a fresh dense network of the same architecture; filled in place with the weights, zeros where
+            pruned.
         train: as for ``pack``; None: as it was when saved.
         backend: as for ``pack``.
 
     Returns:
-        The packed network; its outputs are those of the saved one, bit for bit, on the same machine and backend.
+        The packed network; its outputs are those of the saved one, bit for bit, on the same machine and
+            backend.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: truncated, of another format or version, or not for this architecture;
+        FileNotFoundError: no such file. ValueError: truncated, of another format or version, or not for this
+            architecture;
         TypeError: ``model`` is no module. ``model`` is left as it was.
     """
     inner = unwrap(model)

@@ -1,12 +1,12 @@
 """Which channels and filters still matter, computed on the exported graph.
 
-Every value of the graph is described by a small *state*: a tensor shaped like the value, but of size one in every
-dimension along which nothing differs. A forward sweep finds the positions that are a known constant whatever the input; a
-backward sweep finds the positions that somebody reads. An operator that is not known here reads everything and produces
-values that may be anything: it keeps what it touches.
+Every value of the graph is described by a small *state*: a tensor shaped like the value, but of size one in
+every dimension along which nothing differs. A forward sweep finds the positions that are a known constant
+whatever the input; a backward sweep finds the positions that somebody reads. An operator that is not known
+here reads everything and produces values that may be anything: it keeps what it touches.
 
-A constant that is not zero (a dead filter with a bias) is never dropped: a consumer without padding, or a linear layer,
-folds it into its bias, and every other consumer keeps reading it.
+A constant that is not zero (a dead filter with a bias) is never dropped: a consumer without padding, or a
+linear layer, folds it into its bias, and every other consumer keeps reading it.
 """
 
 from __future__ import annotations
@@ -28,34 +28,99 @@ MAX_STATE = 1 << 22  # larger parameters are not followed position by position
 
 # Applied position by position: a constant position stays one.
 UNARY = {
-    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.sigmoid.default, aten.hardswish.default,
-    aten.hardsigmoid.default, aten.silu.default, aten.gelu.default, aten.tanh.default, aten.leaky_relu.default,
-    aten.elu.default, aten.clone.default, aten.alias.default, aten.neg.default, aten.exp.default, aten.abs.default,
-    aten.sqrt.default, aten.rsqrt.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
-    aten.softplus.default, aten.mish.default, aten.log.default, aten.pow.Tensor_Scalar, aten.selu.default,
-    aten.celu.default, aten.reciprocal.default, aten.square.default, aten.contiguous.default, aten.detach.default,
-    aten._to_copy.default, aten.to.dtype, aten.add.Scalar, aten.mul.Scalar, aten.sub.Scalar, aten.div.Scalar,
+    aten.relu.default,
+    aten.relu6.default,
+    aten.hardtanh.default,
+    aten.sigmoid.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.tanh.default,
+    aten.leaky_relu.default,
+    aten.elu.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.neg.default,
+    aten.exp.default,
+    aten.abs.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.softplus.default,
+    aten.mish.default,
+    aten.log.default,
+    aten.pow.Tensor_Scalar,
+    aten.selu.default,
+    aten.celu.default,
+    aten.reciprocal.default,
+    aten.square.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.add.Scalar,
+    aten.mul.Scalar,
+    aten.sub.Scalar,
+    aten.div.Scalar,
     aten.rsub.Scalar,
-}  # fmt: skip
+}
 BINARY = {
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default, aten.minimum.default,
-}  # fmt: skip
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.maximum.default,
+    aten.minimum.default,
+}
 # Move or copy elements without computing; run once on position labels to see what goes where.
 MOVES = {
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
-    aten.transpose.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
-    aten.cat.default, aten.stack.default, aten.expand.default, aten.flip.default, aten.roll.default,
-    aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.channel_shuffle.default,
-    aten.native_channel_shuffle.default, aten.unflatten.int, aten.unbind.int, aten.movedim.int, aten.narrow.default,
-    aten.t.default, operator.getitem,
-}  # fmt: skip
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.expand.default,
+    aten.flip.default,
+    aten.roll.default,
+    aten.repeat.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
+    aten.native_channel_shuffle.default,
+    aten.unflatten.int,
+    aten.unbind.int,
+    aten.movedim.int,
+    aten.narrow.default,
+    aten.t.default,
+    operator.getitem,
+}
 AVERAGE_POOLS = {aten.avg_pool2d.default}
 POOLS = AVERAGE_POOLS | {
-    aten.max_pool2d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default,
-    aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default, aten.upsample_nearest2d.vec,
-    aten.upsample_nearest2d.default, aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default,
-}  # fmt: skip
+    aten.max_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten._adaptive_avg_pool2d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.max_pool2d_with_indices.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest2d.default,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_bilinear2d.default,
+}
 REDUCTIONS = {aten.mean.dim, aten.amax.default, aten.amin.default}
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 BATCH_NORMS = {BATCH_NORM, aten.batch_norm.default}
@@ -67,9 +132,10 @@ State = Any  # a float64 tensor (NaN: not constant), a tuple of them, or None fo
 class Liveness:
     """What ``analyse`` found.
 
-    ``constant[node]`` and ``needed[node]`` have the node's state shape. ``pairs[site.node]`` is the bool (O, I) mask of
-    the products that a convolution or linear layer still has to compute; ``folded[site.node]`` is the bool (I,) mask of
-    the constant, non-zero channels that the layer's bias absorbs. ``unknown`` names the operators that kept everything.
+    ``constant[node]`` and ``needed[node]`` have the node's state shape. ``pairs[site.node]`` is the bool (O,
+    I) mask of the products that a convolution or linear layer still has to compute; ``folded[site.node]`` is
+    the bool (I,) mask of the constant, non-zero channels that the layer's bias absorbs. ``unknown`` names the
+    operators that kept everything.
     """
 
     constant: dict[fx.Node, State]
@@ -139,7 +205,9 @@ class _Analysis:
         self.graph = graph
         self.nodes = list(graph.module.graph.nodes)
         self.sites = {site.node: site for site in graph.sites}
-        self.weights = {site.weight_name: self._weight(site, masks.get(site.weight_name)) for site in graph.sites}
+        self.weights = {
+            site.weight_name: self._weight(site, masks.get(site.weight_name)) for site in graph.sites
+        }
         self.constant: dict[fx.Node, State] = {}
         self.needed: dict[fx.Node, State] = {}
         self.pairs: dict[fx.Node, torch.Tensor] = {}
@@ -148,10 +216,16 @@ class _Analysis:
         self.back: dict[fx.Node, Callable[[Any], None]] = {}
 
     def _weight(self, site: Site, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(O, I): which channels each filter reads, and the sum of each kernel; grouped weights spread over all channels."""
+        """(O, I): which channels each filter reads, and the sum of each kernel; grouped weights spread over
+        all channels.
+        """
         key = ("weight", site.weight_name)
         if key not in self.graph.cache:
-            weight = self.graph.tensors[site.weight_name].detach().double().flatten(2) if site.kind == "conv" else None
+            weight = (
+                self.graph.tensors[site.weight_name].detach().double().flatten(2)
+                if site.kind == "conv"
+                else None
+            )
             if weight is None:
                 sums = self.graph.tensors[site.weight_name].detach().double()
                 self.graph.cache[key] = (sums.ne(0).cpu(), sums.cpu())
@@ -171,7 +245,7 @@ class _Analysis:
             wide[rows, columns], wide_sums[rows, columns] = nonzero[rows], sums[rows]
         return wide, wide_sums
 
-    # forward ---------------------------------------------------------------------------------------------------------
+    # forward ------------------------------------------------------------------------------------------------
 
     def run(self) -> Liveness:
         for node in self.nodes:
@@ -219,7 +293,9 @@ class _Analysis:
                 return _varying(tensor.dim())  # a layer's weight or bias: read there
             if ("parameter", node) not in self.graph.cache:
                 follow = tensor.numel() <= MAX_STATE and tensor.is_floating_point()
-                state = _compress(tensor.detach().to("cpu", torch.float64)) if follow else _varying(tensor.dim())
+                state = (
+                    _compress(tensor.detach().to("cpu", torch.float64)) if follow else _varying(tensor.dim())
+                )
                 self.graph.cache["parameter", node] = state
             return self.graph.cache["parameter", node]
         if node.op == "placeholder" or node.op == "output":
@@ -260,7 +336,11 @@ class _Analysis:
                 return inputs[value] if value in inputs else _concrete(value)
             return [swap(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-        kwargs = {k: swap(v) for k, v in node.kwargs.items() if k not in ("memory_format", "device", "dtype", "layout")}
+        kwargs = {
+            k: swap(v)
+            for k, v in node.kwargs.items()
+            if k not in ("memory_format", "device", "dtype", "layout")
+        }
         if node.target in (aten._to_copy.default, aten.to.dtype, aten.contiguous.default):
             return next(iter(inputs.values())).clone()
         return node.target(*[swap(a) for a in node.args], **kwargs)  # type: ignore[operator]
@@ -299,7 +379,9 @@ class _Analysis:
                 if node.target is aten.mul.Tensor:
                     live = torch.zeros_like(zero)
                     own = states[operand].eq(0) & torch.ones_like(zero)
-                    live = needed & (~zero | own)  # the factor that is zero must be read, its partner need not
+                    live = needed & (
+                        ~zero | own
+                    )  # the factor that is zero must be read, its partner need not
                     self._need(operand, live)
                 else:
                     self._need(operand, needed)
@@ -312,7 +394,10 @@ class _Analysis:
         eps = float(node.args[-1] if node.target is BATCH_NORM else node.args[7])  # type: ignore[arg-type]
         assert isinstance(x, fx.Node)
         state, value = self.constant[x], shape_of(x)
-        vectors = [None if v is None else self.graph.tensors.get(str(getattr(v, "target", ""))) for v in (weight, bias, mean, var)]
+        vectors = [
+            None if v is None else self.graph.tensors.get(str(getattr(v, "target", "")))
+            for v in (weight, bias, mean, var)
+        ]
         if not isinstance(state, torch.Tensor) or value is None or vectors[2] is None or vectors[3] is None:
             return self._unknown(node)
         shape = [1, value[1]] + [1] * (len(value) - 2)
@@ -321,7 +406,9 @@ class _Analysis:
         scale = torch.rsqrt(v + eps) * (1.0 if w is None else w)
         shift = torch.zeros(shape, dtype=torch.float64) if b is None else b
         result = torch.where(scale.eq(0), shift, (state - m) * scale + shift)
-        self.back[node] = lambda needed: self._need(x, (needed[0] if isinstance(needed, tuple) else needed) & scale.ne(0))
+        self.back[node] = lambda needed: self._need(
+            x, (needed[0] if isinstance(needed, tuple) else needed) & scale.ne(0)
+        )
         if node.target is BATCH_NORM:
             return (result, _varying(1), _varying(1))
         return result
@@ -372,7 +459,7 @@ class _Analysis:
         self.back[node] = lambda needed: self._need(x, needed)
         return result
 
-    # movement --------------------------------------------------------------------------------------------------------
+    # movement -----------------------------------------------------------------------------------------------
 
     def _move(self, node: fx.Node) -> State:
         if node.target is operator.getitem:
@@ -407,7 +494,9 @@ class _Analysis:
         return flat[labels]
 
     def _labels(self, node: fx.Node, sources: list[fx.Node], states: list[torch.Tensor]) -> Any:
-        """Where each position of the result comes from, found by running the operator on numbered positions."""
+        """Where each position of the result comes from, found by running the operator on numbered
+        positions.
+        """
         numbered: dict[fx.Node, torch.Tensor] = {}
         offset = 0
         for source, state in zip(sources, states, strict=True):
@@ -421,7 +510,11 @@ class _Analysis:
                 return numbered[value] if value in numbered else _concrete(value)
             return [swap(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-        target = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
+        target = (
+            aten.reshape.default
+            if node.target in (aten.view.default, aten._unsafe_view.default)
+            else node.target
+        )
         result = target(*[swap(a) for a in node.args], **{k: swap(v) for k, v in node.kwargs.items()})  # type: ignore[operator]
         if isinstance(result, (list, tuple)):
             return tuple(_compress(r) for r in result)
@@ -442,7 +535,7 @@ class _Analysis:
         self.back[node] = back
         return state[index].clone()
 
-    # layers ----------------------------------------------------------------------------------------------------------
+    # layers -------------------------------------------------------------------------------------------------
 
     def _layer(self, node: fx.Node, site: Site) -> State:
         x_state = self.constant[site.x]
@@ -463,10 +556,7 @@ class _Analysis:
         reads = nonzero & ~zero & ~absorbed  # (O, I): products that depend on the image
         fold = torch.where(absorbed, x, 0.0)
         out = torch.where(reads.any(1), NAN, bias + (sums * fold).sum(1))
-        if conv:
-            state = out.view(1, -1, 1, 1)
-        else:
-            state = out.view([1] * (x_state.dim() - 1) + [-1])
+        state = out.view(1, -1, 1, 1) if conv else out.view([1] * (x_state.dim() - 1) + [-1])
 
         def back(needed: torch.Tensor) -> None:
             live = along(needed, site.out_channels, dim)

@@ -1,8 +1,8 @@
 """Rewrites the exported graph of a pruned network into one of fused, packed layers.
 
-BatchNorm goes into weights and biases, residual addition and ReLU into the layer, constants of dead filters into the
-biases of those who read them. Activations whose producers and consumers are all known here lose their dead channels, and
-are ordered so that each group of their consumer reads few contiguous runs.
+BatchNorm goes into weights and biases, residual addition and ReLU into the layer, constants of dead filters
+into the biases of those who read them. Activations whose producers and consumers are all known here lose
+their dead channels, and are ordered so that each group of their consumer reads few contiguous runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from .nn import PermutedGroupedConv2d
 __all__ = ["lower"]
 
 RELUS = {aten.relu.default}
+PADS = {aten.pad.default, aten.constant_pad_nd.default}
 CLAMPS = {aten.hardtanh.default, aten.relu6.default}
 
 
@@ -93,7 +94,7 @@ class _Lowering:
         self._choose_channels()
         self.chains = self._find_chains()
 
-    # channels --------------------------------------------------------------------------------------------------------
+    # channels -----------------------------------------------------------------------------------------------
 
     def _share_pairs(self) -> None:
         """A layer called twice has one weight: it computes what either call needs."""
@@ -111,7 +112,12 @@ class _Lowering:
 
     def _is_flatten(self, node: fx.Node) -> bool:
         """(N, C, 1, 1) -> (N, C), whatever it is spelled like."""
-        if node.target not in (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints):
+        if node.target not in (
+            aten.view.default,
+            aten._unsafe_view.default,
+            aten.reshape.default,
+            aten.flatten.using_ints,
+        ):
             return False
         source, result = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
         return source is not None and result is not None and source[2:] == (1, 1) and result == source[:2]
@@ -132,7 +138,7 @@ class _Lowering:
                 continue
             if node.op in ("placeholder", "output", "get_attr"):
                 classes.pin(node, *parents)
-            elif node.target is BATCH_NORM and len(parents) == 1 and self._followed(parents[0]):
+            elif node.target is BATCH_NORM and self._known_norm(node) and self._followed(parents[0]):
                 classes.union(parents[0], node)
             elif node.target is operator.getitem and node.args[0].target is BATCH_NORM:  # type: ignore[union-attr]
                 classes.union(node.args[0], node)  # type: ignore[arg-type]
@@ -143,22 +149,25 @@ class _Lowering:
             elif node.target in BINARY and self._followed(node):
                 if any(p.op == "get_attr" for p in node.all_input_nodes):
                     classes.pin(node, *parents)
-                elif all((s := shape_of(p)) is not None and len(s) == len(shape or ()) and s[1] == (shape or (0, 0))[1] for p in parents):
+                elif all(
+                    (s := shape_of(p)) is not None
+                    and len(s) == len(shape or ())
+                    and s[1] == (shape or (0, 0))[1]
+                    for p in parents
+                ):
                     classes.union(node, *parents)
                 else:
                     classes.pin(node, *parents)
             elif node.target in POOLS and shape is not None and len(shape) == 4:
                 classes.union(node, parents[0])
                 classes.pin(*parents[1:])
-            elif node.target in REDUCTIONS and self._spatial_reduction(node):
+            elif self._is_spatial_pad(node) or self._is_flatten(node):
                 classes.union(node, parents[0])
-            elif node.target in (aten.pad.default, aten.constant_pad_nd.default) and self._followed(node) and len(node.args[1]) <= 4:  # type: ignore[arg-type]
-                classes.union(node, parents[0])
-            elif self._is_flatten(node):
-                classes.union(node, parents[0])
-                classes.pin(*parents[1:]) if any(shape_of(p) is not None for p in parents[1:]) else None
             else:
                 classes.pin(node, *parents)
+
+    def _is_spatial_pad(self, node: fx.Node) -> bool:
+        return node.target in PADS and self._followed(node) and len(cast(list[int], node.args[1])) <= 4
 
     def _followed(self, node: fx.Node) -> bool:
         shape = shape_of(node)
@@ -166,12 +175,9 @@ class _Lowering:
 
     def _spatial_reduction(self, node: fx.Node) -> bool:
         source = shape_of(node.args[0])  # type: ignore[arg-type]
-        dims = node.args[1]
-        dims = [dims] if isinstance(dims, int) else list(dims)  # type: ignore[arg-type]
+        given = cast("int | list[int]", node.args[1])
+        dims = [given] if isinstance(given, int) else list(given)
         return source is not None and len(source) == 4 and {d % 4 for d in dims} == {2, 3}
-
-    def _channel_dim(self, node: fx.Node) -> int:
-        return 1
 
     def _choose_channels(self) -> None:
         members: dict[fx.Node, list[fx.Node]] = {}
@@ -205,10 +211,12 @@ class _Lowering:
         """The original numbers of a value's channels, in the order in which they are stored."""
         return self.kept.get(self.classes.find(node), torch.arange(size))
 
-    # fusion ----------------------------------------------------------------------------------------------------------
+    # fusion -------------------------------------------------------------------------------------------------
 
     def _find_chains(self) -> dict[fx.Node, _Chain]:
-        """Fused layers by their last node. Later convolutions choose first: the other branch is ready by then."""
+        """Fused layers by their last node. Later convolutions choose first: the other branch is ready by
+        then.
+        """
         chains: dict[fx.Node, _Chain] = {}
         claimed: set[fx.Node] = set()
         for site in sorted(self.graph.convs, key=lambda s: self.position[s.node], reverse=True):
@@ -222,7 +230,12 @@ class _Lowering:
 
     def _extend(self, chain: _Chain, claimed: set[fx.Node]) -> None:
         user = _sole_user(chain.end)
-        if user is not None and user.target is BATCH_NORM and user.args[0] is chain.end and self._known_norm(user):
+        if (
+            user is not None
+            and user.target is BATCH_NORM
+            and user.args[0] is chain.end
+            and self._known_norm(user)
+        ):
             item = _sole_user(user)
             if item is not None and item.target is operator.getitem and item.args[1] == 0:
                 chain.inner += [chain.end, user]
@@ -257,7 +270,7 @@ class _Lowering:
         mean, var = node.args[3], node.args[4]
         return all(isinstance(v, fx.Node) and str(v.target) in self.graph.tensors for v in (mean, var))
 
-    # layers ----------------------------------------------------------------------------------------------------------
+    # layers -------------------------------------------------------------------------------------------------
 
     def _norm(self, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
         """BatchNorm as (scale, shift) in float64."""
@@ -273,7 +286,9 @@ class _Lowering:
         return scale, shift if bias is None else shift + bias
 
     def _folded(self, chain: _Chain) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """The layer's full weight and bias in float64, BatchNorm and constant channels folded in; whether it has a bias."""
+        """The layer's full weight and bias in float64, BatchNorm and constant channels folded in; whether it
+        has a bias.
+        """
         site, tensors = chain.site, self.graph.tensors
         weight = tensors[site.weight_name].detach().double()
         has_bias = site.bias_name is not None or chain.batch_norm is not None
@@ -306,9 +321,17 @@ class _Lowering:
         rows, columns = self.channels(site.node, site.out_channels), self.channels(site.x, site.in_channels)
         pairs = self.pairs[site.node][rows][:, columns]
         layer = PermutedGroupedConv2d(
-            _layout(pairs), site.kernel_size, stride=site.stride, padding=site.padding, dilation=site.dilation,
-            bias=has_bias, activation=chain.activation, backend=self.backend, device=like.device, dtype=like.dtype,
-        )  # fmt: skip
+            _layout(pairs),
+            site.kernel_size,
+            stride=site.stride,
+            padding=site.padding,
+            dilation=site.dilation,
+            bias=has_bias,
+            activation=chain.activation,
+            backend=self.backend,
+            device=like.device,
+            dtype=like.dtype,
+        )
         weight = weight[rows.to(weight.device)][:, columns.to(weight.device)]
         with torch.no_grad():
             layer.weight.copy_(layer.layout.pack(weight))
@@ -325,9 +348,17 @@ class _Lowering:
             rows = self.channels(site.node, site.out_channels)
             groups = len(rows)
         layer = nn.Conv2d(
-            groups if self._depthwise(site) else site.in_channels, len(rows), site.kernel_size, site.stride,
-            site.padding, site.dilation, groups, has_bias, device=like.device, dtype=like.dtype,
-        )  # fmt: skip
+            groups if self._depthwise(site) else site.in_channels,
+            len(rows),
+            site.kernel_size,
+            site.stride,
+            site.padding,
+            site.dilation,
+            groups,
+            has_bias,
+            device=like.device,
+            dtype=like.dtype,
+        )
         with torch.no_grad():
             layer.weight.copy_(weight[rows.to(weight.device)])
             if layer.bias is not None:
@@ -354,7 +385,7 @@ class _Lowering:
                 layer.bias.copy_(bias)
         return layer
 
-    # emission --------------------------------------------------------------------------------------------------------
+    # emission -----------------------------------------------------------------------------------------------
 
     def run(self) -> fx.GraphModule:
         root, graph = nn.Module(), fx.Graph()
@@ -395,10 +426,7 @@ class _Lowering:
             return attribute(node) if node.op == "get_attr" else env[node]
 
         def layer_name(site: Site) -> str:
-            name = site.name if site.is_module or "." in site.name else f"layer_{site.name}"
-            if site.uses > 1 and self._shared_differs(site):
-                name = f"{name}_{self.position[site.node]}"
-            return name
+            return site.name if site.is_module or "." in site.name else f"layer_{site.name}"
 
         for node in self.nodes:
             if node.op == "get_attr" or node in inner:
@@ -407,7 +435,10 @@ class _Lowering:
                 chain = self.chains[node]
                 name = layer_name(chain.site)
                 if name not in placed:
-                    place(name, self._plain_layer(chain) if self._plain(chain.site) else self._grouped_layer(chain))
+                    place(
+                        name,
+                        self._plain_layer(chain) if self._plain(chain.site) else self._grouped_layer(chain),
+                    )
                 args = (mapped(chain.site.x),)
                 if chain.residual is not None:
                     args += (mapped(chain.residual),)  # type: ignore[assignment]
@@ -435,9 +466,6 @@ class _Lowering:
         module.eval()
         return module
 
-    def _shared_differs(self, site: Site) -> bool:
-        return False
-
     def _emit_norm(self, graph: fx.Graph, node: fx.Node, mapped: Any, place: Any) -> fx.Node:
         """A BatchNorm that follows no convolution, on the channels that are left."""
         x = node.args[0]
@@ -455,7 +483,8 @@ class _Lowering:
             values.append(graph.get_attr(path))
         weight, bias, mean, var = values
         return graph.call_function(
-            F.batch_norm, (mapped(x), mean, var, weight, bias, False, 0.0, float(node.args[-1]))  # type: ignore[arg-type]
+            F.batch_norm,
+            (mapped(x), mean, var, weight, bias, False, 0.0, float(node.args[-1])),  # type: ignore[arg-type]
         )
 
 
@@ -464,7 +493,10 @@ def _layout(pairs: torch.Tensor) -> GroupLayout:
     try:
         return GroupLayout.from_mask(pairs)
     except ValueError:
-        channels, filters = pairs.any(0).nonzero().flatten().tolist(), pairs.any(1).nonzero().flatten().tolist()
+        channels, filters = (
+            pairs.any(0).nonzero().flatten().tolist(),
+            pairs.any(1).nonzero().flatten().tolist(),
+        )
         return GroupLayout(pairs.shape[1], pairs.shape[0], [(channels, filters)])
 
 

@@ -1,4 +1,6 @@
-"""The drop-in layer: a convolution whose groups of filters read their own, uneven subsets of the input channels."""
+"""The drop-in layer: a convolution whose groups of filters read their own, uneven subsets of the input
+channels.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,18 @@ def _two(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
 class PermutedGroupedConv2d(nn.Module):
     """``activation(conv(x) + bias + residual)`` with a ``GroupLayout`` in place of dense weights.
 
-    Keeps ``nn.Conv2d``'s attributes (``in_channels``, ``out_channels``, ``kernel_size``, ``stride``, ``padding``,
-    ``dilation``, ``padding_mode``), so that model code that reads them goes on to work; ``groups`` is 1 because the
-    groups here are uneven: they are in ``layout``.
+    Keeps ``nn.Conv2d``'s attributes (``in_channels``, ``out_channels``, ``kernel_size``, ``stride``,
+    ``padding``, ``dilation``, ``padding_mode``), so that model code that reads them goes on to work;
+    ``groups`` is 1 because the groups here are uneven: they are in ``layout``.
 
-    Shapes: ``x`` (N, in_channels, H, W), ``residual`` and the result (N, out_channels, H', W'). ``weight`` is 1-D, the
-    groups in order, each (filters, channels, kh, kw); ``bias`` (out_channels,) or None. Any floating dtype.
+    Shapes: ``x`` (N, in_channels, H, W), ``residual`` and the result (N, out_channels, H', W'). ``weight`` is
+    1-D, the groups in order, each (filters, channels, kh, kw); ``bias`` (out_channels,) or None. Any floating
+    dtype.
 
     Args:
         layout: who reads what; its ``in_channels`` and ``out_channels`` are the layer's.
-        kernel_size, stride, padding, dilation, padding_mode: as in ``nn.Conv2d``, ``padding="same"`` included.
+        kernel_size, stride, padding, dilation, padding_mode: as in ``nn.Conv2d``, ``padding="same"``
+            included.
         bias: whether there is one.
         activation: None, ``"relu"`` or ``"relu6"``, applied after bias and residual.
         backend: which implementation runs (``dsp_kernels.available_backends()``); None: chosen at each call.
@@ -42,6 +46,8 @@ class PermutedGroupedConv2d(nn.Module):
     Raises:
         TypeError, ValueError: an argument that is not of this form.
     """
+
+    plan: torch.Tensor
 
     def __init__(
         self,
@@ -85,7 +91,9 @@ class PermutedGroupedConv2d(nn.Module):
         self.activation, self.backend = activation, backend
         # What runs: zero padding inside the kernel where it is symmetric, F.pad before it otherwise.
         self._inner_padding, self._outer_padding = self._split_padding()
-        self.weight = nn.Parameter(torch.empty(layout.weight_numel(self.kernel_size), device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(layout.weight_numel(self.kernel_size), device=device, dtype=dtype)
+        )
         self.bias: nn.Parameter | None
         if bias:
             self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype))
@@ -139,7 +147,8 @@ class PermutedGroupedConv2d(nn.Module):
             layout: None: filters with equal sets of non-zero channels form a group.
 
         Raises:
-            TypeError: ``conv`` is no ``nn.Conv2d``. ValueError: it has groups, or ``layout`` is of another shape.
+            TypeError: ``conv`` is no ``nn.Conv2d``. ValueError: it has groups, or ``layout`` is of another
+        shape.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__name__}")
@@ -149,10 +158,18 @@ class PermutedGroupedConv2d(nn.Module):
         if layout is None:
             layout = GroupLayout.from_mask(weight.flatten(2).ne(0).any(-1).cpu())
         layer = cls(
-            layout, conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-            bias=conv.bias is not None, padding_mode=conv.padding_mode, activation=activation, backend=backend,
-            device=weight.device, dtype=weight.dtype,
-        )  # fmt: skip
+            layout,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            activation=activation,
+            backend=backend,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
         with torch.no_grad():
             layer.weight.copy_(layout.pack(weight))
             if conv.bias is not None and layer.bias is not None:
@@ -166,15 +183,26 @@ class PermutedGroupedConv2d(nn.Module):
         return self.layout.unpack(self.weight, self.kernel_size)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, in_channels, H, W), and optionally what to add before the activation, to (N, out_channels, H', W')."""
+        """(N, in_channels, H, W), and optionally what to add before the activation, to (N, out_channels, H',
+        W').
+        """
         if self._outer_padding is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._outer_padding, mode=mode)
         return conv2d_from_plan(
-            x, self.weight, self.plan, self.bias, residual, out_channels=self.out_channels,
-            kernel_size=self.kernel_size, stride=self.stride, padding=self._inner_padding, dilation=self.dilation,
-            activation=self.activation, backend=self.backend,
-        )  # fmt: skip
+            x,
+            self.weight,
+            self.plan,
+            self.bias,
+            residual,
+            out_channels=self.out_channels,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self._inner_padding,
+            dilation=self.dilation,
+            activation=self.activation,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         layout = self.layout
@@ -182,5 +210,6 @@ class PermutedGroupedConv2d(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}, "
-            f"groups of filters={len(layout.groups)}, kept={100 * layout.pairs / full:.1f}%, activation={self.activation}"
+            f"groups of filters={len(layout.groups)}, kept={100 * layout.pairs / full:.1f}%, "
+            f"activation={self.activation}"
         )

@@ -29,7 +29,8 @@ class PackError(RuntimeError):
 class PackedState:
     """A dense network's state dict with its pruned convolution weights in packed form.
 
-    ``tensors`` has the state dict's names; the weight of each convolution in ``layouts`` (by module name) is 1-D there.
+    ``tensors`` has the state dict's names; the weight of each convolution in ``layouts`` (by module name) is
+    1-D there.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -57,7 +58,9 @@ class PackedState:
 
 
 def prunable_layout(conv: nn.Conv2d) -> GroupLayout | None:
-    """The layout of a plain convolution that has zeros worth using; None where it is dense or too irregular."""
+    """The layout of a plain convolution that has zeros worth using; None where it is dense or too
+    irregular.
+    """
     if type(conv) is not nn.Conv2d or conv.groups != 1:
         return None
     mask = conv.weight.detach().flatten(2).ne(0).any(-1).cpu()
@@ -70,7 +73,9 @@ def prunable_layout(conv: nn.Conv2d) -> GroupLayout | None:
 
 
 def hollow(model: nn.Module) -> nn.Module:
-    """A copy of a network without its weights: every parameter and buffer is one zero seen through strides of zero."""
+    """A copy of a network without its weights: every parameter and buffer is one zero seen through strides of
+    zero.
+    """
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
@@ -86,10 +91,12 @@ def hollow(model: nn.Module) -> nn.Module:
 
 
 class PackedNetwork(nn.Module):
-    """A pruned network in packed form; made by ``pack``. Takes what the dense network took, at any batch and image size.
+    """A pruned network in packed form; made by ``pack``. Takes what the dense network took, at any batch and
+    image size.
 
-    ``network`` holds the packed layers under the dense network's names. ``fused`` says whether BatchNorm, residuals and
-    activations are inside the layers; where the reason why not is known, ``unfused_reason`` tells it.
+    ``network`` holds the packed layers under the dense network's names. ``fused`` says whether BatchNorm,
+    residuals and activations are inside the layers; where the reason why not is known, ``unfused_reason``
+    tells it.
     """
 
     def __init__(
@@ -107,13 +114,15 @@ class PackedNetwork(nn.Module):
         self.network = network
         self.backend = backend
         self.unfused_reason = unfused_reason
-        self.example_shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in inputs]
+        self.example_shapes: list[Any] = [
+            tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in inputs
+        ]
         self.example_dtypes = [v.dtype if isinstance(v, torch.Tensor) else None for v in inputs]
         self._state, self._limits = state, limits
-        # Outside of the module tree: no part of the state dict, no memory of their own to speak of.
-        self.__dict__["_skeleton"] = skeleton
-        self.__dict__["_variants"] = {}
-        self.__dict__["_names"] = list(inspect.signature(skeleton.forward).parameters)
+        # In a dictionary, so outside of the module tree: no part of the state dict, no memory to speak of.
+        self._hidden: dict[str, nn.Module] = {"skeleton": skeleton}
+        self._variants: dict[Any, nn.Module] = {}
+        self._names = list(inspect.signature(skeleton.forward).parameters)
 
     @property
     def fused(self) -> bool:
@@ -128,13 +137,17 @@ class PackedNetwork(nn.Module):
         return self.network_for(args)(*args)
 
     def network_for(self, args: tuple[Any, ...]) -> nn.Module:
-        """The network that runs for these positional arguments: ``network``, or one planned again for their sizes."""
+        """The network that runs for these positional arguments: ``network``, or one planned again for their
+        sizes.
+        """
         return self.network if self._limits is None or self._fits(args) else self._variant(args)
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         count = len(self.example_shapes)
         values = dict(zip(self._names, args, strict=False)) | kwargs
-        extra = [name for name, value in values.items() if value is not None and name not in self._names[:count]]
+        extra = [
+            name for name, value in values.items() if value is not None and name not in self._names[:count]
+        ]
         if extra:
             raise TypeError(f"{extra[0]}: the network was packed for {self._names[:count]} alone")
         return tuple(values.get(name) for name in self._names[:count])
@@ -143,12 +156,16 @@ class PackedNetwork(nn.Module):
         limits = self._limits
         assert limits is not None
         if len(args) != len(limits.ranges):
-            raise TypeError(f"forward: expected {len(limits.ranges)} arguments, as in the example, got {len(args)}")
+            raise TypeError(
+                f"forward: expected {len(limits.ranges)} arguments, as in the example, got {len(args)}"
+            )
         sizes = [value.shape if isinstance(value, torch.Tensor) else None for value in args]
         for shape, ranges in zip(sizes, limits.ranges, strict=True):
             if ranges is not None and (shape is None or len(shape) != len(ranges)):
                 given = "no tensor" if shape is None else f"shape {tuple(shape)}"
-                raise ValueError(f"x: expected a tensor of {len(ranges)} dimensions, as in the example, got {given}")
+                raise ValueError(
+                    f"x: expected a tensor of {len(ranges)} dimensions, as in the example, got {given}"
+                )
         return limits.admit(sizes)
 
     def _variant(self, args: tuple[Any, ...]) -> nn.Module:
@@ -171,7 +188,8 @@ class PackedNetwork(nn.Module):
     def packed_state(self) -> PackedState:
         """The network's weights by the dense network's names, pruned convolutions in packed form.
 
-        A fused network gives the weights as they were when it was packed; any other gives its present weights.
+        A fused network gives the weights as they were when it was packed; any other gives its present
+        weights.
         """
         if self._state is not None:
             return self._state
@@ -185,7 +203,7 @@ class PackedNetwork(nn.Module):
 
     def dense_model(self) -> nn.Module:
         """A new dense network with this one's weights, zeros where pruned, in evaluation mode."""
-        model = copy.deepcopy(self._skeleton)
+        model = copy.deepcopy(self._hidden["skeleton"])
         state = self.packed_state()
         dense = {name: value.clone() for name, value in state.dense(_kernel_sizes(model, state)).items()}
         model.load_state_dict(dense, assign=True)
@@ -201,13 +219,15 @@ class PackedNetwork(nn.Module):
 def _kernel_sizes(model: nn.Module, state: PackedState) -> dict[str, tuple[int, int]]:
     out = {}
     for name in state.layouts:
-        weight = model.get_submodule(name).weight
-        out[name] = (int(weight.shape[2]), int(weight.shape[3]))  # type: ignore[union-attr, index]
+        shape = model.get_parameter(f"{name}.weight" if name else "weight").shape
+        out[name] = (int(shape[2]), int(shape[3]))
     return out
 
 
 def _replace_convs(model: nn.Module, backend: str | None) -> nn.Module:
-    """Every pruned plain convolution replaced by its packed layer, in place; a module used twice stays one module."""
+    """Every pruned plain convolution replaced by its packed layer, in place; a module used twice stays one
+    module.
+    """
     replaced: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -232,7 +252,9 @@ def _compare(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> No
     """Raises PackError where the two networks differ on the example or on noise of its shape."""
     generator = torch.Generator().manual_seed(0)
     noise = tuple(
-        torch.randn(v.shape, generator=generator).to(v) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        torch.randn(v.shape, generator=generator).to(v)
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+        else v
         for v in inputs
     )
     with torch.no_grad(), evaluating(dense), evaluating(packed):
@@ -244,10 +266,14 @@ def _compare(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> No
                 if not e.is_floating_point() or e.numel() == 0:
                     continue
                 finite = e.isfinite()
-                bound = TOLERANCE.get(e.dtype, 1e-4) * max(1.0, float(e[finite].abs().max()) if finite.any() else 1.0)
+                bound = TOLERANCE.get(e.dtype, 1e-4) * max(
+                    1.0, float(e[finite].abs().max()) if finite.any() else 1.0
+                )
                 difference = (e - g)[finite].abs().max() if finite.any() else torch.zeros(())
                 if not bool(difference <= bound):
-                    raise PackError(f"outputs differ by {float(difference):.3g}, where {bound:.3g} is accepted")
+                    raise PackError(
+                        f"outputs differ by {float(difference):.3g}, where {bound:.3g} is accepted"
+                    )
 
 
 def pack(
@@ -257,12 +283,14 @@ def pack(
 
     Args:
         model: any CNN with zeros in its convolution weights, or with the masks of ``torch.nn.utils.prune``.
-        example_input: a tensor (N, C, H, W), or a tuple of positional arguments; the result takes other batch and image
-            sizes too.
-        train: True replaces the convolutions and nothing else, so that the result can be trained like the dense network
-            (``unpack`` brings the weights back). False also folds BatchNorm, drops dead channels, and fuses residual
-            and activation into the layers, where ``torch.export`` can trace the model.
-        backend: which implementation the layers run on (``dsp_kernels.available_backends()``); None: chosen at each call.
+        example_input: a tensor (N, C, H, W), or a tuple of positional arguments; the result takes other batch
+            and image sizes too.
+        train: True replaces the convolutions and nothing else, so that the result can be trained like the
+            dense network (``unpack`` brings the weights back). False also folds BatchNorm, drops dead
+            channels, and fuses residual and activation into the layers, where ``torch.export`` can trace the
+            model.
+        backend: which implementation the layers run on (``dsp_kernels.available_backends()``); None: chosen
+            at each call.
 
     Returns:
         A ``PackedNetwork``, in evaluation mode for ``train=False``, else in the model's own mode.
@@ -313,13 +341,15 @@ def unpack(packed: PackedNetwork, model: nn.Module) -> nn.Module:
 
     Args:
         packed: from ``pack`` or ``load``. A fused one gives the weights that it was packed from.
-        model: a network of the same architecture, changed in place; where it carries prune masks, they are set too.
+        model: a network of the same architecture, changed in place; where it carries prune masks, they are
+            set too.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``packed`` is no ``PackedNetwork``. ValueError: names or shapes do not fit; ``model`` is then unchanged.
+        TypeError: ``packed`` is no ``PackedNetwork``. ValueError: names or shapes do not fit; ``model`` is
+    then unchanged.
     """
     if not isinstance(packed, PackedNetwork):
         raise TypeError(f"packed: expected a PackedNetwork, got {type(packed).__name__}")
@@ -328,21 +358,30 @@ def unpack(packed: PackedNetwork, model: nn.Module) -> nn.Module:
 
 
 def fill(model: nn.Module, state: PackedState) -> None:
-    """Checks a packed state against a dense network, then writes it there; nothing is written where anything is wrong."""
+    """Checks a packed state against a dense network, then writes it there; nothing is written where anything
+    is wrong.
+    """
     own = model.state_dict(keep_vars=True)
     masked = {name.removesuffix("_orig") for name in own if name.endswith("_orig")}
-    names = {name.removesuffix("_orig") for name in own if not (name.endswith("_mask") and name.removesuffix("_mask") in masked)}
+    names = {
+        name.removesuffix("_orig")
+        for name in own
+        if not (name.endswith("_mask") and name.removesuffix("_mask") in masked)
+    }
     if names != set(state.tensors):
         missing, extra = sorted(names - set(state.tensors)), sorted(set(state.tensors) - names)
-        raise ValueError(f"model: not the packed network's architecture; it lacks {extra[:3]}, and has besides {missing[:3]}")
+        raise ValueError(
+            f"model: not the packed network's architecture; it lacks {extra[:3]}, "
+            f"and has besides {missing[:3]}"
+        )
     kernels: dict[str, tuple[int, int]] = {}
     for name, layout in state.layouts.items():
         key = f"{name}.weight" if name else "weight"
         shape = tuple(own[f"{key}_orig" if key in masked else key].shape)
         if len(shape) != 4 or shape[:2] != (layout.out_channels, layout.in_channels):
             raise ValueError(
-                f"model: {key} has shape {shape}, where the packed network has {layout.out_channels} filters and "
-                f"{layout.in_channels} channels"
+                f"model: {key} has shape {shape}, where the packed network has "
+                f"{layout.out_channels} filters and {layout.in_channels} channels"
             )
         kernels[name] = (shape[2], shape[3])
         expected = layout.weight_numel(kernels[name])
@@ -352,7 +391,9 @@ def fill(model: nn.Module, state: PackedState) -> None:
     for name, value in dense.items():
         target = own[f"{name}_orig" if name in masked else name]
         if target.shape != value.shape:
-            raise ValueError(f"model: {name} has shape {tuple(target.shape)}, the packed network's is {tuple(value.shape)}")
+            raise ValueError(
+                f"model: {name} has shape {tuple(target.shape)}, the packed network's is {tuple(value.shape)}"
+            )
         if target.is_floating_point() != value.is_floating_point():
             raise ValueError(f"model: {name} is {target.dtype}, the packed network's is {value.dtype}")
     with torch.no_grad():
@@ -361,6 +402,10 @@ def fill(model: nn.Module, state: PackedState) -> None:
                 own[f"{name}_orig"].copy_(value)
                 layout_of = state.layouts.get(name.removesuffix(".weight"))
                 mask = own[f"{name}_mask"]
-                mask.copy_(torch.ones_like(mask) if layout_of is None else layout_of.mask().to(mask)[:, :, None, None])
+                mask.copy_(
+                    torch.ones_like(mask)
+                    if layout_of is None
+                    else layout_of.mask().to(mask)[:, :, None, None]
+                )
             else:
                 own[name].copy_(value)

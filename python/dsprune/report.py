@@ -36,8 +36,9 @@ class LayerSummary:
 class Summary:
     """MACs of one image and parameters of a network; ``str()`` is a table.
 
-    ``macs`` and ``params`` are what the structure needs, ``dense_macs`` and ``dense_params`` what the dense network has.
-    Counted are convolutions and linear layers; ``params`` takes the removed weights of these off all parameters.
+    ``macs`` and ``params`` are what the structure needs, ``dense_macs`` and ``dense_params`` what the dense
+    network has. Counted are convolutions and linear layers; ``params`` takes the removed weights of these off
+    all parameters.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -67,7 +68,9 @@ class Summary:
         return 1 - sum(layer.macs for layer in self._of(count)) / dense if dense else 0.0
 
     def params_cut(self, count: str = "network") -> float:
-        """The fraction of parameters removed, of the whole ``"network"`` or of its ``"prunable"`` convolutions."""
+        """The fraction of parameters removed, of the whole ``"network"`` or of its ``"prunable"``
+        convolutions.
+        """
         if count == "network":
             return 1 - self.params / self.dense_params if self.dense_params else 0.0
         dense = sum(layer.dense_weights for layer in self._of(count))
@@ -75,25 +78,38 @@ class Summary:
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("prunable convolutions")])
-        head = f"{'layer':<{width}}  {'groups':>6}  {'dense MACs':>14}  {'MACs':>14}  {'cut %':>6}  {'weights':>11}  {'cut %':>6}"
+        head = (
+            f"{'layer':<{width}}  {'groups':>6}  {'dense MACs':>14}  {'MACs':>14}  {'cut %':>6}  "
+            f"{'weights':>11}  {'cut %':>6}"
+        )
         lines = [head, "-" * len(head)]
 
         def row(name: str, groups: str, dense: int, macs: int, dense_weights: int, weights: int) -> str:
-            cuts = [100 * (1 - left / full) if full else 0.0 for left, full in ((macs, dense), (weights, dense_weights))]
+            cuts = [
+                100 * (1 - left / full) if full else 0.0
+                for left, full in ((macs, dense), (weights, dense_weights))
+            ]
             return (
-                f"{name:<{width}}  {groups:>6}  {dense:>14,}  {macs:>14,}  {cuts[0]:>6.2f}  {weights:>11,}  {cuts[1]:>6.2f}"
+                f"{name:<{width}}  {groups:>6}  {dense:>14,}  {macs:>14,}  {cuts[0]:>6.2f}  "
+                f"{weights:>11,}  {cuts[1]:>6.2f}"
             )
 
         for layer in self.layers:
             lines.append(
                 row(
-                    layer.name or "(model)", str(layer.groups), layer.dense_macs, layer.macs, layer.dense_weights, layer.weights
+                    layer.name or "(model)",
+                    str(layer.groups),
+                    layer.dense_macs,
+                    layer.macs,
+                    layer.dense_weights,
+                    layer.weights,
                 )
             )
         lines.append("-" * len(head))
         prunable = list(self._of("prunable"))
         totals = [
-            sum(getattr(layer, key) for layer in prunable) for key in ("dense_macs", "macs", "dense_weights", "weights")
+            sum(getattr(layer, key) for layer in prunable)
+            for key in ("dense_macs", "macs", "dense_weights", "weights")
         ]
         lines.append(row("prunable convolutions", "", *totals))
         lines.append(row("whole network", "", self.dense_macs, self.macs, self.dense_params, self.params))
@@ -118,8 +134,9 @@ def _measured(packed: PackedNetwork, inputs: tuple[Any, ...]) -> dict[str, tuple
                 per_weight, groups = args[0].shape[-2] * args[0].shape[-1], layer.groups
             else:
                 per_weight = output.shape[-2] * output.shape[-1]
-                groups = len(layer.layout.groups) if isinstance(layer, PermutedGroupedConv2d) else layer.groups  # type: ignore[union-attr, assignment]
-            weights = int(layer.weight.numel())  # type: ignore[union-attr, operator, arg-type]
+                packed_layer = isinstance(layer, PermutedGroupedConv2d)
+                groups = len(layer.layout.groups) if packed_layer else int(layer.groups)  # type: ignore
+            weights = layer.get_parameter("weight").numel()
             macs = weights * int(per_weight) + (found[name][0] if name in found else 0)
             found[name] = (macs, weights, groups)
 
@@ -141,13 +158,15 @@ def summary(model: nn.Module, example_input: Any) -> Summary:
     """Counts what a network needs at the image size of ``example_input``.
 
     Args:
-        model: a dense, masked (``torch.nn.utils.prune`` or plain zeros) or packed network. For the first two, what its
-            zeros leave to compute is counted, dead filters and channels left out; for a packed one, what its layers do.
+        model: a dense, masked (``torch.nn.utils.prune`` or plain zeros) or packed network. For the first two,
+            what its zeros leave to compute is counted, dead filters and channels left out; for a packed one,
+            what its layers do.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments.
 
     Returns:
-        A ``Summary``: ``.macs``, ``.dense_macs`` (multiply-accumulates of one image), ``.params``, ``.dense_params``,
-        ``.flops_cut(count)``, ``.params_cut(count)``; ``str()`` is a table with both ways of counting.
+        A ``Summary``: ``.macs``, ``.dense_macs`` (multiply-accumulates of one image), ``.params``,
+        ``.dense_params``, ``.flops_cut(count)``, ``.params_cut(count)``; ``str()`` is a table with both ways
+        of counting.
 
     Raises:
         TypeError: ``model`` is no module or ``example_input`` holds no tensor.
@@ -171,8 +190,14 @@ def summary(model: nn.Module, example_input: Any) -> Summary:
             macs, weights, groups = measured.get(name, (0, 0, 0))
         rows.append(
             LayerSummary(
-                name, "linear" if name in linear else "conv", counts.dense_macs[name], macs, counts.dense_weights[name],
-                weights, groups, name in counts.prunable,
+                name,
+                "linear" if name in linear else "conv",
+                counts.dense_macs[name],
+                macs,
+                counts.dense_weights[name],
+                weights,
+                groups,
+                name in counts.prunable,
             )
-        )  # fmt: skip
+        )
     return Summary(tuple(rows), counts.all_params, measured is not None)

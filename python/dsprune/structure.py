@@ -1,9 +1,9 @@
 """What to remove for a target, and how to mask a network accordingly (design of Park et al., AAAI 2023).
 
-Importance of channel c to group g is the sum of W² over the group's filters, normalised over c. Channels are sorted, their
-shares summed up from the least, and those whose sum stays below one threshold β, common to the whole network, are
-dropped. The last convolution of a residual block loses whole filters by the same rule. β follows from the target by
-bisection, with liveness counted in.
+Importance of channel c to group g is the sum of W² over the group's filters, normalised over c. Channels are
+sorted, their shares summed up from the least, and those whose sum stays below one threshold β, common to the
+whole network, are dropped. The last convolution of a residual block loses whole filters by the same rule. β
+follows from the target by bisection, with liveness counted in.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ BISECTIONS = 40
 class Structure(Mapping[str, GroupLayout]):
     """Who reads what, per convolution name; made by ``find_structure``.
 
-    ``flops_cut`` and ``params_cut`` are the fractions removed, by the way of counting asked for; ``threshold`` is β.
+    ``flops_cut`` and ``params_cut`` are the fractions removed, by the way of counting asked for;
+    ``threshold`` is β.
     """
 
     layouts: dict[str, GroupLayout]
@@ -51,9 +52,12 @@ class Structure(Mapping[str, GroupLayout]):
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain types, for ``json.dump``; ``from_json`` is its inverse."""
         return {
-            "threshold": self.threshold, "flops_cut": self.flops_cut, "params_cut": self.params_cut,
-            "count": self.count, "layouts": {name: layout.to_json() for name, layout in self.layouts.items()},
-        }  # fmt: skip
+            "threshold": self.threshold,
+            "flops_cut": self.flops_cut,
+            "params_cut": self.params_cut,
+            "count": self.count,
+            "layouts": {name: layout.to_json() for name, layout in self.layouts.items()},
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Structure:
@@ -61,7 +65,11 @@ class Structure(Mapping[str, GroupLayout]):
         try:
             layouts = {str(name): GroupLayout.from_json(value) for name, value in data["layouts"].items()}
             return cls(
-                layouts, float(data["threshold"]), float(data["flops_cut"]), float(data["params_cut"]), str(data["count"])
+                layouts,
+                float(data["threshold"]),
+                float(data["flops_cut"]),
+                float(data["params_cut"]),
+                str(data["count"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"data: not a structure ({error!r})") from error
@@ -70,8 +78,8 @@ class Structure(Mapping[str, GroupLayout]):
 def drop_below(importance: torch.Tensor, threshold: float) -> torch.Tensor:
     """Bool (n,): what to keep of n importances (non-negative) at threshold β in [0, 1).
 
-    The least important go first, as long as the sum of their shares stays below β. The most important one stays unless all
-    importances are zero.
+    The least important go first, as long as the sum of their shares stays below β. The most important one
+    stays unless all importances are zero.
     """
     total = importance.sum()
     if not bool(total > 0):
@@ -128,7 +136,9 @@ class _Counter:
         if self.graph is not None:
             for site in self.graph.sites:
                 taps = site.kernel_size[0] * site.kernel_size[1]
-                layers.append((site.name, taps, site.positions, site.groups, site.out_channels, site.in_channels))
+                layers.append(
+                    (site.name, taps, site.positions, site.groups, site.out_channels, site.in_channels)
+                )
         else:
             for info in self.infos:
                 taps = info.kernel_size[0] * info.kernel_size[1]
@@ -179,7 +189,9 @@ def _check_target(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number between 0 and 1, got {value!r}")
     if not 0 < value < 1:
-        raise ValueError(f"{name}: expected the fraction to remove, between 0 and 1 (both excluded), got {value!r}")
+        raise ValueError(
+            f"{name}: expected the fraction to remove, between 0 and 1 (both excluded), got {value!r}"
+        )
     return float(value)
 
 
@@ -187,7 +199,9 @@ def _check_assignment(
     assignment: Mapping[str, Any], infos: Mapping[str, ConvInfo], exclude: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     if not isinstance(assignment, Mapping):
-        raise TypeError(f"assignment: expected a mapping of convolution names, got {type(assignment).__name__}")
+        raise TypeError(
+            f"assignment: expected a mapping of convolution names, got {type(assignment).__name__}"
+        )
     if isinstance(exclude, str):
         raise TypeError(f"exclude: expected a sequence of convolution names, got the string {exclude!r}")
     for name in exclude:
@@ -196,16 +210,21 @@ def _check_assignment(
     checked: dict[str, torch.Tensor] = {}
     for name, value in assignment.items():
         if name not in infos:
-            raise ValueError(f"assignment: {name!r} is no convolution of the model; there are {sorted(infos)}")
+            raise ValueError(
+                f"assignment: {name!r} is no convolution of the model; there are {sorted(infos)}"
+            )
         info = infos[name]
         if info.groups != 1:
-            raise ValueError(f"assignment: {name!r} has {info.groups} groups already; only plain convolutions are pruned")
+            raise ValueError(
+                f"assignment: {name!r} has {info.groups} groups already; only plain convolutions are pruned"
+            )
         groups = torch.as_tensor(value).detach().cpu()
         if groups.is_floating_point() or groups.dtype == torch.bool or groups.is_complex():
             raise TypeError(f"assignment[{name!r}]: expected integer group numbers, got {groups.dtype}")
         if tuple(groups.shape) != (info.out_channels,):
             raise ValueError(
-                f"assignment[{name!r}]: expected shape ({info.out_channels},), one group a filter, got {tuple(groups.shape)}"
+                f"assignment[{name!r}]: expected shape ({info.out_channels},), one group a filter, "
+                f"got {tuple(groups.shape)}"
             )
         if bool((groups < 0).any()):
             raise ValueError(f"assignment[{name!r}]: expected group numbers from 0, got {int(groups.min())}")
@@ -230,24 +249,30 @@ def find_structure(
 
     Args:
         model: the network, float; zeros and prune masks that it has already stay. Not changed.
-        example_input: a tensor (N, C, H, W), or a tuple of positional arguments; FLOPs are counted at this image size.
-        assignment: convolution name -> (O,) integer group of each filter, as ``GroupLearner.assignment()`` gives it.
+        example_input: a tensor (N, C, H, W), or a tuple of positional arguments; FLOPs are counted at this
+            image size.
+        assignment: convolution name -> (O,) integer group of each filter, as ``GroupLearner.assignment()``
+            gives it.
         flops: the fraction of multiply-accumulates to remove, in (0, 1). One of ``flops`` and ``params``.
         params: the fraction of parameters to remove, in (0, 1).
         count: ``"network"`` counts the whole network, ``"prunable"`` the prunable convolutions only.
         exclude: names of convolutions to leave dense.
 
     Returns:
-        A ``Structure``: ``structure[name]`` is the ``GroupLayout`` of each convolution in ``assignment``. The least cut that
-        reaches the target.
+        A ``Structure``: ``structure[name]`` is the ``GroupLayout`` of each convolution in ``assignment``. The
+        least cut that reaches the target.
 
     Raises:
-        ValueError, TypeError: bad arguments, or a target beyond what the rule can remove (the text says how far it goes).
+        ValueError, TypeError: bad arguments, or a target beyond what the rule can remove (the text says how
+            far it goes).
 
-    Source: Park et al., "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023, section on group channel pruning.
+    Source: Park et al., "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023, section on group channel
+    pruning.
     """
     if (flops is None) == (params is None):
-        raise ValueError(f"flops, params: expected exactly one of the two, got flops={flops!r} and params={params!r}")
+        raise ValueError(
+            f"flops, params: expected exactly one of the two, got flops={flops!r} and params={params!r}"
+        )
     goal = _check_target("flops", flops) if flops is not None else _check_target("params", params)
     if count not in ("network", "prunable"):
         raise ValueError(f"count: expected 'network' or 'prunable', got {count!r}")
@@ -283,7 +308,9 @@ def find_structure(
     furthest = cut_at(high)
     if furthest < goal:
         kind = "flops" if flops is not None else "params"
-        raise ValueError(f"{kind}: expected at most {furthest:.4f}, what this assignment can remove, got {goal!r}")
+        raise ValueError(
+            f"{kind}: expected at most {furthest:.4f}, what this assignment can remove, got {goal!r}"
+        )
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if cut_at(middle) >= goal:
@@ -300,7 +327,9 @@ def find_structure(
 
 
 def _layout(pairs: torch.Tensor, assigned: torch.Tensor) -> GroupLayout:
-    """The groups of the assignment, without dead filters and channels; filters of a group that differ are split."""
+    """The groups of the assignment, without dead filters and channels; filters of a group that differ are
+    split.
+    """
     groups: list[tuple[list[int], list[int]]] = []
     for group in assigned.unique().tolist():
         rows = [o for o in (assigned == group).nonzero().flatten().tolist() if bool(pairs[o].any())]
@@ -312,7 +341,8 @@ def _layout(pairs: torch.Tensor, assigned: torch.Tensor) -> GroupLayout:
 
 
 def apply_structure(model: nn.Module, structure: Mapping[str, GroupLayout]) -> nn.Module:
-    """Masks a model's convolutions by ``torch.nn.utils.prune``'s convention (``weight_orig``, ``weight_mask``).
+    """Masks a model's convolutions by ``torch.nn.utils.prune``'s convention (``weight_orig``,
+    ``weight_mask``).
 
     Args:
         model: the network, changed in place: pruned weights read as zero from now on, and get no gradient.
@@ -322,12 +352,15 @@ def apply_structure(model: nn.Module, structure: Mapping[str, GroupLayout]) -> n
         ``model``.
 
     Raises:
-        ValueError, TypeError: a name that is no convolution of the model, or a layout of another shape. The model is then
-        unchanged.
+        ValueError, TypeError: a name that is no convolution of the model, or a layout of another shape. The
+        model is then unchanged.
     """
     inner = unwrap(model)
     if not isinstance(structure, Mapping):
-        raise TypeError(f"structure: expected a mapping of convolution names to GroupLayout, got {type(structure).__name__}")
+        raise TypeError(
+            "structure: expected a mapping of convolution names to GroupLayout, "
+            f"got {type(structure).__name__}"
+        )
     modules = dict(inner.named_modules())
     todo: list[tuple[nn.Conv2d, torch.Tensor]] = []
     for name, layout in structure.items():
@@ -339,8 +372,8 @@ def apply_structure(model: nn.Module, structure: Mapping[str, GroupLayout]) -> n
         expected = tuple(module.weight.shape[:2])
         if (layout.out_channels, layout.in_channels) != expected:
             raise ValueError(
-                f"structure[{name!r}]: expected a layout of {expected[0]} filters and {expected[1]} channels, got "
-                f"{layout.out_channels} and {layout.in_channels}"
+                f"structure[{name!r}]: expected a layout of {expected[0]} filters and {expected[1]} "
+                f"channels, got {layout.out_channels} and {layout.in_channels}"
             )
         mask = layout.mask().to(module.weight.device)[:, :, None, None].expand_as(module.weight)
         todo.append((module, mask.to(module.weight.dtype)))

@@ -1,0 +1,170 @@
+"""Packed networks on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nets
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import dsprune
+from dsprune.io import FORMAT, write_atomically
+
+X = torch.randn(2, 3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def packed() -> dsprune.PackedNetwork:
+    torch.manual_seed(0)
+    return dsprune.pack(nets.structured_zeros(nets.random_norms(nets.Residual())).eval(), X)
+
+
+@pytest.fixture
+def file(packed: dsprune.PackedNetwork, tmp_path: Path) -> Path:
+    path = tmp_path / "net.safetensors"
+    dsprune.save(packed, path)
+    return path
+
+
+def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_same_bits_in_this_process(packed: dsprune.PackedNetwork, file: Path) -> None:
+    model = nets.Residual()
+    again = dsprune.load(file, model)
+    with torch.no_grad():
+        assert torch.equal(again(X), packed(X))
+        model.eval()
+        torch.testing.assert_close(model(X), packed(X), rtol=1e-4, atol=1e-5)
+
+
+def test_same_bits_in_a_new_process(packed: dsprune.PackedNetwork, file: Path, tmp_path: Path) -> None:
+    torch.save(X, tmp_path / "x.pt")
+    script = (
+        "import sys, torch, dsprune, nets\n"
+        f"x = torch.load({str(tmp_path / 'x.pt')!r}, weights_only=True)\n"
+        f"y = dsprune.load({str(file)!r}, nets.Residual())(x)\n"
+        f"torch.save(y.detach(), {str(tmp_path / 'y.pt')!r})\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": paths})
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), packed(X))
+
+
+def test_the_file_is_small_and_plain(packed: dsprune.PackedNetwork, file: Path) -> None:
+    with safe_open(file, framework="pt") as stored:
+        header = json.loads(stored.metadata()[FORMAT])
+        numel = sum(stored.get_tensor(k).numel() for k in stored.keys())  # noqa: SIM118
+    assert header["inputs"] == [{"dtype": "float32", "shape": [2, 3, 16, 16]}]
+    assert set(header["layouts"]) == {"a1.0", "a2.0", "b1.0", "b2.0", "project.0"}
+    assert numel < sum(v.numel() for v in nets.Residual().state_dict().values())
+
+
+def test_trained_in_packed_form(tmp_path: Path) -> None:
+    model = nets.structured_zeros(nets.Residual())
+    packed = dsprune.pack(model, X, train=True)
+    packed(X).sum().backward()
+    with torch.no_grad():
+        for p in packed.parameters():
+            p -= 0.01 * p.grad
+    dsprune.save(packed, tmp_path / "t")
+    again = dsprune.load(tmp_path / "t", nets.Residual())
+    assert not again.fused and len(dict(again.layers())) == len(dict(packed.layers()))
+    deployed = dsprune.load(tmp_path / "t", nets.Residual(), train=False)
+    assert deployed.fused
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(X), packed.eval()(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 0.5, 0.999])
+def test_truncated_file_is_refused(file: Path, keep: float) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+    model = nets.Residual()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        dsprune.load(file, model)
+    assert unchanged(model, before)
+
+
+def rewrite(file: Path, change: object) -> None:
+    with safe_open(file, framework="pt") as stored:
+        tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
+        header = json.loads(stored.metadata()[FORMAT])
+    change(header, tensors)  # type: ignore[operator]
+    save_file(tensors, file, {FORMAT: json.dumps(header)})
+
+
+CHANGES = {
+    "version": (lambda h, t: h.update(version=99), "has version 99; this package reads version 1"),
+    "format": (lambda h, t: h.update(format="x"), "header of another format"),
+    "layouts": (lambda h, t: h.pop("layouts"), "incomplete header"),
+    "inputs": (lambda h, t: h.pop("inputs"), "incomplete header"),
+    "index": (lambda h, t: h["layouts"]["a1.0"]["groups"][0][0].append(999), "999"),
+    "lost tensor": (lambda h, t: t.pop("a1.0.weight"), "not the packed network's architecture"),
+    "short weight": (lambda h, t: t.update({"a1.0.weight": t["a1.0.weight"][:-1].clone()}), "packed values"),
+    "wrong name": (lambda h, t: h["layouts"].update(zz=h["layouts"]["a1.0"]), "has no Conv2d 'zz'"),
+    "head": (
+        lambda h, t: t.update({"head.weight": t["head.weight"][:, :-1].clone()}),
+        "head.weight has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_broken_contents_are_refused(file: Path, name: str) -> None:
+    change, text = CHANGES[name]
+    rewrite(file, change)
+    model = nets.Residual()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=text):
+        dsprune.load(file, model)
+    assert unchanged(model, before)
+
+
+def test_other_architecture_is_refused_and_left_as_it_was(file: Path) -> None:
+    for model in (nets.Plain(), nets.Zoo()):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match="model:"):
+            dsprune.load(file, model)
+        assert unchanged(model, before)
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match=r"not written by dsprune\.save"):
+        dsprune.load(tmp_path / "foreign", nets.Plain())
+    save_file({"a": torch.zeros(2)}, tmp_path / "json", {FORMAT: "{"})
+    with pytest.raises(ValueError, match="broken header"):
+        dsprune.load(tmp_path / "json", nets.Plain())
+    with pytest.raises(FileNotFoundError, match="path: no file"):
+        dsprune.load(tmp_path / "nothing", nets.Plain())
+
+
+def test_save_refuses_other_things(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="packed: expected a PackedNetwork, got Plain"):
+        dsprune.save(nets.Plain(), tmp_path / "x")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "f"
+    write_atomically(path, b"old")
+
+    def fail(*_args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]

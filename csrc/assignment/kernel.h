@@ -24,6 +24,7 @@ struct LassoLayer {
   int64_t log_out_stride;
   double scale, amount;
   int groups;
+  bool past_caches;  // the output is too large for the caches
 
   // A block is a run of channels with all filters; its results are summed in block order.
   int64_t block, blocks;

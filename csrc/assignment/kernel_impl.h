@@ -8,11 +8,16 @@
 
 #include "assignment/kernel.h"
 
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #ifndef DSP_ISA
 #error "define DSP_ISA before including assignment/kernel_impl.h"
 #endif
 
 #define DSP_INLINE inline __attribute__((always_inline))
+#define DSP_UNROLL _Pragma("GCC unroll 16")
 
 namespace dsp {
 namespace DSP_ISA {
@@ -58,6 +63,40 @@ int64_t block_width(int64_t filters, int64_t channels, int64_t taps, dsp_lasso_o
 
 // ---- per layer: what depends on the probabilities alone ----
 
+// exp(x / 2) to within two units in the last place, as a loop that the compiler vectorises; 0 below the
+// smallest normal number, so also at -inf; a NaN stays one.
+DSP_INLINE void half_exponents(const float* x, float* out, int64_t count) {
+  constexpr float lowest = -174.0f;
+  constexpr float highest = 177.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float within = x[i] > lowest ? (x[i] < highest ? x[i] : highest) : lowest;
+    const float y = within * 0.5f;
+    const float n = std::nearbyint(y * 1.44269504088896341f);
+    // y = n ln 2 + r, with ln 2 in two parts.
+    const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    float e = 1.9875691500e-4f;
+    e = e * r + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * (r * r) + r + 1.0f;
+    // 2^n in two factors: n reaches 128.
+    const int32_t whole = static_cast<int32_t>(n);
+    const int32_t low = whole >> 1;
+    const int32_t bits[2] = {(low + 127) << 23, (whole - low + 127) << 23};
+    float powers[2];
+    std::memcpy(powers, bits, sizeof(powers));
+    e = e * powers[0] * powers[1];
+    e = x[i] <= lowest ? 0.0f : e;
+    out[i] = x[i] == x[i] ? e : x[i];
+  }
+}
+
+DSP_INLINE void half_exponents(const double* x, double* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = std::exp(x[i] / 2);
+}
+
 template <typename T>
 void prepare(const LassoLayer& l, dsp_lasso_op operation) {
   const T* logs = static_cast<const T*>(l.logs);
@@ -67,21 +106,28 @@ void prepare(const LassoLayer& l, dsp_lasso_op operation) {
   T* halves = static_cast<T*>(l.halves);
   T* doubled = static_cast<T*>(l.doubled);
   const int64_t groups = l.groups;
+  constexpr int64_t chunk = 256;
+  T exponents[chunk];
   for (int64_t g = 0; g < groups; ++g) {
     double sum = 0;
     double change = 0;
-    for (int64_t o = 0; o < l.filters; ++o) {
-      const T root = std::exp(logs[g * l.log_stride + o] / 2);
-      const T p = root * root;
-      squares[o * groups + g] = operation == DSP_LASSO_PROXIMAL ? p : p * p;
-      roots[o * groups + g] = root;
-      sum += static_cast<double>(root);
-      if (towards != nullptr) {
-        const T e = towards[g * l.log_direction_stride + o];
-        const T half = root * e / 2;
-        halves[o * groups + g] = half;
-        doubled[o * groups + g] = 2 * p * p * e;
-        change += static_cast<double>(half);
+    for (int64_t start = 0; start < l.filters; start += chunk) {
+      const int64_t count = l.filters - start < chunk ? l.filters - start : chunk;
+      half_exponents(logs + g * l.log_stride + start, exponents, count);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t o = start + i;
+        const T root = exponents[i];
+        const T p = root * root;
+        squares[o * groups + g] = operation == DSP_LASSO_PROXIMAL ? p : p * p;
+        roots[o * groups + g] = root;
+        sum += static_cast<double>(root);
+        if (towards != nullptr) {
+          const T e = towards[g * l.log_direction_stride + o];
+          const T half = root * e / 2;
+          halves[o * groups + g] = half;
+          doubled[o * groups + g] = 2 * p * p * e;
+          change += static_cast<double>(half);
+        }
       }
     }
     l.root_sum[g] = sum;
@@ -181,6 +227,7 @@ DSP_INLINE void spread(const T* coefficient, const T* table, int64_t groups, int
   }
 }
 
+// By halves, on every machine.
 template <typename T>
 DSP_INLINE T total(const typename Lanes<T>::Vec& v) {
   constexpr int64_t lanes = Lanes<T>::count;
@@ -189,6 +236,32 @@ DSP_INLINE T total(const typename Lanes<T>::Vec& v) {
   for (int64_t half = lanes / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) a[i] += a[i + half];
   return a[0];
+}
+
+#if defined(__AVX512F__)
+template <>
+DSP_INLINE float total<float>(const Lanes<float>::Vec& v) {
+  const __m512 a = reinterpret_cast<__m512>(v);
+  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+#endif
+
+// Past the caches: for outputs that nobody reads soon, at aligned addresses.
+template <typename T>
+DSP_INLINE void stream(const typename Lanes<T>::Vec& v, T* at) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(at), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  __m256i halves[2];
+  std::memcpy(halves, &v, sizeof(halves));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(at), halves[0]);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(at) + 1, halves[1]);
+#else
+  std::memcpy(at, &v, sizeof(v));
+#endif
 }
 
 // sum_c table[c] row[c]
@@ -310,6 +383,8 @@ void add_squares(const T* w, int64_t row, const T* p2, int64_t groups, int64_t l
   constexpr int64_t lanes = Lanes<T>::count;
   for (int64_t c = 0; c < length; c += lanes) {
     Vec sum[Count];
+
+    DSP_UNROLL
     for (int g = 0; g < Count; ++g) sum[g] = *reinterpret_cast<const Vec*>(sums + g * width + c);
     for (int i = 0; i < Rows; ++i) {
       Vec x;
@@ -319,8 +394,12 @@ void add_squares(const T* w, int64_t row, const T* p2, int64_t groups, int64_t l
         load_some<T>(w + i * row + c, length - c, &x);
       }
       x *= x;
+
+      DSP_UNROLL
       for (int g = 0; g < Count; ++g) sum[g] += p2[i * groups + g] * x;
     }
+
+    DSP_UNROLL
     for (int g = 0; g < Count; ++g) *reinterpret_cast<Vec*>(sums + g * width + c) = sum[g];
   }
 }
@@ -338,6 +417,7 @@ void all_squares(const T* w, int64_t row, const T* p2, int64_t filters, int64_t 
 
 struct Pass {
   int64_t row, groups, length, width;
+  bool past_caches;
 };
 
 // For Rows rows: dots[row, g] += sum_c table[g, c] w[row, c]^2, and
@@ -352,10 +432,12 @@ void pass_rows(const Pass& s, const T* w, const T* p2, const T* table, const T* 
     const int64_t left = s.length - c;
     Vec entry[Count];
     Vec factor[Count];
+    DSP_UNROLL
     for (int g = 0; g < Count; ++g) {
       if (Dots) entry[g] = *reinterpret_cast<const Vec*>(table + g * s.width + c);
       if (Write) factor[g] = *reinterpret_cast<const Vec*>(factors + g * s.width + c);
     }
+    DSP_UNROLL
     for (int i = 0; i < Rows; ++i) {
       Vec x;
       if (left >= lanes) {
@@ -365,11 +447,16 @@ void pass_rows(const Pass& s, const T* w, const T* p2, const T* table, const T* 
       }
       if (Write) {
         Vec f = base - Vec{};
+        DSP_UNROLL
         for (int g = 0; g < Count; ++g) f += p2[i * s.groups + g] * factor[g];
         f *= x;
         if (left >= lanes) {
           if (keep != nullptr) std::memcpy(keep + i * s.row + c, &x, sizeof(x));
-          std::memcpy(out + i * s.row + c, &f, sizeof(f));
+          if (s.past_caches) {
+            stream<T>(f, out + i * s.row + c);
+          } else {
+            std::memcpy(out + i * s.row + c, &f, sizeof(f));
+          }
         } else {
           if (keep != nullptr) store_some<T>(x, left, keep + i * s.row + c);
           store_some<T>(f, left, out + i * s.row + c);
@@ -377,13 +464,14 @@ void pass_rows(const Pass& s, const T* w, const T* p2, const T* table, const T* 
       }
       if (Dots) {
         x *= x;
+        DSP_UNROLL
         for (int g = 0; g < Count; ++g) sum[i][g] += entry[g] * x;
       }
     }
   }
-  if (Dots)
-    for (int i = 0; i < Rows; ++i)
-      for (int g = 0; g < Count; ++g) dots[i * s.groups + g] += total<T>(sum[i][g]);
+  if (Dots) DSP_UNROLL
+  for (int i = 0; i < Rows; ++i) DSP_UNROLL
+  for (int g = 0; g < Count; ++g) dots[i * s.groups + g] += total<T>(sum[i][g]);
 }
 
 template <typename T, int Count, bool Dots, bool Write>
@@ -441,7 +529,7 @@ void block_flat(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char
   const int64_t channels = l.block;
   const int64_t segments = l.tap_major ? l.taps : 1;
   const int64_t fold = l.tap_major ? 1 : l.taps;
-  const Pass s = {l.channels * l.taps, groups, count * fold, segment_width<T>(l)};
+  Pass s = {l.channels * l.taps, groups, count * fold, segment_width<T>(l), false};
   const T* weight = static_cast<const T*>(l.weight) + first * fold;
   const T* p2 = static_cast<const T*>(l.squares);
   double* sums = l.sums + index * groups * 2;
@@ -497,6 +585,9 @@ void block_flat(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char
   T* out = l.weight_out == nullptr ? nullptr : static_cast<T*>(l.weight_out) + first * fold;
   T* keep = l.keep == nullptr ? nullptr : static_cast<T*>(l.keep) + first * fold;
   if (dots == nullptr && out == nullptr) return;
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  s.past_caches = l.past_caches && out != nullptr && reinterpret_cast<uintptr_t>(out) % 64 == 0 &&
+                  s.row % line == 0 && (segments == 1 || l.channels % line == 0);
   std::memset(elements, 0, static_cast<size_t>(2 * groups * s.width) * sizeof(T));
   for (int64_t g = 0; g < groups; ++g) {
     const T size = static_cast<T>(l.size[g]);
@@ -545,6 +636,9 @@ void block_flat(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char
   }
   if (dots != nullptr)
     for (int64_t i = 0; i < filters * groups; ++i) dots[i] *= p2[i];
+#if defined(__AVX512F__) || defined(__AVX2__)
+  if (s.past_caches) _mm_sfence();
+#endif
 }
 
 // ---- a block by way of S ----

@@ -12,6 +12,7 @@ namespace dsp {
 namespace {
 
 constexpr int64_t kMaxGroups = 4096;
+constexpr int64_t kCacheBytes = int64_t{16} << 20;
 
 LassoTable choose() {
 #if defined(DSP_X86)
@@ -96,6 +97,12 @@ void run(dsp_lasso_op operation, int element, const int64_t* words, int64_t word
     layers.push_back(l);
     starts.push_back(starts.back() + l.blocks);
   }
+
+  int64_t written = 0;
+  for (const LassoLayer& l : layers)
+    if (l.weight_out != nullptr && l.weight_out != l.weight) written += l.filters * l.channels * l.taps;
+  const bool past_caches = written * static_cast<int64_t>(bytes) > kCacheBytes;
+  for (LassoLayer& l : layers) l.past_caches = past_caches && l.weight_out != l.weight;
 
   const auto carve = [&](char* base) {
     Carver carver(base);

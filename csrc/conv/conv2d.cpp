@@ -1,5 +1,6 @@
 #include <algorithm>
-#include <cstring>
+#include <string>
+#include <vector>
 
 #include "conv/kernel.h"
 #include "conv/layout.h"
@@ -17,20 +18,15 @@ int check_threads(int32_t threads) {
   return threads;
 }
 
-// The output columns (or rows) for which tap k reads inside the input.
-void valid_range(int64_t k, int64_t dilation, int64_t padding, int64_t stride, int64_t size, int64_t out,
-                 int64_t* first, int64_t* last) {
-  const int64_t shift = k * dilation - padding;
-  *first = shift >= 0 ? 0 : (-shift + stride - 1) / stride;
-  *last = size - 1 - shift < 0 ? 0 : std::min(out, (size - 1 - shift) / stride + 1);
-  if (*last < *first) *last = *first;
-}
-
 // What a call needs besides its arguments; kept per thread so that a call in a loop allocates nothing.
 struct Workspace {
   ConvLayout layout;
   TileSet whole[kMaxRowsLog + 1];
   TileSet last[kMaxRowsLog + 1];
+  std::vector<int32_t> transposed;
+  std::vector<int32_t> atom_of, fresh, position;
+  std::vector<int64_t> cursor, offsets, group_offsets;
+  std::vector<float> partial;
 };
 
 Workspace& workspace() {
@@ -38,11 +34,14 @@ Workspace& workspace() {
   return space;
 }
 
-void forward(const ConvShape& s, const Plan& plan, const float* x, const float* weight, bool prepared,
-             const float* bias, const float* residual, float* out, int32_t activation, int threads) {
+// `weight` is prepared. Where up_h or up_w is above 1, x has that many minus 1 zeros between its rows or
+// columns.
+void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const float* x, const float* weight,
+              const float* bias, const float* residual, float* out, int32_t activation, int threads,
+              int64_t up_h = 1, int64_t up_w = 1) {
   const KernelTable& k = kernels();
-  Workspace& space = workspace();
   ConvLayout& layout = space.layout;
+  const bool apart = up_h > 1 || up_w > 1;
   layout.set_blocks(plan, s);
   layout.set_bias(bias);
   const int64_t in_image = s.in_channels * s.in_plane();
@@ -58,7 +57,7 @@ void forward(const ConvShape& s, const Plan& plan, const float* x, const float* 
     parallel_for(threads, s.batch, body);
     return;
   }
-  layout.set_gathered(s, plan, threads, true);
+  layout.set_gathered(s, plan, threads, !apart);
   const int64_t plane = s.out_plane();
   const int64_t strips = layout.strips();
   const int64_t whole_pixels = std::min(layout.strip_pixels, plane);
@@ -67,15 +66,6 @@ void forward(const ConvShape& s, const Plan& plan, const float* x, const float* 
   constexpr int64_t kChunkBytes = 24 * 1024;
   layout.build_tiles(whole_pixels, s.out_w, s.out_w, kChunkBytes, space.whole);
   layout.build_tiles(plane - last_first, s.out_w, s.out_w, kChunkBytes, space.last);
-
-  const float* prepared_weights = weight;
-  if (!prepared) {
-    const int64_t numel = plan.pairs() * s.taps();
-    float* laid_out =
-        reinterpret_cast<float*>(call_scratch().reserve(static_cast<size_t>(numel) * sizeof(float)));
-    prepare_weights(plan, s.kh, s.kw, weight, laid_out);
-    prepared_weights = laid_out;
-  }
 
   const int64_t pieces = s.batch * strips;
   int64_t parts = 1;
@@ -101,12 +91,16 @@ void forward(const ConvShape& s, const Plan& plan, const float* x, const float* 
     if (b0 < b1 && layout.gathered()) {
       float* scratch = reinterpret_cast<float*>(
           task_scratch().reserve(static_cast<size_t>(layout.scratch_floats()) * sizeof(float)));
-      layout.gather(image, in_planes, first, pixels, 0, static_cast<int64_t>(layout.used_channels.size()),
-                    scratch);
+      if (apart) {
+        layout.gather_apart(image, in_planes, up_h, up_w, first, pixels, scratch);
+      } else {
+        layout.gather(image, in_planes, first, pixels, 0, static_cast<int64_t>(layout.used_channels.size()),
+                      scratch);
+      }
       in = scratch;
     }
-    layout.run(sets, 0, layout.chunks(sets), b0, b1, in, prepared_weights, layout.bias.data(), to, out_planes,
-               from, out_planes, activation);
+    layout.run(sets, 0, layout.chunks(sets), b0, b1, in, weight, layout.bias.data(), to, out_planes, from,
+               out_planes, activation);
     if (part != 0) return;
     for (const int32_t f : layout.dead) {
       k.fill(to + f * plane, 0, from == nullptr ? nullptr : from + f * plane, 0,
@@ -114,6 +108,278 @@ void forward(const ConvShape& s, const Plan& plan, const float* x, const float* 
     }
   };
   parallel_for(threads, pieces * parts, body);
+}
+
+void forward(const ConvShape& s, const Plan& plan, const float* x, const float* weight, bool prepared,
+             const float* bias, const float* residual, float* out, int32_t activation, int threads) {
+  const float* laid_out = weight;
+  if (!prepared && plan.pairs() > 0) {
+    float* buffer = reinterpret_cast<float*>(
+        call_scratch().reserve(static_cast<size_t>(plan.pairs() * s.taps()) * sizeof(float)));
+    prepare_weights(plan, s.kh, s.kw, weight, buffer);
+    laid_out = buffer;
+  }
+  convolve(workspace(), s, plan, x, laid_out, bias, residual, out, activation, threads);
+}
+
+// Who is written by whom: atoms (channels that are read by the same groups) in the place of groups, the
+// groups' filters in the place of channels. The weights come flipped.
+void transpose(Workspace& space, const Plan& plan, const ConvShape& s, const float* weight,
+               float* transposed) {
+  const size_t channels = static_cast<size_t>(plan.in_channels());
+  std::vector<int32_t>& atom_of = space.atom_of;
+  std::vector<int32_t>& fresh = space.fresh;
+  atom_of.assign(channels, 0);
+  // Refine: within each group, channels that were together stay together, apart from those outside.
+  int32_t atoms = 1;
+  for (int32_t g = 0; g < plan.n_groups(); ++g) {
+    const Group group = plan.group(g);
+    if (group.n_filters == 0) continue;
+    const int32_t before = atoms;
+    fresh.assign(static_cast<size_t>(before), 0);
+    for (int32_t i = 0; i < group.n_channels; ++i) {
+      int32_t& atom = atom_of[static_cast<size_t>(group.channels[i])];
+      int32_t& next = fresh[static_cast<size_t>(atom)];
+      if (next == 0) next = atoms++;
+      atom = next;
+    }
+  }
+  // Number the atoms that are left by their first channel; atom 0 is what nobody reads.
+  fresh.assign(static_cast<size_t>(atoms), -1);
+  int32_t n_atoms = 0;
+  for (size_t c = 0; c < channels; ++c) {
+    if (atom_of[c] == 0) {
+      atom_of[c] = -1;
+      continue;
+    }
+    int32_t& number = fresh[static_cast<size_t>(atom_of[c])];
+    if (number < 0) number = n_atoms++;
+    atom_of[c] = number;
+  }
+  std::vector<int32_t>& words = space.transposed;
+  words.assign(static_cast<size_t>(DSP_PLAN_HEADER + n_atoms * DSP_PLAN_GROUP), 0);
+  const auto entry = [&](int32_t atom) { return words.data() + DSP_PLAN_HEADER + atom * DSP_PLAN_GROUP; };
+  for (size_t c = 0; c < channels; ++c) {
+    if (atom_of[c] >= 0) entry(atom_of[c])[1]++;
+  }
+  std::vector<int64_t>& cursor = space.cursor;
+  std::vector<int32_t>& position = space.position;
+  // Which atoms a group reads: those of its channels, each once.
+  const auto each_atom = [&](const Group& group, auto&& visit) {
+    fresh.assign(static_cast<size_t>(n_atoms), 0);
+    for (int32_t i = 0; i < group.n_channels; ++i) {
+      const int32_t atom = atom_of[static_cast<size_t>(group.channels[i])];
+      if (fresh[static_cast<size_t>(atom)]++ == 0) visit(atom);
+    }
+  };
+  for (int32_t g = 0; g < plan.n_groups(); ++g) {
+    const Group group = plan.group(g);
+    if (group.n_filters == 0) continue;
+    each_atom(group, [&](int32_t atom) { entry(atom)[0] += group.n_filters; });
+  }
+  int32_t at = static_cast<int32_t>(words.size());
+  int32_t pairs = 0;
+  int32_t live = 0;
+  for (int32_t a = 0; a < n_atoms; ++a) {
+    entry(a)[2] = at;
+    entry(a)[4] = pairs;
+    at += entry(a)[0];
+    pairs += entry(a)[0] * entry(a)[1];
+  }
+  for (int32_t a = 0; a < n_atoms; ++a) {
+    entry(a)[3] = at;
+    at += entry(a)[1];
+    live += entry(a)[1];
+  }
+  words.resize(static_cast<size_t>(at));
+  const int32_t header[DSP_PLAN_HEADER] = {
+      DSP_PLAN_MAGIC, plan.out_channels(), plan.in_channels(), n_atoms, pairs, at, live, 0};
+  std::copy(header, header + DSP_PLAN_HEADER, words.begin());
+  // Lists: filters in the order of the groups; the channels of an atom ascending.
+  cursor.assign(static_cast<size_t>(n_atoms), 0);
+  position.assign(channels, 0);
+  for (size_t c = 0; c < channels; ++c) {
+    if (atom_of[c] < 0) continue;
+    int64_t& used = cursor[static_cast<size_t>(atom_of[c])];
+    position[c] = static_cast<int32_t>(used);
+    words[static_cast<size_t>(entry(atom_of[c])[3] + used++)] = static_cast<int32_t>(c);
+  }
+  cursor.assign(static_cast<size_t>(n_atoms), 0);
+  const int64_t taps = s.taps();
+  for (int32_t g = 0; g < plan.n_groups(); ++g) {
+    const Group group = plan.group(g);
+    if (group.n_filters == 0) continue;
+    const float* from = weight + group.weight_pairs * taps;
+    for (int32_t i = 0; i < group.n_channels; ++i) {
+      const size_t c = static_cast<size_t>(group.channels[i]);
+      const int32_t* to = entry(atom_of[c]);
+      for (int32_t f = 0; f < group.n_filters; ++f) {
+        const float* w = from + (int64_t{f} * group.n_channels + i) * taps;
+        const int64_t column = cursor[static_cast<size_t>(atom_of[c])] + f;
+        float* out = transposed + (to[4] + int64_t{position[c]} * to[0] + column) * taps;
+        for (int64_t t = 0; t < taps; ++t) out[t] = w[taps - 1 - t];
+      }
+    }
+    each_atom(group, [&](int32_t atom) {
+      int64_t& used = cursor[static_cast<size_t>(atom)];
+      for (int32_t f = 0; f < group.n_filters; ++f)
+        words[static_cast<size_t>(entry(atom)[2] + used++)] = group.filters[f];
+    });
+  }
+}
+
+void grad_input(const ConvShape& s, const Plan& plan, const float* grad, const float* weight, float* grad_x,
+                int threads) {
+  Workspace& space = workspace();
+  const size_t numel = static_cast<size_t>(plan.pairs() * s.taps());
+  Carver sizes(nullptr);
+  sizes.take<float>(numel);
+  sizes.take<float>(numel);
+  Carver carve(call_scratch().reserve(sizes.used() + 64));
+  float* flipped = carve.take<float>(numel);
+  float* prepared = carve.take<float>(numel);
+  transpose(space, plan, s, weight, flipped);
+  const Plan back = Plan::trusted(space.transposed.data());
+  prepare_weights(back, s.kh, s.kw, flipped, prepared);
+  // The gradient of a convolution is one with the padding that is left: it may be below 0.
+  ConvShape t = s;
+  t.in_channels = s.out_channels;
+  t.out_channels = s.in_channels;
+  t.height = s.out_h;
+  t.width = s.out_w;
+  t.out_h = s.height;
+  t.out_w = s.width;
+  t.sh = 1;
+  t.sw = 1;
+  t.ph = s.dh * (s.kh - 1) - s.ph;
+  t.pw = s.dw * (s.kw - 1) - s.pw;
+  convolve(space, t, back, grad, prepared, nullptr, nullptr, grad_x, DSP_ACT_NONE, threads, s.sh, s.sw);
+}
+
+void grad_weight(const ConvShape& s, const Plan& plan, const float* grad, const float* x, float* grad_w,
+                 int threads) {
+  const KernelTable& k = kernels();
+  Workspace& space = workspace();
+  ConvLayout& layout = space.layout;
+  const int64_t numel = plan.pairs() * s.taps();
+  if (numel == 0) return;
+  layout.set_blocks(plan, s);
+  // Laid out for one thread whatever the number is: what is added to what must not depend on it.
+  layout.set_gathered(s, plan, 1, true);
+  const int64_t plane = s.out_plane();
+  const int64_t strips = layout.strips();
+  const int64_t last_first = (strips - 1) * layout.strip_pixels;
+  constexpr int log = 2;
+  const bool by_rows = layout.reuse_rows() && s.kw == 3;
+  const int most_filters = by_rows ? (k.grad_rows[1] != nullptr ? 2 : 1) : kMaxGradFilters;
+  constexpr int64_t kOneChunk = int64_t{1} << 40;
+  layout.build_tiles(std::min(layout.strip_pixels, plane), s.out_w, 0, kOneChunk, space.whole, log);
+  layout.build_tiles(plane - last_first, s.out_w, 0, kOneChunk, space.last, log);
+
+  // Slices of the batch have sums of their own, added up in order at the end.
+  constexpr int64_t kScratchBytes = 640 * 1024;
+  constexpr int64_t kPartialBytes = int64_t{64} << 20;
+  const int64_t image_bytes = std::max<int64_t>(1, layout.scratch_floats() * 4);
+  const int64_t together = strips > 1 ? 1 : std::max<int64_t>(1, kScratchBytes / image_bytes);
+  int64_t slices = std::min<int64_t>(16, (s.batch + together - 1) / together);
+  slices = std::max<int64_t>(1, std::min(slices, kPartialBytes / (numel * 4)));
+  const int64_t n_groups = plan.n_groups();
+  const int64_t parts = slices >= threads ? 1 : std::min<int64_t>(2 * threads, n_groups);
+  space.partial.resize(static_cast<size_t>(numel * slices));
+  float* partial = space.partial.data();
+  const int64_t in_image = s.in_channels * s.in_plane();
+  const int64_t out_image = s.out_channels * plane;
+  const Planes in_planes{0, s.width, s.in_plane()};
+  // Offsets of all groups, one after the other: group g's start at pairs before it per filter.
+  std::vector<int64_t>& offsets = space.offsets;
+  std::vector<int64_t>& starts = space.cursor;
+  offsets.clear();
+  starts.clear();
+  std::vector<int64_t>& one_group = space.group_offsets;
+  for (int32_t g = 0; g < n_groups; ++g) {
+    starts.push_back(static_cast<int64_t>(offsets.size()));
+    const Group group = plan.group(g);
+    if (group.n_filters == 0) continue;
+    layout.tap_offsets(group, &one_group);
+    offsets.insert(offsets.end(), one_group.begin(), one_group.end());
+  }
+  auto body = [&](int64_t task) {
+    const int64_t slice = task / parts;
+    const int64_t part = task % parts;
+    float* sums = partial + slice * numel;
+    const int32_t g0 = static_cast<int32_t>(part * n_groups / parts);
+    const int32_t g1 = static_cast<int32_t>((part + 1) * n_groups / parts);
+    for (int32_t g = g0; g < g1; ++g) {
+      const Group group = plan.group(g);
+      std::fill_n(sums + group.weight_pairs * s.taps(),
+                  int64_t{group.n_channels} * group.n_filters * s.taps(), 0.0f);
+    }
+    const int64_t n0 = slice * s.batch / slices;
+    const int64_t n1 = (slice + 1) * s.batch / slices;
+    for (int64_t n = n0; n < n1; n += together) {
+      const int64_t images = std::min(together, n1 - n);
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        const int64_t first = strip * layout.strip_pixels;
+        const int64_t pixels = strip == strips - 1 ? plane - first : layout.strip_pixels;
+        const TileSet& set = (strip == strips - 1 ? space.last : space.whole)[log];
+        GradArgs args{};
+        args.x = x + n * in_image + first;
+        args.x_image = in_image;
+        if (layout.gathered()) {
+          const int64_t floats = layout.scratch_floats();
+          float* scratch = reinterpret_cast<float*>(
+              task_scratch().reserve(static_cast<size_t>(floats * images) * sizeof(float)));
+          for (int64_t i = 0; i < images; ++i) {
+            layout.gather(x + (n + i) * in_image, in_planes, first, pixels, 0,
+                          static_cast<int64_t>(layout.used_channels.size()), scratch + i * floats);
+          }
+          args.x = scratch;
+          args.x_image = floats;
+        }
+        args.grad = grad + n * out_image + first;
+        args.grad_image = out_image;
+        args.images = images;
+        args.x_step = layout.flat() ? k.lanes : layout.in_pitch;
+        args.grad_step = layout.flat() ? k.lanes : s.out_w;
+        args.grad_plane = plane;
+        args.tiles = set.tiles.data();
+        args.runs = set.runs.data();
+        args.n_runs = static_cast<int64_t>(set.runs.size());
+        for (int32_t g = g0; g < g1; ++g) {
+          const Group group = plan.group(g);
+          const int64_t columns = group.n_channels * s.taps();
+          args.out_row = columns;
+          const int32_t blocks = (group.n_filters + most_filters - 1) / most_filters;
+          int32_t f = 0;
+          for (int32_t b = 0; b < blocks; ++b) {
+            const int32_t size = group.n_filters / blocks + (b < group.n_filters % blocks ? 1 : 0);
+            args.filters = group.filters + f;
+            float* row = sums + group.weight_pairs * s.taps() + f * columns;
+            int64_t t = 0;
+            while (t < columns) {
+              const int kind = columns - t >= 9 && k.max_grad_taps >= 9 ? 2 : (columns - t >= 3 ? 1 : 0);
+              args.offsets = offsets.data() + starts[static_cast<size_t>(g)] + t;
+              args.out = row + t;
+              if (by_rows) {
+                k.grad_rows[size - 1](args);
+                t += 9;
+                continue;
+              }
+              k.grad[size - 1][kind](args);
+              t += kind == 2 ? 9 : (kind == 1 ? 3 : 1);
+            }
+            f += size;
+          }
+        }
+      }
+    }
+  };
+  parallel_for(threads, slices * parts, body);
+  for (int64_t i = 0; i < numel; ++i) {
+    float sum = partial[i];
+    for (int64_t slice = 1; slice < slices; ++slice) sum += partial[slice * numel + i];
+    grad_w[i] = sum;
+  }
 }
 
 }  // namespace
@@ -166,35 +432,7 @@ dsp_status dsp_conv2d_grad_input(const dsp_conv2d_shape* shape, const float* gra
     check_tensor(weight, weight_numel, plan.pairs() * s.taps(), "weight");
     check_tensor(grad_x, grad_x_numel, s.in_numel(), "grad_x");
     const int most = check_threads(threads);
-    auto body = [&](int64_t n) {
-      float* to_image = grad_x + n * s.in_channels * s.in_plane();
-      std::memset(to_image, 0, static_cast<size_t>(s.in_channels * s.in_plane()) * sizeof(float));
-      for (int32_t g = 0; g < plan.n_groups(); ++g) {
-        const Group group = plan.group(g);
-        for (int32_t f = 0; f < group.n_filters; ++f) {
-          const float* from = grad + (n * s.out_channels + group.filters[f]) * s.out_plane();
-          const float* w = weight + (group.weight_pairs + int64_t{f} * group.n_channels) * s.taps();
-          for (int32_t c = 0; c < group.n_channels; ++c) {
-            float* to = to_image + group.channels[c] * s.in_plane();
-            for (int64_t ky = 0; ky < s.kh; ++ky) {
-              int64_t y0, y1;
-              valid_range(ky, s.dh, s.ph, s.sh, s.height, s.out_h, &y0, &y1);
-              for (int64_t kx = 0; kx < s.kw; ++kx) {
-                int64_t x0, x1;
-                valid_range(kx, s.dw, s.pw, s.sw, s.width, s.out_w, &x0, &x1);
-                const float value = w[(c * s.kh + ky) * s.kw + kx];
-                for (int64_t y = y0; y < y1; ++y) {
-                  float* row = to + (y * s.sh + ky * s.dh - s.ph) * s.width;
-                  for (int64_t xo = x0; xo < x1; ++xo)
-                    row[xo * s.sw + kx * s.dw - s.pw] += value * from[y * s.out_w + xo];
-                }
-              }
-            }
-          }
-        }
-      }
-    };
-    parallel_for(most, s.batch, body);
+    grad_input(s, plan, grad, weight, grad_x, most);
   });
 }
 
@@ -209,36 +447,7 @@ dsp_status dsp_conv2d_grad_weight(const dsp_conv2d_shape* shape, const float* gr
     check_tensor(x, x_numel, s.in_numel(), "x");
     check_tensor(grad_w, weight_numel, plan.pairs() * s.taps(), "grad_w");
     const int most = check_threads(threads);
-    auto body = [&](int64_t g) {
-      const Group group = plan.group(static_cast<int32_t>(g));
-      for (int32_t f = 0; f < group.n_filters; ++f) {
-        float* w = grad_w + (group.weight_pairs + int64_t{f} * group.n_channels) * s.taps();
-        for (int32_t c = 0; c < group.n_channels; ++c) {
-          for (int64_t ky = 0; ky < s.kh; ++ky) {
-            int64_t y0, y1;
-            valid_range(ky, s.dh, s.ph, s.sh, s.height, s.out_h, &y0, &y1);
-            for (int64_t kx = 0; kx < s.kw; ++kx) {
-              int64_t x0, x1;
-              valid_range(kx, s.dw, s.pw, s.sw, s.width, s.out_w, &x0, &x1);
-              double sum = 0;
-              for (int64_t n = 0; n < s.batch; ++n) {
-                const float* from = grad + (n * s.out_channels + group.filters[f]) * s.out_plane();
-                const float* plane = x + (n * s.in_channels + group.channels[c]) * s.in_plane();
-                for (int64_t y = y0; y < y1; ++y) {
-                  const float* row = plane + (y * s.sh + ky * s.dh - s.ph) * s.width;
-                  float part = 0;
-                  for (int64_t xo = x0; xo < x1; ++xo)
-                    part += from[y * s.out_w + xo] * row[xo * s.sw + kx * s.dw - s.pw];
-                  sum += static_cast<double>(part);
-                }
-              }
-              w[(c * s.kh + ky) * s.kw + kx] = static_cast<float>(sum);
-            }
-          }
-        }
-      }
-    };
-    parallel_for(most, plan.n_groups(), body);
+    grad_weight(s, plan, grad, x, grad_w, most);
   });
 }
 

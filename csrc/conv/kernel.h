@@ -47,6 +47,28 @@ struct BlockArgs {
 
 using BlockFn = void (*)(const BlockArgs& args);
 
+constexpr int kMaxGradFilters = 3;
+constexpr int kMaxGradTaps = 9;
+
+// Sums over pixels and images of filters' gradients times the inputs under them: one value per filter and
+// tap.
+struct GradArgs {
+  const float* x;
+  const float* grad;
+  int64_t x_image, grad_image;  // from one image to the next
+  int64_t images;
+  int64_t x_step, grad_step;  // from one vector of a tile to the next
+  int64_t grad_plane;
+  const int64_t* offsets;  // of the taps, from a tile's place in x
+  const int32_t* filters;
+  float* out;  // added to: filter f, tap t at out[f * out_row + t]
+  int64_t out_row;
+  const Tile* tiles;  // tile.out is the place in grad
+  const TileRun* runs;
+  int64_t n_runs;
+};
+using GradFn = void (*)(const GradArgs& args);
+
 // Rows of `count` values: value j of a row is from[j * stride] for j in [first, last), else 0. No more than
 // `width` values may be read from `from + first * stride` on.
 struct GatherArgs {
@@ -79,6 +101,12 @@ struct KernelTable {
   int rows_log[kMaxFilters + 1];  // by filters of the block: how many vectors a tile has at best
   // [filters - 1][rows_log][kernel of 3 rows with reuse][mode]
   BlockFn block[kMaxFilters][kMaxRowsLog + 1][2][3];
+  // [filters - 1][0: one tap, 1: three taps, 2: nine taps]
+  GradFn grad[kMaxGradFilters][3];
+  int max_grad_taps;
+  // [filters - 1]: all nine taps of a 3x3 kernel over tiles of 1, 2 or 4 rows; null where there are too few
+  // registers
+  GradFn grad_rows[2];
   GatherFn gather;
   FillFn fill;
   AddFn add;

@@ -79,6 +79,187 @@ void block(const BlockArgs& a) {
   }
 }
 
+template <int MF, int NT, int MODE>
+DSP_INLINE void grad_step(Vec (&acc)[MF][NT], const float* x, int64_t x_hi, const float* const (&grad)[MF],
+                          int64_t grad_at, int64_t grad_hi, const int64_t* offsets, int lanes) {
+  Vec g[MF];
+  DSP_UNROLL
+  for (int f = 0; f < MF; ++f) {
+    const float* from = grad[f] + grad_at;
+    if (MODE == kHalf) {
+      g[f] = load_half_lanes(from, from + grad_hi, lanes);
+    } else if (MODE == kMasked) {
+      g[f] = load_lanes(from, lanes);
+    } else {
+      g[f] = load(from);
+    }
+  }
+  DSP_UNROLL
+  for (int t = 0; t < NT; ++t) {
+    const float* from = x + offsets[t];
+    Vec value;
+    if (MODE == kHalf) {
+      value = load_half_lanes(from, from + x_hi, lanes);
+    } else if (MODE == kMasked) {
+      value = load_lanes(from, lanes);
+    } else {
+      value = load(from);
+    }
+    DSP_KEEP(value);
+    DSP_UNROLL
+    for (int f = 0; f < MF; ++f) acc[f][t] = fma(g[f], value, acc[f][t]);
+  }
+}
+
+template <int MF, int NT>
+void grad_block(const GradArgs& a) {
+  Vec acc[MF][NT];
+  DSP_UNROLL
+  for (int f = 0; f < MF; ++f) {
+    DSP_UNROLL
+    for (int t = 0; t < NT; ++t) acc[f][t] = zero();
+  }
+  int64_t offsets[NT];
+  DSP_UNROLL
+  for (int t = 0; t < NT; ++t) offsets[t] = a.offsets[t];
+  for (int64_t n = 0; n < a.images; ++n) {
+    const float* x = a.x + n * a.x_image;
+    const float* grad[MF];
+    DSP_UNROLL
+    for (int f = 0; f < MF; ++f) grad[f] = a.grad + n * a.grad_image + a.filters[f] * a.grad_plane;
+    for (int64_t r = 0; r < a.n_runs; ++r) {
+      const TileRun& run = a.runs[r];
+      const int64_t vectors = int64_t{1} << run.rows_log;
+      for (int64_t i = run.first; i < run.first + run.count; ++i) {
+        const Tile& tile = a.tiles[i];
+        const float* from = x + tile.in;
+        int64_t at = tile.out;
+        const int64_t end = at + vectors * a.grad_step;
+        if (run.mode == kHalf) {
+          for (; at < end; at += a.grad_step, from += a.x_step) {
+            grad_step<MF, NT, kHalf>(acc, from, vectors * a.x_step, grad, at, vectors * a.grad_step, offsets,
+                                     tile.lanes);
+          }
+        } else if (tile.lanes < kLanes) {
+          for (; at < end; at += a.grad_step, from += a.x_step)
+            grad_step<MF, NT, kMasked>(acc, from, 0, grad, at, 0, offsets, tile.lanes);
+        } else {
+          for (; at < end; at += a.grad_step, from += a.x_step)
+            grad_step<MF, NT, kFull>(acc, from, 0, grad, at, 0, offsets, tile.lanes);
+        }
+      }
+    }
+  }
+  // Unrolled like everything that touches acc: an index known only at run time would put it into memory.
+  DSP_UNROLL
+  for (int f = 0; f < MF; ++f) {
+    DSP_UNROLL
+    for (int t = 0; t < NT; ++t) a.out[f * a.out_row + t] += sum_lanes(acc[f][t]);
+  }
+}
+
+// A 3x3 kernel with stride 1: a vector of the input serves the three rows of taps, against three rows of
+// gradient.
+template <int MF, int NR, int MODE>
+DSP_INLINE void grad_rows_tile(Vec (&acc)[MF][9], const float* x, int64_t x_step,
+                               const float* const (&grad)[MF], int64_t at, int64_t grad_step,
+                               const int64_t* columns, int lanes) {
+  Vec g[MF][NR];
+  DSP_UNROLL
+  for (int f = 0; f < MF; ++f) {
+    DSP_UNROLL
+    for (int v = 0; v < NR; ++v) {
+      const float* from = grad[f] + at + v * grad_step;
+      if (MODE == kHalf) {
+        g[f][v] = load_half_lanes(from, from + NR * grad_step, lanes);
+      } else if (MODE == kMasked) {
+        g[f][v] = load_lanes(from, lanes);
+      } else {
+        g[f][v] = load(from);
+      }
+      DSP_KEEP(g[f][v]);
+    }
+  }
+  DSP_UNROLL
+  for (int r = 0; r < NR + 2; ++r) {
+    DSP_UNROLL
+    for (int kx = 0; kx < 3; ++kx) {
+      const float* from = x + r * x_step + columns[kx];
+      Vec value;
+      if (MODE == kHalf) {
+        value = load_half_lanes(from, from + NR * x_step, lanes);
+      } else if (MODE == kMasked) {
+        value = load_lanes(from, lanes);
+      } else {
+        value = load(from);
+      }
+      DSP_KEEP(value);
+      DSP_UNROLL
+      for (int ky = 0; ky < 3; ++ky) {
+        if (r - ky < 0 || r - ky >= NR) continue;
+        DSP_UNROLL
+        for (int f = 0; f < MF; ++f) acc[f][ky * 3 + kx] = fma(g[f][r - ky], value, acc[f][ky * 3 + kx]);
+      }
+    }
+  }
+}
+
+template <int MF>
+void grad_rows(const GradArgs& a) {
+  Vec acc[MF][9];
+  DSP_UNROLL
+  for (int f = 0; f < MF; ++f) {
+    DSP_UNROLL
+    for (int t = 0; t < 9; ++t) acc[f][t] = zero();
+  }
+  const int64_t columns[3] = {a.offsets[0], a.offsets[1], a.offsets[2]};
+  for (int64_t n = 0; n < a.images; ++n) {
+    const float* x = a.x + n * a.x_image;
+    const float* grad[MF];
+    DSP_UNROLL
+    for (int f = 0; f < MF; ++f) grad[f] = a.grad + n * a.grad_image + a.filters[f] * a.grad_plane;
+    for (int64_t r = 0; r < a.n_runs; ++r) {
+      const TileRun& run = a.runs[r];
+      const Tile* tile = a.tiles + run.first;
+      const Tile* end = tile + run.count;
+      // What a tile is stays the same within a run, except for the mask at the right edge.
+#define DSP_GRAD_TILES(NR, MODE)                                                                   \
+  for (; tile < end; ++tile)                                                                       \
+  grad_rows_tile<MF, NR, MODE>(acc, x + tile->in, a.x_step, grad, tile->out, a.grad_step, columns, \
+                               tile->lanes)
+      if (run.mode == kHalf) {
+        if (run.rows_log == 2) {
+          DSP_GRAD_TILES(4, kHalf);
+        } else if (run.rows_log == 1) {
+          DSP_GRAD_TILES(2, kHalf);
+        } else {
+          DSP_GRAD_TILES(1, kHalf);
+        }
+      } else if (run.rows_log == 2) {
+        for (; tile < end; ++tile) {
+          if (tile->lanes == kLanes) {
+            grad_rows_tile<MF, 4, kFull>(acc, x + tile->in, a.x_step, grad, tile->out, a.grad_step, columns,
+                                         kLanes);
+          } else {
+            grad_rows_tile<MF, 4, kMasked>(acc, x + tile->in, a.x_step, grad, tile->out, a.grad_step, columns,
+                                           tile->lanes);
+          }
+        }
+      } else if (run.rows_log == 1) {
+        DSP_GRAD_TILES(2, kMasked);
+      } else {
+        DSP_GRAD_TILES(1, kMasked);
+      }
+#undef DSP_GRAD_TILES
+    }
+  }
+  DSP_UNROLL
+  for (int f = 0; f < MF; ++f) {
+    DSP_UNROLL
+    for (int t = 0; t < 9; ++t) a.out[f * a.out_row + t] += sum_lanes(acc[f][t]);
+  }
+}
+
 DSP_INLINE void copy_row(float* dst, const float* from, int64_t count) {
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes) store(dst + j, load(from + j));
@@ -163,15 +344,6 @@ inline void affine(float* dst, const float* a, float scale, float shift, int64_t
   }
 }
 
-DSP_INLINE float sum_lanes(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
 inline float sum(const float* x, int64_t count) {
   Vec acc[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
@@ -253,6 +425,20 @@ inline KernelTable make_table(const char* name) {
   add_filters<4>(&table);
   add_filters<5>(&table);
   if (kManyRegisters) add_filters<kManyRegisters ? 6 : 5>(&table);
+  table.grad[0][0] = &grad_block<1, 1>;
+  table.grad[1][0] = &grad_block<2, 1>;
+  table.grad[2][0] = &grad_block<3, 1>;
+  table.grad[0][1] = &grad_block<1, 3>;
+  table.grad[1][1] = &grad_block<2, 3>;
+  table.grad[2][1] = &grad_block<3, 3>;
+  if (kManyRegisters) {
+    table.grad[0][2] = &grad_block < 1, kManyRegisters ? 9 : 3 > ;
+    table.grad[1][2] = &grad_block < 2, kManyRegisters ? 9 : 3 > ;
+    table.grad[2][2] = &grad_block < 3, kManyRegisters ? 9 : 3 > ;
+  }
+  table.grad_rows[0] = &grad_rows<1>;
+  table.grad_rows[1] = kManyRegisters ? &grad_rows < kManyRegisters ? 2 : 1 > : nullptr;
+  table.max_grad_taps = kManyRegisters ? 9 : 3;
   table.gather = &gather;
   table.fill = &fill;
   table.add = &add_planes;

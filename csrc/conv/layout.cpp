@@ -278,12 +278,12 @@ int64_t ConvLayout::block_share(int64_t part, int64_t parts) const {
 }
 
 void ConvLayout::build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual_pitch, int64_t chunk_bytes,
-                             TileSet sets[]) {
+                             TileSet sets[], int only_log) {
   const KernelTable& k = kernels();
   bool needed[kMaxRowsLog + 1] = {};
   int64_t most_channels = 1;
   for (const FilterBlock& block : blocks) {
-    needed[k.rows_log[block.filters]] = true;
+    needed[only_log >= 0 ? only_log : k.rows_log[block.filters]] = true;
     most_channels = std::max(most_channels, block.steps * (reuse_rows_ ? 3 : 1) / s_.taps());
   }
   for (int log = 0; log <= kMaxRowsLog; ++log) {
@@ -410,6 +410,44 @@ void ConvLayout::gather(const float* image, const Planes& in, int64_t first_pixe
         for (int64_t i = bottom * in_pitch; i < rows * in_pitch; ++i) to[i] = 0;
       }
       at += piece;
+    }
+  }
+}
+
+void ConvLayout::gather_apart(const float* image, const Planes& in, int64_t up_h, int64_t up_w,
+                              int64_t first_pixel, int64_t pixels, float* scratch) const {
+  const int64_t y0 = first_pixel / s_.out_w;
+  const int64_t rows = pixels / s_.out_w + (rows_ - strip_pixels / s_.out_w);
+  const int64_t piece = rows_ * in_pitch;
+  for (size_t slot = 0; slot < used_channels.size(); ++slot) {
+    const float* plane = image + in.origin + used_channels[slot] * in.plane;
+    float* to = scratch + static_cast<int64_t>(slot) * in_plane;
+    for (const int64_t y_shift : y_variants_) {
+      for (const int64_t x_shift : x_variants_) {
+        for (int64_t r = 0; r < rows; ++r) {
+          float* row = to + r * in_pitch;
+          for (int64_t j = 0; j < in_pitch; ++j) row[j] = 0;
+          const int64_t y = y0 + r + y_shift - s_.ph;
+          if (y < 0 || y % up_h != 0 || y / up_h >= s_.height) continue;
+          const float* from = plane + y / up_h * in.pitch;
+          const int64_t x = x_shift - s_.pw;  // column j is image column (x + j) / up_w
+          int64_t i = x <= 0 ? 0 : (x + up_w - 1) / up_w;
+          for (; i < s_.width && i * up_w - x < in_pitch; ++i) row[i * up_w - x] = from[i];
+        }
+        to += piece;
+      }
+    }
+  }
+}
+
+void ConvLayout::tap_offsets(const Group& group, std::vector<int64_t>* offsets) const {
+  offsets->clear();
+  for (int32_t c = 0; c < group.n_channels; ++c) {
+    const int64_t channel = group.channels[c];
+    const int64_t at = (gathered() ? slot_[static_cast<size_t>(channel)] : channel) * in_plane;
+    for (int64_t ky = 0; ky < s_.kh; ++ky) {
+      for (int64_t kx = 0; kx < s_.kw; ++kx)
+        offsets->push_back(at + tap_offset_[static_cast<size_t>(kx * s_.kh + ky)]);
     }
   }
 }

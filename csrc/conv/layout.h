@@ -56,11 +56,18 @@ class ConvLayout {
   void set_direct_flat(const ConvShape& s, const Plan& plan, const Planes& in, bool exact);
   // Tiles for the first `pixels` output pixels after the start of a strip.
   void build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual_pitch, int64_t chunk_bytes,
-                   TileSet sets[]);
+                   TileSet sets[], int only_log = -1);
 
   // Copies what output pixels [first, first + pixels) need of one image into scratch.
   void gather(const float* image, const Planes& in, int64_t first_pixel, int64_t pixels, int64_t slot_begin,
               int64_t slot_end, float* scratch) const;
+
+  // The same where the image has up_h - 1 rows and up_w - 1 columns of zeros between its pixels: the gradient
+  // of a strided convolution for its input. s_.height and s_.width are those of the image without the zeros.
+  void gather_apart(const float* image, const Planes& in, int64_t up_h, int64_t up_w, int64_t first_pixel,
+                    int64_t pixels, float* scratch) const;
+  // Where each (channel, ky, kx) of a group reads, from a tile's place.
+  void tap_offsets(const Group& group, std::vector<int64_t>* offsets) const;
 
   // Runs blocks [block_begin, block_end) over chunks [chunk_begin, chunk_end).
   void run(const TileSet sets[], int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
@@ -73,6 +80,8 @@ class ConvLayout {
   int64_t table_bytes() const;
   int64_t chunks(const TileSet sets[]) const;
   bool flat() const { return mode == InputMode::kGatherFlat || mode == InputMode::kDirectFlat; }
+  // A step of the kernels is a column of three taps.
+  bool reuse_rows() const { return reuse_rows_; }
   bool gathered() const { return mode == InputMode::kGatherRows || mode == InputMode::kGatherFlat; }
   // The block after which `part` of `parts` equal shares of the work end.
   int64_t block_share(int64_t part, int64_t parts) const;

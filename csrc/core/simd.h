@@ -15,6 +15,17 @@
 #include <arm_neon.h>
 #endif
 
+// Keeps a loaded vector in its register: compilers fold a load into each of its uses, and load it again for
+// each.
+#if defined(__AVX512F__)
+#define DSP_KEEP(v) asm("" : "+v"(v))
+#elif defined(__x86_64__)
+#define DSP_KEEP(v) asm("" : "+x"(v))
+#elif defined(__aarch64__)
+#define DSP_KEEP(v) asm("" : "+w"(v))
+#else
+#define DSP_KEEP(v) static_cast<void>(v)
+#endif
 #define DSP_UNROLL _Pragma("GCC unroll 16")
 #define DSP_INLINE inline __attribute__((always_inline))
 
@@ -60,6 +71,13 @@ DSP_INLINE Vec even(Vec a, Vec b) {
   return _mm512_permutex2var_ps(a, index, b);
 }
 
+DSP_INLINE float sum_lanes(Vec v) {
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
 #elif defined(__AVX2__)
 
 using Vec = __m256;
@@ -84,6 +102,12 @@ DSP_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 DSP_INLINE Vec even(Vec a, Vec b) {
   const Vec mixed = _mm256_shuffle_ps(a, b, 0x88);
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+}
+
+DSP_INLINE float sum_lanes(Vec v) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
 #else
@@ -125,6 +149,7 @@ DSP_INLINE Vec add(Vec a, Vec b) { return a + b; }
 DSP_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 DSP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 DSP_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+DSP_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 DSP_INLINE Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
 
 #endif

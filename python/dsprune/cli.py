@@ -68,7 +68,9 @@ DepthOption = Annotated[int | None, typer.Option(help="Depth of cifar_resnet: 20
 DataOption = Annotated[str | None, typer.Option(help="The data set: digits. [digits]")]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the images in pixels. [16]")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of everything random. [0]")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads to compute with. [torch's choice]")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="Threads to compute with. [as the run began, at first torch's choice]")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite a run that is in the folder already.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Epochs (of one cycle, for finetune).")]
@@ -185,11 +187,12 @@ def learn(
     threads: ThreadsOption = None,
 ) -> None:
     """Train a dense network (or take its weights), and learn the groups of its filters."""
+    import torch
+
     from dsprune.recipes import stages
     from dsprune.recipes.runs import Config, Run
 
-    _threads(threads)
-    network = _given(arch=arch and arch.value, depth=depth, data=data, size=size, seed=seed)
+    network = _given(arch=arch and arch.value, depth=depth, data=data, size=size, seed=seed, threads=threads)
     given = {
         "pretrain": _given(epochs=pretrain_epochs, batch=batch),
         "learn": _given(
@@ -209,11 +212,12 @@ def learn(
             f"{run}: already holds a run; give --resume to go on with it or --force to start over"
         )
     else:
-        config = _new_config(Config(), network, **given)
+        config = _new_config(Config(threads=torch.get_num_threads()), network, **given)
         if weights is not None:
             stages.read_weights(weights)
         here = Run.create(run, config)
     images = here.data()
+    _threads(here.config.threads)
     with _bars() as bars:
         shown = _Bars(bars)
         stages.make_dense(here, images, weights=weights, resume=resume, progress=shown)
@@ -248,8 +252,8 @@ def prune(
     from dsprune.recipes.runs import Run
     from dsprune.recipes.training import Prune
 
-    _threads(threads)
     here = Run.open(run)
+    _threads(here.config.threads if threads is None else threads)
     here.need("learned", "learn")
     settings = (
         Prune(flops=flops, params=params, count=count.value) if flops or params else Prune(count=count.value)
@@ -276,8 +280,8 @@ def finetune(
     from dsprune.recipes import stages
     from dsprune.recipes.runs import Run
 
-    _threads(threads)
     here = Run.open(run)
+    _threads(here.config.threads if threads is None else threads)
     here.need("pruned", "prune")
     _update_stage(here, "finetune", _given(cycles=cycles, epochs=epochs, batch=batch, lr=lr), resume=resume)
     images = here.data()
@@ -292,8 +296,8 @@ def pack(run: RunOption, threads: ThreadsOption = None) -> None:
     from dsprune.recipes import stages
     from dsprune.recipes.runs import Run
 
-    _threads(threads)
     here = Run.open(run)
+    _threads(here.config.threads if threads is None else threads)
     here.need("pruned", "prune")
     images = here.data()
     difference = stages.make_packed(here, images)
@@ -447,12 +451,12 @@ def _is_packed(model: nn.Module) -> bool:
     return isinstance(model, PackedNetwork)
 
 
-def _latency_table(rows: dict[str, dict[str, float]], title: str) -> Table:
+def _latency_table(rows: dict[str, dict[str, float]], title: str, threads: int = 0) -> Table:
     import torch
 
     from dsprune.recipes.latency import best_dense
 
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     table = Table(
         title=f"{title}: median ms of dense forms and packed, {threads} thread{'s' if threads > 1 else ''}",
         title_justify="left",
@@ -487,7 +491,9 @@ def demo(
     seconds: SecondsOption = 0.6,
     inductor: InductorOption = False,
     resume: ResumeOption = False,
-    threads: ThreadsOption = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads to train with. [1: the network is small]")
+    ] = None,
 ) -> None:
     """ResNet-20 on real handwritten digits: train, learn groups, prune, finetune, pack, reload, time."""
     from dsprune.recipes.checkpoint import write_json
@@ -495,13 +501,12 @@ def demo(
     from dsprune.recipes.runs import Config
 
     start = time.perf_counter()
-    _threads(threads)
     if not 1 <= seeds <= 1000:
         raise ValueError(f"seeds: expected 1 to 1000, got {seeds}")
     timing = Timing(seconds=seconds, inductor=inductor)
     base = _new_config(
         Config(),
-        _given(size=size),
+        _given(size=size, threads=threads),
         pretrain=_given(epochs=pretrain_epochs, batch=batch),
         learn=_given(groups=groups, epochs=learn_epochs, batch=batch),
         prune=_given(flops=flops),
@@ -555,7 +560,11 @@ def _demo_tables(report: dict[str, Any], seeds: int) -> list[Table]:
     for label, prefix in (("the whole network", ""), ("its prunable convs", "prunable_")):
         cuts = (f"{cost[f'{prefix}{key}_cut_percent']:.2f}%" for key in ("macs", "params"))
         removed.add_row(label, *cuts)
-    return [table, removed, _latency_table(report["latency_ms"], "Latency")]
+    return [
+        table,
+        removed,
+        _latency_table(report["latency_ms"], "Latency", report["machine"]["latency_threads"]),
+    ]
 
 
 def _short(count: float) -> str:

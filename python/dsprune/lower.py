@@ -161,7 +161,7 @@ class _Lowering:
             elif node.target in POOLS and shape is not None and len(shape) == 4:
                 classes.union(node, parents[0])
                 classes.pin(*parents[1:])
-            elif self._is_spatial_pad(node) or self._is_flatten(node):
+            elif self._is_spatial_mean(node) or self._is_spatial_pad(node) or self._is_flatten(node):
                 classes.union(node, parents[0])
             else:
                 classes.pin(node, *parents)
@@ -173,7 +173,10 @@ class _Lowering:
         shape = shape_of(node)
         return shape is not None and len(shape) in (2, 4)
 
-    def _spatial_reduction(self, node: fx.Node) -> bool:
+    def _is_spatial_mean(self, node: fx.Node) -> bool:
+        """A reduction over height and width, and nothing else."""
+        if node.target not in REDUCTIONS:
+            return False
         source = shape_of(node.args[0])  # type: ignore[arg-type]
         given = cast("int | list[int]", node.args[1])
         dims = [given] if isinstance(given, int) else list(given)

@@ -17,6 +17,7 @@ from dsp_kernels import GroupLayout, available_backends
 from .graph import ExportError, Limits, as_inputs, clean_copy, evaluating, trace, unwrap
 from .lower import lower
 from .nn import PermutedGroupedConv2d
+from .program import ProgramCache
 
 __all__ = ["PackError", "PackedNetwork", "PackedState", "pack", "unpack"]
 
@@ -122,6 +123,7 @@ class PackedNetwork(nn.Module):
         # In a dictionary, so outside of the module tree: no part of the state dict, no memory to speak of.
         self._hidden: dict[str, nn.Module] = {"skeleton": skeleton}
         self._variants: dict[Any, nn.Module] = {}
+        self._caches: dict[int, ProgramCache] = {}
         self._names = list(inspect.signature(skeleton.forward).parameters)
 
     @property
@@ -134,7 +136,25 @@ class PackedNetwork(nn.Module):
             return self.network(*args, **kwargs)
         if kwargs:
             args = self._positional(args, kwargs)
-        return self.network_for(args)(*args)
+        network = self.network_for(args)
+        if not torch.compiler.is_compiling():
+            cache = self._programs(network)
+            program = cache.find(args)
+            if program is not None:
+                return cache.run(program, args[0])
+        return network(*args)
+
+    def _programs(self, network: nn.Module) -> ProgramCache:
+        if id(network) not in self._caches:
+            self._caches[id(network)] = ProgramCache(network, self.backend)
+        return self._caches[id(network)]
+
+    @property
+    def program_reason(self) -> str | None:
+        """Why the last inference did not run as one native program; None where it did, or none ran yet."""
+        if self._limits is None:
+            return self.unfused_reason or "layers were replaced one by one"
+        return self._programs(self.network).reason
 
     def network_for(self, args: tuple[Any, ...]) -> nn.Module:
         """The network that runs for these positional arguments: ``network``, or one planned again for their
@@ -181,6 +201,7 @@ class PackedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> PackedNetwork:
         super()._apply(fn, recurse)
+        self._caches.clear()
         for network in self._variants.values():
             network._apply(fn, recurse)
         return self

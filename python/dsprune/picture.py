@@ -157,10 +157,10 @@ def _panel(axes: Axes, layer: LayerPicture, font: float) -> None:
         axes.fill_between(
             [0, columns], live, rows, facecolor="none", hatch="////", edgecolor="#BBBBBB", linewidth=0
         )
-    line = dict(color="white", linewidth=0.5 if max(rows, columns) <= 24 else 0.25)
     if max(rows, columns) <= 40:
-        axes.vlines(range(1, columns), 0, live, **line)
-        axes.hlines(range(1, live), 0, columns, **line)
+        width = 0.5 if max(rows, columns) <= 24 else 0.25
+        axes.vlines(range(1, columns), 0, live, colors="white", linewidth=width)
+        axes.hlines(range(1, live), 0, columns, colors="white", linewidth=width)
     edge = 0
     for channels, filters in layer.groups:
         if channels and filters:
@@ -175,6 +175,10 @@ def _panel(axes: Axes, layer: LayerPicture, font: float) -> None:
     axes.set_xlabel(
         f"{columns} → {rows}  ·  {100 * layer.kept:.0f}% kept", fontsize=font * 0.9, color=_QUIET, labelpad=2
     )
+
+
+def _split(figure: Figure | SubFigure, rows: int, columns: int, **options: Any) -> list[SubFigure]:
+    return list(np.asarray(figure.subfigures(rows, columns, **options)).flat)
 
 
 def _grid(figure: Figure | SubFigure, layers: Sequence[LayerPicture], columns: int, font: float) -> None:
@@ -229,7 +233,7 @@ def draw_structure(source: Any, path: str | Path, *, title: str = "Learned struc
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
     head = 0.95 / height
-    top, body = figure.subfigures(2, 1, height_ratios=[head, 1 - head], hspace=0)
+    top, body = _split(figure, 2, 1, height_ratios=[head, 1 - head], hspace=0)
     top.text(0.005, 0.78, title, fontsize=15, fontweight="bold", color=_INK, va="center")
     top.text(
         0.005, 0.45, "one row a filter, sorted by group; one column an input channel, sorted by its readers",
@@ -354,11 +358,11 @@ def draw_report(
     figure = Figure(figsize=(16.5, height), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     head = 1.15 / height
-    top, body = figure.subfigures(2, 1, height_ratios=[head, 1 - head], hspace=0)
+    top, body = _split(figure, 2, 1, height_ratios=[head, 1 - head], hspace=0)
     top.text(0.008, 0.74, title, fontsize=19, fontweight="bold", color=_INK, va="center")
     top.text(0.008, 0.44, subtitle, fontsize=11.5, color=_QUIET, va="center")
     _legend(top, layers, 0.24, 9.5)
-    left, right = body.subfigures(1, 2, width_ratios=[1.9, 1], wspace=0)
+    left, right = _split(body, 1, 2, width_ratios=[1.9, 1], wspace=0)
     _grid(left, layers, columns, 8)
     inner = height - 1.15
     left.subplots_adjust(

@@ -30,10 +30,12 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Timing:
-    """How latency is measured: batch sizes, seconds for each form, and whether Inductor competes."""
+    """How latency is measured: batch sizes, seconds for each form, threads (0: torch's number as it is when
+    the demonstration starts), and whether Inductor competes."""
 
     batches: Sequence[int] = (1, 128)
     seconds: float = 0.6
+    threads: int = 0
     inductor: bool = False
 
 
@@ -56,6 +58,24 @@ def run_demo(
     timing = timing or Timing()
     run = open_or_create(out, config, resume=resume)
     data = run.data()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        return _stages(run, data, resume, timing, timing.threads or threads, progress, say)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stages(
+    run: Run,
+    data: ImageData,
+    resume: bool,
+    timing: Timing,
+    latency_threads: int,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    config = run.config
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -84,7 +104,9 @@ def run_demo(
     if not torch.equal(reloaded, packed_test.logits):
         raise DemoError("the packed network, reloaded in a new process, does not give the same bits")
 
+    torch.set_num_threads(latency_threads)
     times = timed("measure latency", lambda: measure(dense, packed, data, timing))
+    torch.set_num_threads(config.threads)
     report: dict[str, Any] = {
         "network": config.title,
         "data": {
@@ -105,7 +127,7 @@ def run_demo(
         "reloaded_same_bits": True,
         "seconds": seconds,
         "machine": {
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "threads": config.threads, "latency_threads": latency_threads, "torch": torch.__version__,
             "python": platform.python_version(), "processor": platform.machine(),
         },
     }  # fmt: skip
@@ -178,28 +200,28 @@ def draw_run(
 def mean_report(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What several seeds give together: mean accuracies, cuts and latencies, and every seed's accuracies."""
 
-    def mean(pick: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.fmean(pick(report) for report in reports)
+    def mean(*keys: str) -> float:
+        values = []
+        for value in reports:
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return statistics.fmean(values)  # type: ignore[type-var]
 
     first = reports[0]
     return {
         "network": first["network"],
         "data": first["data"],
         "seeds": [report["seed"] for report in reports],
-        "test_accuracy": {
-            name: mean(lambda report, name=name: report["test_accuracy"][name])
-            for name in first["test_accuracy"]
-        },
+        "test_accuracy": {name: mean("test_accuracy", name) for name in first["test_accuracy"]},
         "test_accuracy_by_seed": [report["test_accuracy"] for report in reports],
-        "cost": {name: mean(lambda report, name=name: report["cost"][name]) for name in first["cost"]},
+        "cost": {name: mean("cost", name) for name in first["cost"]},
         "latency_ms": {
-            batch: {form: mean(lambda report, b=batch, f=form: report["latency_ms"][b][f]) for form in forms}
+            batch: {form: mean("latency_ms", batch, form) for form in forms}
             for batch, forms in first["latency_ms"].items()
         },
         "packed_minus_masked": max(report["packed_minus_masked"] for report in reports),
         "reloaded_same_bits": all(report["reloaded_same_bits"] for report in reports),
-        "seconds": {
-            name: mean(lambda report, name=name: report["seconds"][name]) for name in first["seconds"]
-        },
+        "seconds": {name: mean("seconds", name) for name in first["seconds"]},
         "machine": first["machine"],
     }

@@ -26,7 +26,7 @@ def dense_forms(
 
     forms: dict[str, Call] = {"eager": lambda: model(images)}
     last = images.contiguous(memory_format=torch.channels_last)
-    model_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    model_last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forms["channels_last"] = lambda: model_last(last)
     try:
         with warnings.catch_warnings(), torch.no_grad():

@@ -42,13 +42,17 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Config:
-    """What one run folder holds; stored as its run.json."""
+    """What one run folder holds; stored as its run.json.
+
+    `threads` belongs to it because sums are split between threads: another number gives other last bits.
+    """
 
     arch: str = "cifar_resnet"
     depth: int = 20
     data: str = "digits"
     size: int = 16
     seed: int = 0
+    threads: int = 1
     pretrain: training.Pretrain = field(default_factory=training.Pretrain)
     learn: training.Learn = field(default_factory=training.Learn)
     prune: training.Prune = field(default_factory=training.Prune)
@@ -63,6 +67,8 @@ class Config:
             raise ValueError(f"data: expected one of {list(DATASETS)}, got {self.data!r}")
         if not 8 <= self.size <= 512:
             raise ValueError(f"size: expected 8 to 512 pixels, got {self.size!r}")
+        if not 1 <= self.threads <= 1024:
+            raise ValueError(f"threads: expected 1 to 1024, got {self.threads!r}")
         if not 0 <= self.seed < 2**40:
             raise ValueError(f"seed: expected 0 to 2**40 - 1, got {self.seed!r}")
 
@@ -89,7 +95,7 @@ class Config:
         }
         try:
             stages = {name: kind(**values.pop(name)) for name, kind in kinds.items()}
-            return cls(**values, **stages)  # type: ignore[arg-type]
+            return cls(**values, **stages)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source}: not a run of this version ({error})") from None
 

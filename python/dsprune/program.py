@@ -1,0 +1,244 @@
+"""A packed network as one native program: lowered from its graph, run in one call, kept by image size."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from dsp_kernels import backends
+from dsp_kernels.program import Program
+
+from .graph import aten
+from .nn import PermutedGroupedConv2d
+
+__all__ = ["ProgramCache", "to_program"]
+
+IDENTITY = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
+KEPT_PROGRAMS = 8  # image sizes; the least recently used goes first
+
+
+class _Unsupported(Exception):
+    pass
+
+
+class _Builder(fx.Interpreter):
+    """Walks the graph with program values in place of tensors."""
+
+    def __init__(self, network: fx.GraphModule, shape: tuple[int, ...]) -> None:
+        super().__init__(network, garbage_collect_values=False)
+        self.program = Program(shape)
+        self.flat: set[int] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and n.target is aten.sym_size.int:
+            return None  # a size; whoever computes with it is refused below
+        return super().run_node(n)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.program.input
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().get_attr(target, args, kwargs)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(args[0]) if leaf is not None]
+        if len(leaves) != 1 or type(leaves[0]) is not int:
+            raise _Unsupported("the network does not return one tensor")
+        return leaves[0]
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        x, program = args[0], self.program
+        if isinstance(layer, PermutedGroupedConv2d) and layer._outer_padding is None:
+            return program.conv(
+                x,
+                layer.weight,
+                layer.layout,
+                layer.bias,
+                kernel_size=layer.kernel_size,
+                stride=layer.stride,
+                padding=layer._inner_padding,
+                dilation=layer.dilation,
+                residual=args[1] if len(args) > 1 else None,
+                activation=layer.activation,
+            )
+        if (
+            isinstance(layer, nn.Conv2d)
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        ):
+            return program.conv2d(
+                x,
+                layer.weight,
+                layer.bias,
+                stride=layer.stride,
+                padding=layer.padding,
+                dilation=layer.dilation,
+                groups=layer.groups,
+            )
+        if isinstance(layer, nn.Linear):
+            if x not in self.flat:
+                raise _Unsupported(f"{target} is a linear layer on more than a vector")
+            return self._flat(program.linear(x, layer.weight, layer.bias))
+        raise _Unsupported(f"{target} is a {type(layer).__name__}")
+
+    def _flat(self, value: int) -> int:
+        self.flat.add(value)
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        program = self.program
+        x: Any = args[0] if args else None
+        if target in IDENTITY:
+            return x
+        if target is aten.relu.default:
+            return self._like(program.relu(x), x)
+        clamped = target is aten.hardtanh.default and [float(a) for a in args[1:]] == [0.0, 6.0]
+        if target is aten.relu6.default or clamped:
+            return self._like(program.relu6(x), x)
+        if target is aten.add.Tensor and not kwargs and all(type(a) is int for a in args):
+            if (args[0] in self.flat) != (args[1] in self.flat):
+                raise _Unsupported("an addition of a vector and an image")
+            return self._like(program.add(*args), x)
+        if target is aten.max_pool2d.default:
+            return program.max_pool(x, *args[1:], **kwargs)
+        if target is aten.avg_pool2d.default and len(args) <= 6:
+            stride = args[2] if len(args) > 2 and args[2] else None
+            return program.avg_pool(x, args[1], stride, *args[3:], **kwargs)
+        if target in (aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default):
+            return program.adaptive_avg_pool(x, args[1])
+        if target is aten.mean.dim and not kwargs and x not in self.flat:
+            dims = {d % 4 for d in ([args[1]] if isinstance(args[1], int) else args[1])}
+            if dims == {2, 3}:
+                pooled = program.adaptive_avg_pool(x, 1)
+                keep = len(args) > 2 and bool(args[2])
+                return pooled if keep else self._flat(program.flatten(pooled))
+        if target is torch.flatten and tuple(args[1:]) == (1,):
+            return self._flat(program.flatten(x))
+        joins_channels = target is aten.cat.default and len(args) > 1 and args[1] == 1
+        if joins_channels and not any(v in self.flat for v in x):
+            return program.concat(x)
+        if target is F.batch_norm and x not in self.flat:
+            mean, var, weight, bias = args[1:5]
+            scale = torch.rsqrt(var.double() + args[7]) * (1.0 if weight is None else weight.double())
+            shift = -mean.double() * scale + (0.0 if bias is None else bias.double())
+            return program.affine(x, scale.float(), shift.float())
+        raise _Unsupported(f"operator {target}")
+
+    def _like(self, value: int, x: int) -> int:
+        return self._flat(value) if x in self.flat else value
+
+
+def to_program(network: nn.Module, shape: tuple[int, ...]) -> tuple[Program | None, str | None]:
+    """The native program of a packed graph for images of ``shape`` (C, H, W), or None and the reason why not.
+
+    The network must take one image tensor and return one tensor; float32 on the CPU.
+    """
+    if not isinstance(network, fx.GraphModule):
+        return None, "the network is no exported graph"
+    if sum(node.op == "placeholder" for node in network.graph.nodes) != 1:
+        return None, "the network takes more than one input"
+    try:
+        builder = _Builder(network, shape)
+        with torch.no_grad():
+            output = fx.Interpreter.run(builder, None, enable_io_processing=False)
+            return builder.program.build(cast(int, output)), None
+    except _Unsupported as reason:
+        return None, str(reason)
+    except (ValueError, RuntimeError, TypeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+class ProgramCache:
+    """The programs of one packed graph by image size, made when first needed, dropped when weights change.
+
+    A program is used for plain inference: float32 on the CPU, no gradients, no hooks on inner layers, no
+    tracer or dispatch mode that wants to see every operator. Writing weights through ``.data`` goes unseen.
+    ``reason`` says why the last size had no program.
+    """
+
+    def __init__(self, network: nn.Module, backend: str | None) -> None:
+        self.network, self.backend = network, backend
+        self.reason: str | None = None
+        self._programs: OrderedDict[tuple[int, ...], Program | None] = OrderedDict()
+        self._weights: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+        modules = list(network.modules())
+        self._hooks: list[Any] = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
+        self._hooks += [torch.nn.modules.module._global_forward_hooks]
+        self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
+        self._place: tuple[int, int] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ProgramCache, (self.network, self.backend))  # programs are made again where they are needed
+
+    def find(self, args: tuple[Any, ...]) -> Program | None:
+        """The program to run for these arguments; None where layers must run one by one."""
+        if len(args) != 1 or type(args[0]) is not torch.Tensor:
+            return None
+        x = args[0]
+        if x.dtype is not torch.float32 or x.device.type != "cpu" or x.dim() != 4:
+            return None
+        if self._stale():
+            self._programs.clear()
+            self._weights = self._present_weights()
+        if torch.is_grad_enabled() and (x.requires_grad or any(w[2].requires_grad for w in self._weights)):
+            return None
+        if any(self._hooks) or _get_current_dispatch_mode() is not None:
+            return None
+        if torch.is_autocast_enabled("cpu") or torch.overrides._get_current_function_mode() is not None:
+            return None
+        shape = tuple(x.shape[1:])
+        if shape in self._programs:
+            self._programs.move_to_end(shape)
+        else:
+            self._programs[shape] = self._make(shape)
+            if len(self._programs) > KEPT_PROGRAMS:
+                self._programs.popitem(last=False)
+        return self._programs[shape]
+
+    def run(self, program: Program, x: torch.Tensor) -> Any:
+        """The program's result in the form in which the network returns it."""
+        graph = cast(fx.GraphModule, self.network).graph
+        if self._place is None:
+            output = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
+            leaves = list(output) if isinstance(output, (list, tuple)) else [output]
+            self._place = (next(i for i, leaf in enumerate(leaves) if leaf is not None), len(leaves))
+        place, count = self._place
+        values: list[Any] = [None] * count
+        values[place] = program(x)
+        return graph.process_outputs(values)
+
+    def _present_weights(self) -> list[tuple[dict[str, Any], str, torch.Tensor, int]]:
+        out = []
+        for module in self.network.modules():
+            for owner in (module._parameters, module._buffers):
+                for name, tensor in owner.items():
+                    if tensor is not None:
+                        out.append((owner, name, tensor, -1 if tensor.is_inference() else tensor._version))
+        return out
+
+    def _stale(self) -> bool:
+        for owner, name, tensor, version in self._weights:
+            if owner[name] is not tensor or (version >= 0 and tensor._version != version):
+                return True
+        return not self._weights
+
+    def _make(self, shape: tuple[int, ...]) -> Program | None:
+        if any(p.dtype is not torch.float32 for p in self.network.parameters()):
+            self.reason = "weights are not float32"
+            return None
+        try:
+            chosen = backends.choose(self.backend, "cpu", torch.float32)
+        except ValueError as error:
+            self.reason = str(error)
+            return None
+        if chosen != "native":
+            self.reason = f"backend {chosen!r} runs layer by layer"
+            return None
+        program, self.reason = to_program(self.network, shape)
+        return program

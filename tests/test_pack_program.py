@@ -1,0 +1,209 @@
+"""A packed network run as one native program: when, when not and why, and the same outputs."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dsprune
+from dsp_kernels import available_backends
+from dsprune.program import KEPT_PROGRAMS, ProgramCache, to_program
+
+pytestmark = pytest.mark.skipif(
+    available_backends()["native"] is not None, reason=f"native: {available_backends()['native']}"
+)
+
+
+def packed_of(make: type[nn.Module], seed: int = 0) -> dsprune.PackedNetwork:
+    torch.manual_seed(seed)
+    model = nets.structured_zeros(nets.random_norms(make(), seed), seed).eval()
+    return dsprune.pack(model, torch.randn(1, 3, 16, 16))
+
+
+def cache(packed: dsprune.PackedNetwork) -> ProgramCache:
+    return packed._programs(packed.network)
+
+
+class Pools(nn.Module):
+    """Every step that a program has: pools, concatenation, a lone BatchNorm, depthwise, flatten, ReLU6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nets.conv_bn(3, 8)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.mix = nets.conv_bn(16, 8)
+        self.last = nn.Conv2d(8, 6, 3, stride=2, bias=False)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(self.stem(x), 3, 2, 1)
+        y = F.relu(self.norm(x))
+        z = F.relu6(self.depthwise(y))
+        x = F.relu(self.mix(torch.cat([y, z], 1))) + F.avg_pool2d(y, 3, 1, 1)
+        x = F.relu(self.last(x))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("make", [nets.Plain, nets.Residual, nets.DeadButBiased, Pools])
+def test_program_equals_the_layers(make: type[nn.Module], seed: int) -> None:
+    packed = packed_of(make, seed)
+    for shape in ((1, 3, 16, 16), (5, 3, 23, 18)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            program = cache(packed).find((x,))
+            assert program is not None, packed.program_reason
+            torch.testing.assert_close(packed(x), packed.network(x), rtol=1e-5, atol=1e-6)
+            assert torch.equal(packed(x), packed(x))
+
+
+def test_same_bits_whatever_the_threads() -> None:
+    packed, x = packed_of(Pools), torch.randn(7, 3, 20, 20)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            results.append(packed(x))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_concurrent_callers() -> None:
+    packed = packed_of(nets.Residual)
+    inputs = [torch.randn(1 + i % 3, 3, 16 + 2 * (i % 4), 16) for i in range(24)]
+
+    def infer(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return packed(x)
+
+    expected = [infer(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(infer, inputs), expected, strict=True))
+
+
+def test_structure_of_the_result_is_kept() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nets.Plain()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+            return {"logits": self.net(x), "nothing": None}
+
+    packed = packed_of(Net)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert cache(packed).find((x,)) is not None
+        out = packed(x)
+    assert set(out) == {"logits", "nothing"} and out["nothing"] is None and out["logits"].shape == (2, 5)
+
+
+def test_unknown_step_runs_layer_by_layer_and_says_so() -> None:
+    packed = packed_of(nets.Zoo)
+    with torch.no_grad():
+        packed(torch.randn(1, 3, 16, 16))
+    assert "operator" in (packed.program_reason or "")
+
+
+def test_other_backend_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nets.structured_zeros(nets.Plain()).eval()
+    packed = dsprune.pack(model, torch.randn(1, 3, 16, 16), backend="reference")
+    with torch.no_grad():
+        packed(torch.randn(1, 3, 16, 16))
+    assert "reference" in (packed.program_reason or "")
+    monkeypatch.setenv("DSP_KERNELS_BACKEND", "reference")
+    packed = dsprune.pack(model, torch.randn(1, 3, 16, 16))
+    with torch.no_grad():
+        packed(torch.randn(1, 3, 16, 16))
+    assert "reference" in (packed.program_reason or "")
+
+
+def test_gradients_go_through_the_layers() -> None:
+    packed = packed_of(nets.Residual)
+    x = torch.randn(2, 3, 16, 16, requires_grad=True)
+    assert cache(packed).find((x,)) is None
+    packed(x).sum().backward()
+    assert x.grad is not None and bool(x.grad.abs().sum() > 0)
+
+
+def test_hooks_of_inner_layers_are_called() -> None:
+    packed, x, seen = packed_of(nets.Plain), torch.randn(1, 3, 16, 16), []
+    with torch.no_grad():
+        packed(x)
+        handle = packed.network.head.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr]
+        packed(x)
+        handle.remove()
+        packed(x)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("how", ["in place", "load_state_dict", "new parameter"])
+def test_changed_weights_are_noticed(how: str) -> None:
+    packed, x = packed_of(nets.Plain), torch.randn(1, 3, 16, 16)
+    head = packed.network.head
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        before = packed(x)
+        if how == "in place":
+            head.weight.mul_(2)
+        elif how == "new parameter":
+            head.weight = nn.Parameter(head.weight * 2)
+        else:
+            state = packed.state_dict()
+            packed.load_state_dict({**state, "network.head.weight": state["network.head.weight"] * 2})
+        after = packed(x)
+        torch.testing.assert_close(after, packed.network(x), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(after, before)
+
+
+def test_dtype_changes_are_noticed() -> None:
+    packed, x = packed_of(nets.Plain), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        before = packed(x)
+        torch.testing.assert_close(packed.double()(x.double()).float(), before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed.float()(x), before)
+
+
+def test_inference_mode() -> None:
+    packed, x = packed_of(nets.Plain), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = packed(x)
+    with torch.inference_mode():
+        assert torch.equal(packed(x), expected)
+        assert torch.equal(packed_of(nets.Plain)(x), expected)
+
+
+def test_few_sizes_are_kept() -> None:
+    packed = packed_of(nets.Plain)
+    with torch.no_grad():
+        for size in range(8, 12 + KEPT_PROGRAMS):
+            packed(torch.randn(1, 3, size, 9))
+    assert len(cache(packed)._programs) == KEPT_PROGRAMS
+
+
+def test_copies_make_their_own_programs() -> None:
+    packed, x = packed_of(nets.Plain), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = packed(x)
+    fresh = copy.copy(cache(packed))
+    assert not fresh._programs and fresh.network is packed.network
+    with torch.no_grad():
+        program = fresh.find((x,))
+        assert program is not None and torch.equal(fresh.run(program, x), expected)
+
+
+def test_more_than_one_input_has_no_program() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    program, reason = to_program(torch.fx.symbolic_trace(Two()), (3, 8, 8))
+    assert program is None and reason == "the network takes more than one input"
+    assert to_program(nn.Linear(2, 2), (3, 8, 8)) == (None, "the network is no exported graph")

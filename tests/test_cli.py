@@ -337,7 +337,10 @@ def test_ctrl_c_of_a_process(tmp_path: Path) -> None:
     base += ["--pretrain-epochs", "3", "--epochs", "1", "--groups", "2"]
 
     command = [*base, "--run", str(tmp_path / "stopped")]
+    # A child inherits an ignored Ctrl-C, as in the background of a shell, but not a handled one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     stopped = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     saved = tmp_path / "stopped" / "checkpoints" / "pretrain.safetensors"
     end = time.monotonic() + 120
     while not (saved.exists() and read_checkpoint(saved)[1]["epoch"] >= 1) and time.monotonic() < end:

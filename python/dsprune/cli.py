@@ -518,12 +518,11 @@ def demo(
             config = dataclasses.replace(base, seed=seed + offset)
             folder = out if seeds == 1 else out / f"seed{config.seed}"
             shown = _Bars(bars, f"seed {config.seed}: " if seeds > 1 else "")
-            reports.append(
-                run_demo(
-                    folder, config, resume=resume, timing=timing, progress=shown,
-                    say=lambda text, shown=shown: bars.console.print(f"  {shown.prefix}{text}", markup=False),
-                )
-            )  # fmt: skip
+
+            def say(text: str, prefix: str = shown.prefix) -> None:
+                bars.console.print(f"  {prefix}{text}", markup=False)
+
+            reports.append(run_demo(folder, config, resume=resume, timing=timing, progress=shown, say=say))
     report = reports[0]
     if seeds > 1:
         report = mean_report(reports)

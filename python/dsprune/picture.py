@@ -322,14 +322,14 @@ def _latency_panel(axes: Axes, latency: Mapping[int, Mapping[str, float]]) -> No
         longest = max(dense, packed)
         for name, value in (("dense", dense), ("packed", packed)):
             axes.barh(y, value / longest, height=0.8, color="#B8B8B8" if name == "dense" else PALETTE[2])
-            note = f"{value:.2f} ms" + (f"  ({dense / packed:.2f} times)" if name == "packed" else "")
+            note = f"{value:.2f} ms" + (f"  ({dense / packed:.2f}x)" if name == "packed" else "")
             axes.text(value / longest + 0.015, y, note, va="center", fontsize=8.5, color=_INK)
             labels.append((y, f"batch {batch}, {name}"))
             y += 0.9
         y += 0.5
     axes.set_yticks([position for position, _ in labels], [text for _, text in labels], fontsize=8.5)
     axes.set_ylim(y - 0.6, -0.7)
-    axes.set_xlim(0, 1.42)
+    axes.set_xlim(0, 1.5)
 
 
 def draw_report(

@@ -201,12 +201,10 @@ def mean_report(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What several seeds give together: mean accuracies, cuts and latencies, and every seed's accuracies."""
 
     def mean(*keys: str) -> float:
-        values = []
-        for value in reports:
-            for key in keys:
-                value = value[key]
-            values.append(value)
-        return statistics.fmean(values)  # type: ignore[type-var]
+        values: list[Any] = list(reports)
+        for key in keys:
+            values = [value[key] for value in values]
+        return statistics.fmean(values)
 
     first = reports[0]
     return {

@@ -1,0 +1,280 @@
+"""Group assignment, timed: penalty, gradients and mixed product of whole networks; a learning step; its
+memory.
+
+    python bench/bench_assignment.py [--networks resnet20 resnet56] [--groups 2 4] [--threads 1 2] [--json
+    FILE] python bench/bench_assignment.py --steps [--authors FOLDER] [--batch 128]
+    python bench/bench_assignment.py --memory
+
+Everything that is compared runs in one process, in turn, for at least ``--seconds`` a cell; medians are
+printed, in milliseconds, with the fastest run in brackets. "copy" is one ``copy_`` of all prunable weights
+(read once, written once), the floor of a penalty with its gradient for the weights; "loop" is the
+definition layer by layer and group by group under autograd. ``--authors`` names a folder with the authors'
+``dsp_module.py``, whose ``GroupWrapper`` is then timed beside ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dsp_kernels
+from dsp_kernels.assignment import LassoTable, group_lasso, reference
+from dsprune import GroupLearner, prunable_convs
+from dsprune.models import cifar_resnet, resnet18, resnet50
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet20": (lambda: cifar_resnet(20), (3, 32, 32)),
+    "resnet56": (lambda: cifar_resnet(56), (3, 32, 32)),
+    "resnet18": (resnet18, (3, 224, 224)),
+    "resnet50": (resnet50, (3, 224, 224)),
+}
+
+
+def interleaved(cells: dict[str, Callable[[], Any]], seconds: float) -> dict[str, tuple[float, float]]:
+    """Median and minimum in milliseconds of each cell, the cells taking turns until each has had its time."""
+    times: dict[str, list[float]] = {name: [] for name in cells}
+    for run in cells.values():
+        run()
+    while any(sum(spent) < seconds or len(spent) < 5 for spent in times.values()):
+        for name, run in cells.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: (1e3 * statistics.median(spent), 1e3 * min(spent)) for name, spent in times.items()}
+
+
+def prunable_weights(name: str) -> list[Tensor]:
+    """The weights that group learning touches."""
+    build, shape = NETWORKS[name]
+    model = build()
+    infos = prunable_convs(model, torch.zeros(1, *shape))
+    return [model.get_submodule(info.name).get_parameter("weight").detach() for info in infos]
+
+
+def kernels(name: str, groups: int, threads: int, seconds: float) -> dict[str, Any]:
+    """Whole-network times of each backend beside the loop and a copy."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    weights = prunable_weights(name)
+    count = sum(w.numel() for w in weights)
+    logs = [torch.log_softmax(2 * torch.randn(groups, w.shape[0]), 0) for w in weights]
+    matrix = torch.cat(logs, 1)
+    moves = [torch.randn_like(w) * 1e-3 for w in weights]
+    rates = [1e-6] * len(weights)
+    flat = torch.cat([w.flatten() for w in weights])
+    target = torch.empty_like(flat)
+    leaves = [w.clone().requires_grad_() for w in weights]
+    log_leaves = [log.clone().requires_grad_() for log in logs]
+
+    def loop() -> None:
+        torch.autograd.grad(reference.group_lasso_definition(leaves, log_leaves).sum(), leaves + log_leaves)
+
+    cells: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(flat), "loop": loop}
+    for backend in ("reference", "native"):
+        if dsp_kernels.available_backends()[backend] is not None:
+            continue
+        table = LassoTable(weights, groups, backend=backend)
+
+        def penalty_and_gradients(backend: str = backend) -> None:
+            penalties = group_lasso(leaves, log_leaves, backend=backend)
+            torch.autograd.grad(penalties.sum(), leaves + log_leaves)
+
+        cells[f"{backend} penalty"] = lambda t=table: t.penalties(matrix)
+        cells[f"{backend} penalty + gradients"] = penalty_and_gradients
+        cells[f"{backend} gradients"] = lambda b=backend: torch.ops.dsp_kernels.group_lasso_backward(
+            torch.ones(len(weights)), weights, logs, [1.0] * len(weights), b
+        )
+        cells[f"{backend} penalty step"] = lambda t=table: t.shrink(matrix, rates)
+        cells[f"{backend} mixed product"] = lambda t=table: t.log_gradient(matrix, rates, moves)
+    times = interleaved(cells, seconds)
+    copied = times["copy"][0]
+    print(
+        f"\n{name}, {groups} groups, {threads} threads: {count / 1e6:.2f} M weights in {len(weights)} layers"
+    )
+    for cell, (median, fastest) in times.items():
+        share = (
+            f"{100 * copied / median:5.0f}% of copy"
+            if cell != "copy"
+            else f"{8e-6 * count / median:.1f} GB/s"
+        )
+        print(
+            f"  {cell:34s} {median:9.3f} ({fastest:.3f}) ms  {times['loop'][0] / median:8.1f}x loop  {share}"
+        )
+    return {"network": name, "groups": groups, "threads": threads, "weights": count, "ms": times}
+
+
+def _fixture(name: str, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    build, shape = NETWORKS[name]
+    return build(), torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+
+
+def _authors(folder: str, model: nn.Module, groups: int, criterion: Callable[..., Tensor]) -> Any:
+    sys.path.insert(0, folder)
+    try:
+        from dsp_module import GroupWrapper  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(folder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    return GroupWrapper(model, optimizer, criterion, 2e-3, 1000, groups, 0.5), optimizer
+
+
+def steps(
+    name: str, groups: int, threads: int, batch: int, seconds: float, authors: str | None
+) -> dict[str, Any]:
+    """A whole learning step of each order beside an ordinary training step, and the fused part alone."""
+    torch.set_num_threads(threads)
+    model, x, y = _fixture(name, batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    def ordinary() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        optimizer.step()
+
+    cells: dict[str, Callable[[], Any]] = {"ordinary": ordinary}
+    for order in ("exact", "first", "released"):
+        learner = GroupLearner(model, x[:1], groups=groups, strength=1e-4, total_steps=10_000, order=order)
+        cells[f"learning, {order}"] = lambda learner=learner: learner.step(loss, optimizer)
+    table = LassoTable(prunable_weights(name), groups)
+    matrix = torch.log_softmax(torch.randn(groups, table.filters), 0)
+    moves = [1e-3 * torch.randn_like(w) for w in table.weights]
+    rates = [1e-6] * len(moves)
+
+    def fused() -> None:
+        table.shrink(matrix, rates)
+        table.log_gradient(matrix, rates, moves)
+        table.shrink(matrix, rates)
+
+    cells["the fused part"] = fused
+    if authors is not None:
+        wrapped, own = _authors(authors, copy.deepcopy(model), groups, F.cross_entropy)
+
+        def theirs() -> None:
+            wrapped.zero_grad()
+            wrapped.initialize()
+            F.cross_entropy(wrapped(x), y).backward()
+            own.step()
+            wrapped.after_step(x, y)
+
+        cells["the authors' step"] = theirs
+    times = interleaved(cells, seconds)
+    print(f"\n{name}, {groups} groups, batch {batch}, {threads} threads")
+    for cell, (median, fastest) in times.items():
+        share = median / times["ordinary"][0]
+        print(f"  {cell:20s} {median:9.2f} ({fastest:.2f}) ms  {share:6.3f} ordinary steps")
+    return {"network": name, "groups": groups, "threads": threads, "batch": batch, "ms": times}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make, and the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)
+        }
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata in given or storage._cdata in self._seen:
+                continue
+            self._seen.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+
+def memory(name: str, groups: int, batch: int) -> dict[str, Any]:
+    """What learning holds and adds at its peak, in copies of the prunable weights."""
+    model, x, y = _fixture(name, batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    def ordinary() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def peak(run: Callable[[], Any]) -> int:
+        run()
+        with LiveBytes() as live:
+            run()
+        return live.most
+
+    plain = peak(ordinary)
+    learner = GroupLearner(model, x[:1], groups=groups, strength=1e-4, total_steps=10_000)
+    held = sum(t.numel() * t.element_size() for t in (*learner._kept, *learner._tensors().values()))
+    learning = peak(lambda: learner.step(loss, optimizer))
+    weights = sum(t.numel() * t.element_size() for t in learner._weights)
+    added = held + max(0, learning - plain)
+    print(
+        f"{name}, {groups} groups, batch {batch}: prunable weights {weights / 2**20:.2f} MiB, held "
+        f"{held / weights:.3f} copies, peak of a step {(learning - plain) / weights:+.3f}, "
+        f"together {added / weights:.3f}"
+    )
+    return {"network": name, "groups": groups, "weights": weights, "held": held, "peak": learning - plain}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--groups", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument("--seconds", type=float, default=1.0, help="least time a cell")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", action="store_true", help="time whole learning steps instead")
+    parser.add_argument("--memory", action="store_true", help="measure the memory that learning adds instead")
+    parser.add_argument("--authors", metavar="FOLDER", help="a folder with the authors' dsp_module.py")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    results = []
+    for name in options.networks:
+        for groups in options.groups:
+            if options.memory:
+                results.append(memory(name, groups, options.batch))
+                continue
+            for threads in options.threads:
+                if options.steps:
+                    results.append(
+                        steps(name, groups, threads, options.batch, options.seconds, options.authors)
+                    )
+                else:
+                    results.append(kernels(name, groups, threads, options.seconds))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

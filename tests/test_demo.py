@@ -27,6 +27,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     threads = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("demo") / "run"
     said = io.StringIO()
+    torch.set_num_threads(1)  # for the latencies, too
     with contextlib.redirect_stdout(said):
         assert cli.main(["demo", "--out", str(folder), *TINY]) == 0
     torch.set_num_threads(threads)
@@ -86,11 +87,13 @@ def test_a_changed_packed_file_is_noticed(ran: tuple[Path, str], tmp_path: Path)
     run = runs.Run.open(Path(shutil.copytree(ran[0], tmp_path / "run")))
     data = run.data()
     torch.set_num_threads(1)
-    before = stages.logits_in_new_process(run)
-    assert torch.equal(before, training.evaluate(run.packed(data), data.test).logits)
     model, _, _ = run.read("pruned", data)
-    dsprune.save(dsprune.pack(model, data.example), run.file("packed"))
-    assert not torch.equal(stages.logits_in_new_process(run), before)
+    packed = dsprune.pack(model, data.example).eval()
+    dsprune.save(packed, run.file("packed"))
+    found = stages.logits_in_new_process(run)
+    assert torch.equal(found, training.evaluate(packed, data.test).logits)
+    finetuned, _, _ = run.read("finetuned", data)
+    assert not torch.allclose(found, training.evaluate(finetuned, data.test).logits, atol=1e-3)
     run.file("packed").write_bytes(b"broken")
     with pytest.raises(RuntimeError, match=r"in a new process failed: .*packed\.safetensors"):
         stages.logits_in_new_process(run)
@@ -133,6 +136,7 @@ def test_a_difference_is_an_error(
     ran: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(ran[0], tmp_path / "run"))
+    monkeypatch.setattr(stages, "make_packed", lambda run, data: 0.0)
     monkeypatch.setattr(stages, "logits_in_new_process", lambda run: torch.zeros(359, 10))
     assert cli.main(["demo", "--out", str(folder), *TINY, "--resume"]) == 1
     assert "does not give the same bits" in capsys.readouterr().err

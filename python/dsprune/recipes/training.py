@@ -125,9 +125,9 @@ class Finetune:
     """`cycles` times a cosine from `lr` to 0 over `epochs` epochs; the best cycle on validation wins."""
 
     cycles: int = 2
-    epochs: int = 10
+    epochs: int = 8
     batch: int = 64
-    lr: float = 0.05
+    lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 1e-3
 

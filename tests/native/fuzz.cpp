@@ -1,5 +1,658 @@
+// Random convolutions and programs against plain loops in double, and descriptions that must be refused.
+// Built with AddressSanitizer and UBSan; every buffer has exactly the size that the interface asks for.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
 
 #include "dsp.h"
 
-int main() { return dsp_abi_version() == DSP_ABI_VERSION ? 0 : 1; }
+namespace {
+
+std::mt19937_64 engine;
+uint64_t current_seed = 0;
+
+void say_seed() {
+  std::fprintf(stderr, "fuzz: failed in the round of --seed %llu\n",
+               static_cast<unsigned long long>(current_seed));
+}
+
+int64_t between(int64_t least, int64_t most) {
+  return std::uniform_int_distribution<int64_t>(least, most)(engine);
+}
+bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine) < p; }
+float normal() { return std::normal_distribution<float>(0, 1)(engine); }
+
+std::vector<float> random_floats(int64_t count) {
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = normal();
+  return values;
+}
+
+// Exactly as large as asked for, so that the sanitizer sees the first float beyond it.
+struct Exact {
+  explicit Exact(const std::vector<float>& values) : size(static_cast<int64_t>(values.size())) {
+    data = static_cast<float*>(std::malloc(std::max<size_t>(1, values.size() * sizeof(float))));
+    std::copy(values.begin(), values.end(), data);
+  }
+  Exact(int64_t count, float value) : Exact(std::vector<float>(static_cast<size_t>(count), value)) {}
+  Exact(const Exact&) = delete;
+  Exact& operator=(const Exact&) = delete;
+  ~Exact() { std::free(data); }
+  float* data;
+  int64_t size;
+};
+
+struct Layout {
+  int64_t in, out;
+  std::vector<std::vector<int32_t>> channels, filters;
+  int64_t pairs() const {
+    int64_t sum = 0;
+    for (size_t g = 0; g < channels.size(); ++g)
+      sum += static_cast<int64_t>(channels[g].size() * filters[g].size());
+    return sum;
+  }
+  std::vector<int32_t> plan() const {
+    const size_t groups = channels.size();
+    std::vector<int32_t> words(DSP_PLAN_HEADER + groups * DSP_PLAN_GROUP);
+    size_t live = 0;
+    int32_t weights = 0;
+    for (size_t g = 0; g < groups; ++g) {
+      int32_t* entry = words.data() + DSP_PLAN_HEADER + g * DSP_PLAN_GROUP;
+      entry[0] = static_cast<int32_t>(channels[g].size());
+      entry[1] = static_cast<int32_t>(filters[g].size());
+      entry[4] = weights;
+      weights += entry[0] * entry[1];
+      live += filters[g].size();
+    }
+    for (int which = 0; which < 2; ++which) {
+      for (size_t g = 0; g < groups; ++g) {
+        const std::vector<int32_t>& list = which == 0 ? channels[g] : filters[g];
+        words[DSP_PLAN_HEADER + g * DSP_PLAN_GROUP + 2 + static_cast<size_t>(which)] =
+            static_cast<int32_t>(words.size());
+        words.insert(words.end(), list.begin(), list.end());
+      }
+    }
+    const int32_t header[DSP_PLAN_HEADER] = {DSP_PLAN_MAGIC,
+                                             static_cast<int32_t>(in),
+                                             static_cast<int32_t>(out),
+                                             static_cast<int32_t>(groups),
+                                             weights,
+                                             static_cast<int32_t>(words.size()),
+                                             static_cast<int32_t>(live),
+                                             0};
+    std::copy(header, header + DSP_PLAN_HEADER, words.begin());
+    return words;
+  }
+};
+
+Layout random_layout(int64_t in, int64_t out) {
+  Layout layout{in, out, {}, {}};
+  std::vector<int32_t> order(static_cast<size_t>(out));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+  std::shuffle(order.begin(), order.end(), engine);
+  size_t live = chance(0.3) ? static_cast<size_t>(between(0, out)) : order.size();
+  const int64_t groups = between(1, 5);
+  for (int64_t g = 0; g < groups; ++g) {
+    const size_t take = g == groups - 1 ? live : static_cast<size_t>(between(0, static_cast<int64_t>(live)));
+    layout.filters.emplace_back(order.begin(), order.begin() + static_cast<int64_t>(take));
+    order.erase(order.begin(), order.begin() + static_cast<int64_t>(take));
+    live -= take;
+    std::vector<int32_t> channels(static_cast<size_t>(in));
+    for (size_t i = 0; i < channels.size(); ++i) channels[i] = static_cast<int32_t>(i);
+    std::shuffle(channels.begin(), channels.end(), engine);
+    channels.resize(static_cast<size_t>(between(1, in)));
+    layout.channels.push_back(channels);
+  }
+  return layout;
+}
+
+int64_t out_size(int64_t in, int64_t k, int64_t s, int64_t p, int64_t d) {
+  const int64_t room = in + 2 * p - d * (k - 1) - 1;
+  return room < 0 ? 0 : room / s + 1;
+}
+
+int64_t random_size() {
+  constexpr int64_t kSizes[] = {1, 2, 3, 4, 5, 7, 8, 9, 12, 14, 15, 16, 17, 24, 28, 31, 32, 33, 40, 56};
+  return chance(0.1) ? between(1, 70) : kSizes[between(0, 19)];
+}
+
+dsp_conv2d_shape random_shape() {
+  for (;;) {
+    dsp_conv2d_shape s{};
+    s.batch = chance(0.05) ? 0 : between(1, 3);
+    s.height = random_size();
+    s.width = random_size();
+    const bool usual = chance(0.4);
+    constexpr int64_t kKernels[] = {1, 1, 2, 3, 3, 4, 5, 7};
+    s.kernel_h = usual ? 3 : kKernels[between(0, 7)];
+    s.kernel_w = usual ? 3 : kKernels[between(0, 7)];
+    s.stride_h = chance(0.5) ? 1 : between(1, 4);
+    s.stride_w = chance(0.5) ? 1 : between(1, 4);
+    s.padding_h = usual ? 1 : between(0, 4);
+    s.padding_w = usual ? 1 : between(0, 4);
+    s.dilation_h = chance(0.7) ? 1 : between(1, chance(0.05) ? 60 : 3);
+    s.dilation_w = chance(0.7) ? 1 : between(1, chance(0.05) ? 60 : 3);
+    if (chance(0.02)) s.padding_h = 70;
+    if (chance(0.02)) s.padding_w = 70;
+    if (chance(0.2)) {
+      s.kernel_h = s.kernel_w = 1;
+      s.padding_h = s.padding_w = 0;
+      s.stride_h = s.stride_w = 1;
+    }
+    const int64_t h = out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+    const int64_t w = out_size(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+    if (h > 0 && w > 0 && h * w <= 8000) return s;
+  }
+}
+
+[[noreturn]] void die(const char* what) {
+  std::fprintf(stderr, "fuzz: %s (last error: %s)\n", what, dsp_last_error());
+  say_seed();
+  std::abort();
+}
+
+void check(bool good, const char* what) {
+  if (!good) die(what);
+}
+
+double act(double value, int32_t activation) {
+  if (activation == DSP_ACT_NONE || std::isnan(value)) return value;
+  value = std::max(value, 0.0);
+  return activation == DSP_ACT_RELU6 ? std::min(value, 6.0) : value;
+}
+
+// visit(n, f, output pixel, channel, input pixel, weight) for every product of the convolution
+template <typename Visit>
+void each_product(const dsp_conv2d_shape& s, const Layout& layout, Visit&& visit) {
+  const int64_t oh = out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+  const int64_t ow = out_size(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  int64_t weight = 0;
+  for (size_t g = 0; g < layout.channels.size(); ++g) {
+    for (const int32_t f : layout.filters[g]) {
+      for (const int32_t c : layout.channels[g]) {
+        for (int64_t tap = 0; tap < taps; ++tap, ++weight) {
+          const int64_t ky = tap / s.kernel_w * s.dilation_h - s.padding_h;
+          const int64_t kx = tap % s.kernel_w * s.dilation_w - s.padding_w;
+          for (int64_t n = 0; n < s.batch; ++n) {
+            for (int64_t y = 0; y < oh; ++y) {
+              const int64_t iy = y * s.stride_h + ky;
+              if (iy < 0 || iy >= s.height) continue;
+              for (int64_t x = 0; x < ow; ++x) {
+                const int64_t ix = x * s.stride_w + kx;
+                if (ix < 0 || ix >= s.width) continue;
+                visit(((n * layout.out + f) * oh + y) * ow + x,
+                      ((n * layout.in + c) * s.height + iy) * s.width + ix, weight);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void compare(const Exact& actual, const std::vector<double>& expected, const std::vector<double>& magnitude,
+             const char* what) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double error = std::fabs(static_cast<double>(actual.data[i]) - expected[i]);
+    if (!(error <= 2e-6 * (magnitude[i] + 1e-3))) {
+      std::fprintf(stderr, "%s[%zu]: %g, expected %g\n", what, i, static_cast<double>(actual.data[i]),
+                   expected[i]);
+      die(what);
+    }
+  }
+}
+
+bool same_bits(const Exact& a, const Exact& b) {
+  return a.size == b.size && std::memcmp(a.data, b.data, static_cast<size_t>(a.size) * sizeof(float)) == 0;
+}
+
+void fuzz_conv() {
+  const dsp_conv2d_shape s = random_shape();
+  const Layout layout = random_layout(between(1, 20), between(1, 24));
+  const std::vector<int32_t> plan = layout.plan();
+  const int64_t plan_size = static_cast<int64_t>(plan.size());
+  const int64_t oh = out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+  const int64_t ow = out_size(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  const Exact x(random_floats(s.batch * layout.in * s.height * s.width));
+  const Exact w(random_floats(layout.pairs() * taps));
+  const int64_t out_numel = s.batch * layout.out * oh * ow;
+  const Exact bias(random_floats(layout.out));
+  const Exact residual(random_floats(out_numel));
+  const bool with_bias = chance(0.5);
+  const bool with_residual = chance(0.5);
+  const int32_t activation = static_cast<int32_t>(between(0, 2));
+  const float poison = std::numeric_limits<float>::quiet_NaN();
+
+  std::vector<double> expected(static_cast<size_t>(out_numel)), size(expected.size(), 0.0);
+  each_product(s, layout, [&](int64_t o, int64_t i, int64_t k) {
+    const double product = static_cast<double>(x.data[i]) * static_cast<double>(w.data[k]);
+    expected[static_cast<size_t>(o)] += product;
+    size[static_cast<size_t>(o)] += std::fabs(product);
+  });
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const int64_t f = oh * ow == 0 ? 0 : static_cast<int64_t>(i) / (oh * ow) % layout.out;
+    if (with_bias) expected[i] += static_cast<double>(bias.data[f]);
+    if (with_residual) expected[i] += static_cast<double>(residual.data[i]);
+    size[i] += 5;
+    expected[i] = act(expected[i], activation);
+  }
+  Exact out(out_numel, poison);
+  Exact again(out_numel, poison);
+  const auto run = [&](const Exact& weights, int32_t prepared, Exact* to, int32_t threads,
+                       const float* added) {
+    return dsp_conv2d_forward(&s, x.data, x.size, weights.data, weights.size, plan.data(), plan_size,
+                              with_bias ? bias.data : nullptr, added, to->data, to->size, activation,
+                              prepared, threads);
+  };
+  const float* added = with_residual ? residual.data : nullptr;
+  check(run(w, 0, &out, 1, added) == DSP_OK, "forward refused");
+  compare(out, expected, size, "forward");
+  Exact prepared(w.size, poison);
+  check(dsp_conv2d_prepare(s.kernel_h, s.kernel_w, w.data, w.size, plan.data(), plan_size, prepared.data,
+                           prepared.size) == DSP_OK,
+        "prepare refused");
+  if (with_residual && chance(0.3)) {
+    // The residual may be the output.
+    std::copy(residual.data, residual.data + residual.size, again.data);
+    added = again.data;
+  }
+  check(run(prepared, 1, &again, static_cast<int32_t>(between(1, 5)), added) == DSP_OK,
+        "prepared forward refused");
+  check(same_bits(out, again), "forward depends on threads or on prepared weights");
+
+  const Exact grad(random_floats(out_numel));
+  std::vector<double> grad_x(static_cast<size_t>(x.size), 0.0), size_x(grad_x);
+  std::vector<double> grad_w(static_cast<size_t>(w.size), 0.0), size_w(grad_w);
+  each_product(s, layout, [&](int64_t o, int64_t i, int64_t k) {
+    const double g = static_cast<double>(grad.data[o]);
+    const double from_w = g * static_cast<double>(w.data[k]);
+    const double from_x = g * static_cast<double>(x.data[i]);
+    grad_x[static_cast<size_t>(i)] += from_w;
+    size_x[static_cast<size_t>(i)] += std::fabs(from_w);
+    grad_w[static_cast<size_t>(k)] += from_x;
+    size_w[static_cast<size_t>(k)] += std::fabs(from_x);
+  });
+  Exact gx[2] = {{x.size, poison}, {x.size, poison}};
+  Exact gw[2] = {{w.size, poison}, {w.size, poison}};
+  for (int i = 0; i < 2; ++i) {
+    const int32_t threads = i == 0 ? 1 : static_cast<int32_t>(between(1, 5));
+    check(dsp_conv2d_grad_input(&s, grad.data, grad.size, w.data, w.size, plan.data(), plan_size, gx[i].data,
+                                gx[i].size, threads) == DSP_OK,
+          "grad_input refused");
+    check(dsp_conv2d_grad_weight(&s, grad.data, grad.size, x.data, x.size, plan.data(), plan_size, gw[i].data,
+                                 gw[i].size, threads) == DSP_OK,
+          "grad_weight refused");
+  }
+  compare(gx[0], grad_x, size_x, "grad_input");
+  compare(gw[0], grad_w, size_w, "grad_weight");
+  check(same_bits(gx[0], gx[1]), "grad_input depends on threads");
+  check(same_bits(gw[0], gw[1]), "grad_weight depends on threads");
+}
+
+// One word or one argument changed: either it is refused, or it was a change that keeps the plan valid; never
+// may memory outside the buffers be touched.
+void fuzz_bad_conv() {
+  dsp_conv2d_shape s = random_shape();
+  const Layout layout = random_layout(between(1, 8), between(1, 8));
+  std::vector<int32_t> plan = layout.plan();
+  const int64_t oh = out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+  const int64_t ow = out_size(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+  const Exact x(random_floats(s.batch * layout.in * s.height * s.width));
+  const Exact w(random_floats(layout.pairs() * s.kernel_h * s.kernel_w));
+  Exact out(s.batch * layout.out * oh * ow, 0.0f);
+  Exact gx(x.size, 0.0f);
+  Exact gw(w.size, 0.0f);
+  constexpr int32_t kOdd[] = {-1,
+                              0,
+                              1,
+                              2,
+                              7,
+                              8,
+                              1000,
+                              1 << 20,
+                              1 << 30,
+                              std::numeric_limits<int32_t>::max(),
+                              std::numeric_limits<int32_t>::min()};
+  int64_t plan_size = static_cast<int64_t>(plan.size());
+  int64_t x_size = x.size;
+  int32_t threads = 2;
+  const int64_t kind = between(0, 3);
+  if (kind == 0) {
+    for (int64_t i = between(1, 3); i > 0; --i)
+      plan[static_cast<size_t>(between(0, plan_size - 1))] =
+          chance(0.5) ? kOdd[between(0, 10)] : static_cast<int32_t>(between(-2, 40));
+  } else if (kind == 1) {
+    int64_t* const fields[] = {&s.batch,     &s.height,     &s.width,     &s.kernel_h,
+                               &s.kernel_w,  &s.stride_h,   &s.stride_w,  &s.padding_h,
+                               &s.padding_w, &s.dilation_h, &s.dilation_w};
+    constexpr int64_t kWide[] = {-1,
+                                 0,
+                                 3,
+                                 int64_t{1} << 30,
+                                 (int64_t{1} << 31) - 1,
+                                 int64_t{1} << 31,
+                                 std::numeric_limits<int64_t>::max(),
+                                 std::numeric_limits<int64_t>::min()};
+    for (int64_t i = between(1, 3); i > 0; --i) *fields[between(0, 10)] = kWide[between(0, 7)];
+  } else if (kind == 2) {
+    plan_size = between(0, plan_size);
+  } else {
+    if (chance(0.5)) x_size += chance(0.5) ? 1 : -1;
+    threads = static_cast<int32_t>(between(-1, 1));
+  }
+  const std::vector<int32_t> exact(plan.begin(), plan.begin() + plan_size);
+  dsp_conv2d_forward(&s, x.data, x_size, w.data, w.size, exact.data(), plan_size, nullptr, nullptr, out.data,
+                     out.size, 0, 0, threads);
+  dsp_conv2d_grad_input(&s, out.data, out.size, w.data, w.size, exact.data(), plan_size, gx.data, x_size,
+                        threads);
+  dsp_conv2d_grad_weight(&s, out.data, out.size, x.data, x_size, exact.data(), plan_size, gw.data, gw.size,
+                         threads);
+  Exact prepared(w.size, 0.0f);
+  dsp_conv2d_prepare(s.kernel_h, s.kernel_w, w.data, w.size, exact.data(), plan_size, prepared.data,
+                     prepared.size);
+}
+
+// ---- programs ----
+
+struct Tensor {
+  int64_t channels, height, width;
+  std::vector<double> data;
+};
+
+double at(const Tensor& t, int64_t c, int64_t y, int64_t x) {
+  return t.data[static_cast<size_t>((c * t.height + y) * t.width + x)];
+}
+
+struct Network {
+  std::vector<int64_t> words;
+  std::vector<float> floats;
+  std::vector<Tensor> values;
+  int64_t output = 0;
+};
+
+int64_t store(Network* net, const std::vector<float>& values) {
+  const int64_t place = static_cast<int64_t>(net->floats.size());
+  net->floats.insert(net->floats.end(), values.begin(), values.end());
+  return place;
+}
+
+void add_step(Network* net, int64_t op, const std::vector<int64_t>& arguments) {
+  net->words.push_back(op);
+  net->words.push_back(static_cast<int64_t>(arguments.size()) + 2);
+  net->words.insert(net->words.end(), arguments.begin(), arguments.end());
+}
+
+// A value with the given shape, or -1.
+int64_t find_value(const Network& net, int64_t channels, int64_t height, int64_t width) {
+  for (size_t i = net.values.size(); i-- > 0;) {
+    const Tensor& t = net.values[i];
+    if (t.channels == channels && t.height == height && t.width == width) return static_cast<int64_t>(i);
+  }
+  return -1;
+}
+
+Network random_network() {
+  Network net;
+  Tensor input{between(1, 6), random_size(), random_size(), {}};
+  for (int64_t i = 0; i < input.channels * input.height * input.width; ++i)
+    input.data.push_back(static_cast<double>(normal()));
+  net.values.push_back(input);
+  const int64_t steps = between(1, 8);
+  net.words = {DSP_PROGRAM_MAGIC, 1, input.channels, input.height, input.width, steps, 0, 0};
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t id = chance(0.7) ? static_cast<int64_t>(net.values.size()) - 1
+                                   : between(0, static_cast<int64_t>(net.values.size()) - 1);
+    const Tensor x = net.values[static_cast<size_t>(id)];
+    Tensor y{};
+    const int32_t activation = static_cast<int32_t>(between(0, 2));
+    const int64_t kind = between(0, 9);
+    if (kind <= 4) {
+      dsp_conv2d_shape s{};
+      do {
+        s = random_shape();
+        s.batch = 1;
+        s.height = x.height;
+        s.width = x.width;
+      } while (out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h) < 1 ||
+               out_size(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w) < 1 || s.dilation_h > 3 ||
+               s.dilation_w > 3 || s.padding_h > 9 || s.padding_w > 9);
+      y.height = out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+      y.width = out_size(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+      y.channels = between(1, 8);
+      const int64_t residual = chance(0.5) ? find_value(net, y.channels, y.height, y.width) : -1;
+      const Layout layout = random_layout(x.channels, y.channels);
+      const std::vector<int32_t> plan = layout.plan();
+      std::vector<float> w = random_floats(layout.pairs() * s.kernel_h * s.kernel_w);
+      for (float& value : w) value *= 0.2f;
+      const std::vector<float> bias = random_floats(y.channels);
+      const bool with_bias = chance(0.5);
+      y.data.assign(static_cast<size_t>(y.channels * y.height * y.width), 0.0);
+      each_product(s, layout, [&](int64_t o, int64_t in, int64_t k) {
+        y.data[static_cast<size_t>(o)] +=
+            x.data[static_cast<size_t>(in)] * static_cast<double>(w[static_cast<size_t>(k)]);
+      });
+      for (size_t o = 0; o < y.data.size(); ++o) {
+        if (with_bias) y.data[o] += static_cast<double>(bias[o / static_cast<size_t>(y.height * y.width)]);
+        if (residual >= 0) y.data[o] += net.values[static_cast<size_t>(residual)].data[o];
+        y.data[o] = act(y.data[o], activation);
+      }
+      std::vector<int64_t> arguments = {id,
+                                        residual,
+                                        activation,
+                                        s.kernel_h,
+                                        s.kernel_w,
+                                        s.stride_h,
+                                        s.stride_w,
+                                        s.padding_h,
+                                        s.padding_w,
+                                        s.dilation_h,
+                                        s.dilation_w,
+                                        store(&net, w),
+                                        0,
+                                        static_cast<int64_t>(plan.size())};
+      arguments[12] = with_bias ? store(&net, bias) : -1;
+      arguments.insert(arguments.end(), plan.begin(), plan.end());
+      add_step(&net, DSP_OP_CONV, arguments);
+    } else if (kind == 5) {
+      y = x;
+      const int64_t other = find_value(net, x.channels, x.height, x.width);
+      for (size_t o = 0; o < y.data.size(); ++o)
+        y.data[o] = act(y.data[o] + net.values[static_cast<size_t>(other)].data[o], activation);
+      add_step(&net, DSP_OP_ADD, {id, other, activation});
+    } else if (kind == 6 && x.height >= 2 && x.width >= 2) {
+      const int64_t k = between(2, std::min<int64_t>(3, std::min(x.height, x.width)));
+      const int64_t stride = between(1, 3);
+      const int64_t pad = between(0, k / 2);
+      y = {x.channels, out_size(x.height, k, stride, pad, 1), out_size(x.width, k, stride, pad, 1), {}};
+      for (int64_t c = 0; c < y.channels; ++c) {
+        for (int64_t oy = 0; oy < y.height; ++oy) {
+          for (int64_t ox = 0; ox < y.width; ++ox) {
+            double best = -std::numeric_limits<double>::infinity();
+            for (int64_t ky = 0; ky < k; ++ky) {
+              for (int64_t kx = 0; kx < k; ++kx) {
+                const int64_t iy = oy * stride - pad + ky;
+                const int64_t ix = ox * stride - pad + kx;
+                if (iy >= 0 && iy < x.height && ix >= 0 && ix < x.width)
+                  best = std::max(best, at(x, c, iy, ix));
+              }
+            }
+            y.data.push_back(best);
+          }
+        }
+      }
+      add_step(&net, DSP_OP_MAX_POOL, {id, k, k, stride, stride, pad, pad, 1, 1, 0});
+    } else if (kind == 7) {
+      y = {x.channels, between(1, 4), between(1, 4), {}};
+      for (int64_t c = 0; c < y.channels; ++c) {
+        for (int64_t oy = 0; oy < y.height; ++oy) {
+          for (int64_t ox = 0; ox < y.width; ++ox) {
+            const int64_t y0 = oy * x.height / y.height, y1 = ((oy + 1) * x.height + y.height - 1) / y.height;
+            const int64_t x0 = ox * x.width / y.width, x1 = ((ox + 1) * x.width + y.width - 1) / y.width;
+            double sum = 0;
+            for (int64_t iy = y0; iy < y1; ++iy) {
+              for (int64_t ix = x0; ix < x1; ++ix) sum += at(x, c, iy, ix);
+            }
+            y.data.push_back(sum / static_cast<double>((y1 - y0) * (x1 - x0)));
+          }
+        }
+      }
+      add_step(&net, DSP_OP_ADAPTIVE_AVG_POOL, {id, y.height, y.width});
+    } else if (kind == 8) {
+      y = x;
+      const int64_t other = find_value(net, x.channels, x.height, x.width);
+      const Tensor& more = net.values[static_cast<size_t>(other)];
+      y.channels += more.channels;
+      y.data.insert(y.data.end(), more.data.begin(), more.data.end());
+      add_step(&net, DSP_OP_CONCAT, {2, id, other});
+    } else {
+      // flatten, and a linear layer over it where it is small
+      y = {x.channels * x.height * x.width, 1, 1, x.data};
+      add_step(&net, DSP_OP_FLATTEN, {id});
+      if (y.channels < 600) {
+        net.values.push_back(y);
+        Tensor z{between(1, 9), 1, 1, {}};
+        const std::vector<float> w = random_floats(z.channels * y.channels);
+        for (int64_t o = 0; o < z.channels; ++o) {
+          double sum = 0;
+          for (int64_t k = 0; k < y.channels; ++k)
+            sum += y.data[static_cast<size_t>(k)] *
+                   static_cast<double>(w[static_cast<size_t>(o * y.channels + k)]);
+          z.data.push_back(act(sum, activation));
+        }
+        add_step(&net, DSP_OP_LINEAR,
+                 {static_cast<int64_t>(net.values.size()) - 1, activation, z.channels, store(&net, w), -1});
+        y = z;
+      }
+    }
+    net.values.push_back(y);
+  }
+  net.words[5] = static_cast<int64_t>(net.values.size()) - 1;
+  net.output = chance(0.8) ? net.words[5] : between(1, net.words[5]);
+  net.words[6] = net.output;
+  net.words[7] = static_cast<int64_t>(net.words.size());
+  return net;
+}
+
+void fuzz_program() {
+  const Network net = random_network();
+  const Exact floats(net.floats);
+  dsp_program* program = nullptr;
+  check(dsp_program_create(net.words.data(), static_cast<int64_t>(net.words.size()), floats.data, floats.size,
+                           &program) == DSP_OK,
+        "program refused");
+  const Tensor& x = net.values.front();
+  const Tensor& y = net.values[static_cast<size_t>(net.output)];
+  const int64_t batch = between(0, 4);
+  std::vector<float> in;
+  for (int64_t n = 0; n < batch; ++n) {
+    for (const double value : x.data) in.push_back(static_cast<float>(value));
+  }
+  const Exact input(in);
+  const int64_t y_numel = static_cast<int64_t>(y.data.size());
+  double scale = 1;
+  for (const Tensor& t : net.values) {
+    for (const double value : t.data) scale = std::max(scale, std::fabs(value));
+  }
+  const auto work = [&](int32_t threads) {
+    Exact out(batch * y_numel, std::numeric_limits<float>::quiet_NaN());
+    check(dsp_program_run(program, input.data, input.size, out.data, out.size, batch, threads) == DSP_OK,
+          "program does not run");
+    for (int64_t i = 0; i < out.size; ++i) {
+      const double error =
+          std::fabs(static_cast<double>(out.data[i]) - y.data[static_cast<size_t>(i % y_numel)]);
+      if (!(error <= 1e-4 * scale)) die("program: wrong result");
+      if (std::memcmp(out.data + i, out.data + i % y_numel, sizeof(float)) != 0)
+        die("program: equal images give different bits");
+    }
+  };
+  work(static_cast<int32_t>(between(1, 4)));
+  work(1);
+  if (chance(0.2)) {
+    std::thread other([&] { work(2); });
+    work(3);
+    other.join();
+  }
+  dsp_program_destroy(program);
+}
+
+void fuzz_bad_program() {
+  Network net = random_network();
+  constexpr int64_t kWide[] = {-2,
+                               -1,
+                               0,
+                               1,
+                               2,
+                               9,
+                               1000,
+                               int64_t{1} << 33,
+                               std::numeric_limits<int64_t>::max(),
+                               std::numeric_limits<int64_t>::min()};
+  for (int64_t i = between(1, 3); i > 0; --i) {
+    int64_t& word = net.words[static_cast<size_t>(between(0, static_cast<int64_t>(net.words.size()) - 1))];
+    word = chance(0.5) ? kWide[between(0, 9)] : word + between(-2, 2);
+  }
+  if (chance(0.2)) net.words.resize(static_cast<size_t>(between(0, static_cast<int64_t>(net.words.size()))));
+  const std::vector<int64_t> words(net.words);
+  const Exact floats(net.floats);
+  dsp_program* program = nullptr;
+  if (dsp_program_create(words.data(), static_cast<int64_t>(words.size()), floats.data, floats.size,
+                         &program) != DSP_OK) {
+    check(std::strlen(dsp_last_error()) > 0, "no reason given");
+    return;
+  }
+  // Still a program, if another one: it has to run within its own sizes.
+  int64_t shape[3] = {0, 0, 0};
+  check(dsp_program_output(program, shape) == DSP_OK, "no output shape");
+  const int64_t in_numel = words[2] * words[3] * words[4];
+  const int64_t out_numel = shape[0] * shape[1] * shape[2];
+  dsp_program_memory memory{};
+  check(dsp_program_memory_use(program, &memory) == DSP_OK, "no memory use");
+  if (in_numel < (1 << 20) && out_numel < (1 << 20) && memory.arena_bytes < (1 << 26) &&
+      memory.scratch_bytes < (1 << 26)) {
+    const Exact in(in_numel, 1.0f);
+    Exact out(out_numel, 0.0f);
+    check(dsp_program_run(program, in.data, in.size, out.data, out.size, 1, 2) == DSP_OK,
+          "program does not run");
+  }
+  dsp_program_destroy(program);
+}
+
+}  // namespace
+
+// Called by the sanitizer before it reports.
+extern "C" void __asan_on_error() { say_seed(); }
+
+int main(int argc, char** argv) {
+  double seconds = 10;
+  uint64_t seed = 1;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    if (std::strcmp(argv[i], "--seconds") == 0) seconds = std::atof(argv[i + 1]);
+    if (std::strcmp(argv[i], "--seed") == 0) seed = std::strtoull(argv[i + 1], nullptr, 10);
+  }
+  const auto start = std::chrono::steady_clock::now();
+  int64_t rounds = 0;
+  // Each round has a seed of its own: a failing round can be run alone with --seed and --seconds 0.
+  do {
+    current_seed = seed + static_cast<uint64_t>(rounds);
+    engine.seed(current_seed);
+    fuzz_conv();
+    fuzz_bad_conv();
+    fuzz_program();
+    fuzz_bad_program();
+    ++rounds;
+  } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds);
+  std::printf("%lld rounds on %s\n", static_cast<long long>(rounds), dsp_cpu_isa());
+  return 0;
+}

@@ -1,0 +1,56 @@
+"""``python -m bench --out DIR``: the benchmarks of this machine's CPU, as JSON, a table and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import networks
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--suite", choices=("cifar", "imagenet", "all"), default="all")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder with the authors' ResNet-20 networks as state dicts"
+    )
+    parser.add_argument(
+        "--authors", type=Path, help="a clone of irishev/DSP, whose own programs are timed too"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each form in each cell")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--no-inductor", action="store_true", help="leave out Inductor, which compiles for minutes"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--quick", action="store_true", help="0.1 s a cell, no Inductor, no memory")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+    if options.device == "cuda":
+        reason = "there are no GPU kernels yet" if torch.cuda.is_available() else "no CUDA device"
+        print(f"bench: {reason}", file=sys.stderr)
+        return 2
+    for name in ("checkpoints", "authors"):
+        folder = getattr(options, name)
+        if folder is not None and not folder.is_dir():
+            parser.error(f"--{name}: {folder} is no folder")
+    results = networks.run(
+        options.out,
+        suite=options.suite,
+        checkpoints=options.checkpoints,
+        authors=options.authors,
+        seconds=0.1 if options.quick else options.seconds,
+        threads=tuple(options.threads),
+        inductor=not (options.no_inductor or options.quick),
+        memory=not (options.no_memory or options.quick),
+    )
+    print(networks.table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""Whole networks on a CPU: packed against the best of the dense forms, in one process, taking turns."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import platform
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from torch.nn.utils import prune
+
+import dsp_kernels
+import dsprune
+from bench.cases import Case, cases
+from bench.memory import in_process
+from dsprune.io import write_atomically
+from dsprune.recipes.latency import dense_forms, interleaved_medians
+
+TOLERANCE = 1e-4
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    backends = dsp_kernels.available_backends()
+    return {
+        "cpu": model,
+        "cores": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backends": backends,
+        "isa": dsp_kernels.backends.native_module().cpu_isa() if backends["native"] is None else None,
+    }
+
+
+def authors_program(folder: Path, groups: int) -> nn.Module:
+    """The authors' released program for ResNet-20, from a clone of their repository."""
+    found = sorted(
+        p for p in folder.rglob("*.pt*") if "resnet20" in p.name.lower() and f"g{groups}" in p.name.lower()
+    )
+    if not found:
+        raise FileNotFoundError(f"--authors: no TorchScript of ResNet-20 with {groups} groups under {folder}")
+    return torch.jit.load(
+        str(found[0]), map_location="cpu"
+    ).eval()  # a TorchScript archive: code, no pickled objects
+
+
+def run_case(
+    case: Case,
+    threads: tuple[int, ...],
+    seconds: float,
+    inductor: bool,
+    authors: Path | None,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    model = case.make()
+    example = torch.randn(1, *case.input_shape)
+    packed = dsprune.pack(model, example)
+    counted = dsprune.summary(packed, example)
+    rows = []
+    for count in threads:
+        torch.set_num_threads(count)
+        for batch in case.batches:
+            progress(f"{case.name}, batch {batch}, {count} thread{'s' if count > 1 else ''}")
+            images = torch.randn(batch, *case.input_shape)
+            torch._dynamo.reset()
+            calls = dense_forms(model, images, inductor=inductor)
+            dense = list(calls)
+            if authors is not None and case.name.startswith("authors"):
+                theirs = authors_program(authors, int(case.name[-1]))
+                calls["authors"] = lambda theirs=theirs, images=images: theirs(images)  # type: ignore[misc]
+            calls["packed"] = lambda images=images: packed(images)  # type: ignore[misc]
+            with torch.no_grad():
+                expected = model(images)
+                worst = float((packed(images) - expected).abs().max() / max(1.0, float(expected.abs().max())))
+            times = interleaved_medians(calls, seconds=seconds)
+            best = min(dense, key=lambda name: times[name])
+            rows.append(
+                {
+                    "case": case.name,
+                    "batch": batch,
+                    "threads": count,
+                    "times_ms": times,
+                    "best_dense": best,
+                    "speed_up": times[best] / times["packed"],
+                    "over_authors": times["authors"] / times["packed"] if "authors" in times else None,
+                    "difference": worst,
+                    "outputs_agree": worst <= TOLERANCE,
+                    "macs": counted.macs,
+                    "dense_macs": counted.dense_macs,
+                    "gflops": 2e-6 * counted.macs * batch / times["packed"],
+                    "program": packed.program_reason,
+                }
+            )
+    return rows
+
+
+def train_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-3)
+
+    def step() -> torch.Tensor:
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def run_training(case: Case, threads: tuple[int, ...], seconds: float) -> list[dict[str, Any]]:
+    """One finetuning step in packed form against one of the masked dense network (best memory format)."""
+    rows = []
+    for count in threads:
+        torch.set_num_threads(count)
+        model = case.make().train()
+        images = torch.randn(case.images_trained, *case.input_shape)
+        labels = torch.randint(10, (case.images_trained,))
+        packed = dsprune.pack(model, images[:2], train=True)
+        masked = copy.deepcopy(model)
+        for module in masked.modules():
+            if isinstance(module, nn.Conv2d) and bool((module.weight == 0).any()):
+                prune.custom_from_mask(module, "weight", (module.weight != 0).float())
+        last = dsprune.graph.clean_copy(model).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in last.modules():
+            if isinstance(module, nn.Conv2d) and bool((module.weight == 0).any()):
+                prune.custom_from_mask(module, "weight", (module.weight != 0).float())
+        calls = {
+            "masked": train_step(masked, images, labels),
+            "masked channels_last": train_step(
+                last, images.contiguous(memory_format=torch.channels_last), labels
+            ),
+            "packed": train_step(packed, images, labels),
+        }
+        times = interleaved_medians(calls, seconds=seconds)
+        best = min(("masked", "masked channels_last"), key=lambda name: times[name])
+        rows.append(
+            {
+                "case": case.name,
+                "batch": case.images_trained,
+                "threads": count,
+                "times_ms": times,
+                "best_dense": best,
+                "speed_up": times[best] / times["packed"],
+            }
+        )
+    return rows
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values)) if values else float("nan")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| network | MACs left | batch | threads | best dense | ms | packed ms | speed-up | GFLOP/s "
+        "| memory, packed / frozen dense, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["inference"]:
+        memory = row.get("memory")
+        shown = f"{memory['packed'] / 1e6:.1f} / {memory['frozen'] / 1e6:.1f}" if memory else ""
+        lines.append(
+            f"| {row['case']} | {100 * row['macs'] / row['dense_macs']:.0f}% "
+            f"| {row['batch']} | {row['threads']} | "
+            f"{row['best_dense']} | {row['times_ms'][row['best_dense']]:.3f} "
+            f"| {row['times_ms']['packed']:.3f} | "
+            f"{row['speed_up']:.2f}x | {row['gflops']:.0f} | {shown} |"
+        )
+    if results["training"]:
+        lines += [
+            "",
+            "| training step | batch | threads | best masked dense | ms | packed ms | speed-up |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in results["training"]:
+            lines.append(
+                f"| {row['case']} | {row['batch']} | {row['threads']} | {row['best_dense']} | "
+                f"{row['times_ms'][row['best_dense']]:.1f} | {row['times_ms']['packed']:.1f} "
+                f"| {row['speed_up']:.2f}x |"
+            )
+    lines += ["", "| group of rows | geometric mean | least |", "|---|---|---|"]
+    for name, values in summary_groups(results).items():
+        lines.append(f"| {name} | {geometric_mean(values):.2f}x | {min(values):.2f}x |")
+    return "\n".join(lines) + "\n"
+
+
+def summary_groups(results: dict[str, Any]) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = {}
+    for row in results["inference"]:
+        kind = "-".join(row["case"].split("-")[:2])
+        groups.setdefault(kind, []).append(row["speed_up"])
+        if row["batch"] == 1:
+            groups.setdefault(f"{kind}, batch 1", []).append(row["speed_up"])
+    for row in results["training"]:
+        groups.setdefault("training step", []).append(row["speed_up"])
+    return groups
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = results["inference"]
+    labels = [f"{r['case']}  b{r['batch']} t{r['threads']}" for r in rows]
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.19 * len(rows)), layout="constrained")
+    colours = {1: "#4477aa", 2: "#ee6677"}
+    axis.barh(
+        range(len(rows)),
+        [r["speed_up"] for r in rows],
+        color=[colours.get(r["threads"], "#228833") for r in rows],
+    )
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), labels, fontsize=6)
+    axis.invert_yaxis()
+    axis.set_xlabel("times faster than the best dense form")
+    axis.set_title("Packed networks on a CPU (blue: 1 thread, red: 2 threads)", fontsize=9)
+    axis.margins(y=0.005)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def run(
+    out: Path,
+    *,
+    suite: str,
+    checkpoints: Path | None,
+    authors: Path | None,
+    seconds: float,
+    threads: tuple[int, ...],
+    inductor: bool,
+    memory: bool,
+) -> dict[str, Any]:
+    """Runs the network suites; writes networks.json, networks.md and networks.png into ``out`` after each
+    network.
+    """
+    console = Console(stderr=True)
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "environment": environment(),
+        "seconds_a_cell": seconds,
+        "inference": [],
+        "training": [],
+    }
+    warnings.simplefilter("ignore")
+    for case in cases(checkpoints, suite):
+        rows = run_case(case, threads, seconds, inductor, authors, lambda text: console.print(text))
+        if memory:
+            for row in rows:
+                if row["threads"] == threads[0]:
+                    held = {
+                        f: in_process(case.name, f, row["batch"], row["threads"], checkpoints)
+                        for f in ("packed", "frozen")
+                    }
+                    row["memory"] = held if None not in held.values() else None
+        results["inference"] += rows
+        if case.images_trained:
+            results["training"] += run_training(case, threads, seconds)
+        write_atomically(out / "networks.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_atomically(out / "networks.md", table(results).encode())
+    plot(results, out / "networks.png")
+    return results

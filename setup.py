@@ -43,7 +43,7 @@ def find_compiler() -> str:
         if found is None:
             raise ToolMissing(f"no C++ compiler: CXX={named} is not a program on this machine")
         return found
-    names = ("cl", "clang++", "g++") if os.name == "nt" else ("c++", "g++", "clang++")
+    names = ("clang++", "g++") if os.name == "nt" else ("c++", "g++", "clang++")  # not MSVC
     for name in names:
         found = shutil.which(name)
         if found is not None:

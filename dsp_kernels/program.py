@@ -46,7 +46,8 @@ class Program:
     out = program(x)``. Each step returns the number of the value that it makes. ``input_shape`` is
     (channels, height, width) of one image; the batch may be any size in each call. Weights are copied when
     the program is built. Calls from several threads at once are fine, the result does not depend on the
-    number of threads, and a program can be copied and pickled (it is then built again).
+    number of threads, and a program can be copied and pickled (it is then built again, from the tensors as
+    they are at that time).
     """
 
     input = 0
@@ -81,7 +82,7 @@ class Program:
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(f"{name} must be float32 on the cpu, got {tensor.dtype} on {tensor.device}")
         at = self._n_floats
-        self._floats.append(tensor.detach().reshape(-1).clone())
+        self._floats.append(tensor.detach().reshape(-1))  # no copy: the core makes its own
         self._n_floats += tensor.numel()
         return at
 

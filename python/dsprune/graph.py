@@ -290,7 +290,7 @@ def _guard(
     if re.search(r"[A-Za-z_]", re.sub(r"\b(and|or|not|max|min|s)\b", "", source)):
         raise ExportError(f"assumptions on sizes that are not understood: {source}")
     guard = eval(
-        f"lambda s: {source}", {"__builtins__": {"max": max, "min": min}}
+        f"lambda s: {source}", {"max": max, "min": min}
     )  # arithmetic on sizes: no other name is left
     if not guard([tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in inputs]):
         raise ExportError("the tracer's assumptions do not hold for the example")

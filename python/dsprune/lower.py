@@ -404,6 +404,7 @@ class _Lowering:
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             if isinstance(value, nn.Module):
+                value.requires_grad_(False)  # for inference: a plain call is then one native program
                 value.training = False
                 owner.add_module(leaf, value)
             elif isinstance(value, nn.Parameter):
@@ -421,7 +422,8 @@ class _Lowering:
                     if value is None:
                         raise NotImplementedError(f"the graph reads {path!r}, which is no tensor")
                     copied = value.detach().clone()
-                    place(path, nn.Parameter(copied) if isinstance(value, nn.Parameter) else copied)
+                    is_parameter = isinstance(value, nn.Parameter)
+                    place(path, nn.Parameter(copied, requires_grad=False) if is_parameter else copied)
                 env[node] = graph.get_attr(path)
             return env[node]
 

@@ -123,7 +123,7 @@ class PackedNetwork(nn.Module):
         # In a dictionary, so outside of the module tree: no part of the state dict, no memory to speak of.
         self._hidden: dict[str, nn.Module] = {"skeleton": skeleton}
         self._variants: dict[Any, nn.Module] = {}
-        self._caches: dict[int, ProgramCache] = {}
+        self._caches: dict[nn.Module, ProgramCache] = {}
         self._names = list(inspect.signature(skeleton.forward).parameters)
 
     @property
@@ -145,13 +145,15 @@ class PackedNetwork(nn.Module):
         return network(*args)
 
     def _programs(self, network: nn.Module) -> ProgramCache:
-        if id(network) not in self._caches:
-            self._caches[id(network)] = ProgramCache(network, self.backend)
-        return self._caches[id(network)]
+        if network not in self._caches:
+            self._caches[network] = ProgramCache(network, self.backend)
+        return self._caches[network]
 
     @property
     def program_reason(self) -> str | None:
-        """Why the last inference did not run as one native program; None where it did, or none ran yet."""
+        """Why the last call of the fused network ran layer by layer; None where it was one native program, or
+        where there was none yet.
+        """
         if self._limits is None:
             return self.unfused_reason or "layers were replaced one by one"
         return self._programs(self.network).reason
@@ -309,7 +311,7 @@ def pack(
         train: True replaces the convolutions and nothing else, so that the result can be trained like the
             dense network (``unpack`` brings the weights back). False also folds BatchNorm, drops dead
             channels, and fuses residual and activation into the layers, where ``torch.export`` can trace the
-            model.
+            model; the weights then want no gradients.
         backend: which implementation the layers run on (``dsp_kernels.available_backends()``); None: chosen
             at each call.
 

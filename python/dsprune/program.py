@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any, cast
 
@@ -149,9 +150,9 @@ def to_program(network: nn.Module, shape: tuple[int, ...]) -> tuple[Program | No
             output = fx.Interpreter.run(builder, None, enable_io_processing=False)
             return builder.program.build(cast(int, output)), None
     except _Unsupported as reason:
-        return None, str(reason)
+        return None, str(reason.args[0]).partition("\n")[0]  # fx adds where in the graph it was
     except (ValueError, RuntimeError, TypeError) as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, str(error).partition("\n")[0]
 
 
 class ProgramCache:
@@ -159,13 +160,14 @@ class ProgramCache:
 
     A program is used for plain inference: float32 on the CPU, no gradients, no hooks on inner layers, no
     tracer or dispatch mode that wants to see every operator. Writing weights through ``.data`` goes unseen.
-    ``reason`` says why the last size had no program.
+    ``reason`` says why the last call had no program.
     """
 
     def __init__(self, network: nn.Module, backend: str | None) -> None:
         self.network, self.backend = network, backend
         self.reason: str | None = None
-        self._programs: OrderedDict[tuple[int, ...], Program | None] = OrderedDict()
+        self._programs: OrderedDict[tuple[int, ...], tuple[Program | None, str | None]] = OrderedDict()
+        self._lock = threading.Lock()
         self._weights: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
         modules = list(network.modules())
         self._hooks: list[Any] = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
@@ -177,21 +179,31 @@ class ProgramCache:
         return (ProgramCache, (self.network, self.backend))  # programs are made again where they are needed
 
     def find(self, args: tuple[Any, ...]) -> Program | None:
-        """The program to run for these arguments; None where layers must run one by one."""
-        if len(args) != 1 or type(args[0]) is not torch.Tensor:
-            return None
+        """The program to run for these arguments; None where layers must run one by one (see ``reason``)."""
+        with self._lock:
+            program, self.reason = self._find(args)
+        return program
+
+    def _find(self, args: tuple[Any, ...]) -> tuple[Program | None, str | None]:
         x = args[0]
-        if x.dtype is not torch.float32 or x.device.type != "cpu" or x.dim() != 4:
-            return None
+        if len(args) != 1 or type(x) is not torch.Tensor or x.dim() != 4:
+            return None, "the input is not one plain tensor of images"
+        if x.dtype is not torch.float32 or x.device.type != "cpu":
+            return None, f"the input is {x.dtype} on {x.device.type}; programs are float32 on the cpu"
         if self._stale():
             self._programs.clear()
             self._weights = self._present_weights()
         if torch.is_grad_enabled() and (x.requires_grad or any(w[2].requires_grad for w in self._weights)):
-            return None
-        if any(self._hooks) or _get_current_dispatch_mode() is not None:
-            return None
-        if torch.is_autocast_enabled("cpu") or torch.overrides._get_current_function_mode() is not None:
-            return None
+            return None, "gradients are wanted"
+        if any(self._hooks):
+            return None, "a layer has hooks"
+        if (
+            _get_current_dispatch_mode() is not None
+            or torch.overrides._get_current_function_mode() is not None
+        ):
+            return None, "a torch mode wants to see every operator"
+        if torch.is_autocast_enabled("cpu"):
+            return None, "autocast is on"
         shape = tuple(x.shape[1:])
         if shape in self._programs:
             self._programs.move_to_end(shape)
@@ -228,17 +240,13 @@ class ProgramCache:
                 return True
         return not self._weights
 
-    def _make(self, shape: tuple[int, ...]) -> Program | None:
+    def _make(self, shape: tuple[int, ...]) -> tuple[Program | None, str | None]:
         if any(p.dtype is not torch.float32 for p in self.network.parameters()):
-            self.reason = "weights are not float32"
-            return None
+            return None, "weights are not float32"
         try:
             chosen = backends.choose(self.backend, "cpu", torch.float32)
         except ValueError as error:
-            self.reason = str(error)
-            return None
+            return None, str(error)
         if chosen != "native":
-            self.reason = f"backend {chosen!r} runs layer by layer"
-            return None
-        program, self.reason = to_program(self.network, shape)
-        return program
+            return None, f"backend {chosen!r} runs layer by layer"
+        return to_program(self.network, shape)

@@ -256,7 +256,9 @@ def prune(
     _threads(here.config.threads if threads is None else threads)
     here.need("learned", "learn")
     settings = (
-        Prune(flops=flops, params=params, count=count.value) if flops or params else Prune(count=count.value)
+        Prune(count=count.value)
+        if flops is None and params is None
+        else Prune(flops=flops, params=params, count=count.value)
     )
     images = here.data()
     here.reconfigure(prune=settings)
@@ -571,10 +573,13 @@ def _short(count: float) -> str:
 
 
 def _known_errors() -> tuple[type[BaseException], ...]:
+    from subprocess import TimeoutExpired
+
+    from dsprune.pack import PackError
     from dsprune.recipes.demo import DemoError
     from dsprune.recipes.training import TrainingError
 
-    return (ValueError, TypeError, OSError, ImportError, DemoError, TrainingError)
+    return (ValueError, TypeError, OSError, ImportError, DemoError, TrainingError, PackError, TimeoutExpired)
 
 
 def _fail(text: str, status: int) -> int:

@@ -171,7 +171,7 @@ def logits_in_new_process(run: Run, *, timeout: float = 600.0) -> torch.Tensor:
         )
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or ["no output"]
-            raise RuntimeError(f"loading {run.file('packed')} in a new process failed: {lines[-1]}")
+            raise OSError(f"loading {run.file('packed')} in a new process failed: {lines[-1]}")
         return load_file(out)["logits"]
 
 

@@ -681,6 +681,35 @@ def test_native_matches_the_definition_on_any_shape(filters, channels, taps, gro
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("groups", [2, 5])
+@pytest.mark.parametrize("last", [False, True])
+def test_native_sums_over_blocks_of_large_layers(dtype, groups, last):
+    shapes = [(300, 150, 3, 3), (700, 330, 1, 1), (120, 90, 5, 5)]
+    weights, logs, scales = layers(groups, dtype, shapes=shapes)
+    if last:
+        weights = [w.to(memory_format=torch.channels_last) for w in weights]
+    got = second_order(with_backend("native"), weights, logs, scales)
+    want = second_order(
+        with_backend("reference"), [w.double() for w in weights], [x.double() for x in logs], scales
+    )
+    for a, b in zip([got[0], *got[1], *got[2]], [want[0], *want[1], *want[2]], strict=True):
+        assert relative(a.double(), b) < TOLERANCE[dtype]
+    matrix, rates = torch.cat(logs, 1), [1e-4, 1e-5, 1e-4]
+    moves = [torch.randn_like(w) for w in weights]
+    one = LassoTable([w.clone() for w in weights], groups, scales, backend="native")
+    two = LassoTable([w.double() for w in weights], groups, scales, backend="reference")
+    for taken in (None, moves):
+        wide = None if taken is None else [m.double() for m in taken]
+        step = one.log_gradient(matrix, rates, taken)
+        assert relative(step.double(), two.log_gradient(matrix.double(), rates, wide)) < TOLERANCE[dtype]
+    one.shrink(matrix, rates)
+    two.shrink(matrix.double(), rates)
+    for a, b in zip(one.weights, two.weights, strict=True):
+        assert relative(a.double(), b) < TOLERANCE[dtype]
+
+
+@needs_native
 def test_native_gradgradcheck():
     weights, logs = leaves(*layers(shapes=SHAPES[:2])[:2])
 

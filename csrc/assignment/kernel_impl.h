@@ -388,6 +388,7 @@ void add_squares(const T* w, int64_t row, const T* p2, int64_t groups, int64_t l
     for (int g = 0; g < Count; ++g) sum[g] = *reinterpret_cast<const Vec*>(sums + g * width + c);
     for (int i = 0; i < Rows; ++i) {
       Vec x;
+      __builtin_prefetch(w + (i + Rows) * row + c);
       if (c + lanes <= length) {
         load<T>(w + i * row + c, &x);
       } else {
@@ -842,9 +843,7 @@ void finish(const LassoLayer& l, dsp_lasso_op operation) {
     T* out = static_cast<T*>(l.log_out) + g * l.log_out_stride;
     for (int64_t o = 0; o < l.filters; ++o) {
       const int64_t at = o * groups + g;
-      double sum = 0;
-      for (int64_t b = 0; b < l.blocks; ++b) sum += static_cast<double>(parts[b * l.filters * groups + at]);
-      sum += slope * static_cast<double>(roots[at]);
+      double sum = static_cast<double>(parts[at]) + slope * static_cast<double>(roots[at]);
       if (hessian) sum += bend * static_cast<double>(halves[at]);
       out[o] = static_cast<T>(factor * sum);
     }

@@ -279,7 +279,7 @@ void grad_weight(const ConvShape& s, const Plan& plan, const float* grad, const 
   // Slices of the batch have sums of their own, added up in order at the end.
   constexpr int64_t kScratchBytes = 640 * 1024;
   constexpr int64_t kPartialBytes = int64_t{64} << 20;
-  const int64_t image_bytes = std::max<int64_t>(1, layout.scratch_floats() * 4);
+  const int64_t image_bytes = std::max<int64_t>(1, (layout.scratch_floats() + s.out_channels * plane) * 4);
   const int64_t together = strips > 1 ? 1 : std::max<int64_t>(1, kScratchBytes / image_bytes);
   int64_t slices = std::min<int64_t>(16, (s.batch + together - 1) / together);
   slices = std::max<int64_t>(1, std::min(slices, kPartialBytes / (numel * 4)));

@@ -122,29 +122,31 @@ void grad_block(const GradArgs& a) {
   int64_t offsets[NT];
   DSP_UNROLL
   for (int t = 0; t < NT; ++t) offsets[t] = a.offsets[t];
-  for (int64_t n = 0; n < a.images; ++n) {
-    const float* x = a.x + n * a.x_image;
-    const float* grad[MF];
-    DSP_UNROLL
-    for (int f = 0; f < MF; ++f) grad[f] = a.grad + n * a.grad_image + a.filters[f] * a.grad_plane;
-    for (int64_t r = 0; r < a.n_runs; ++r) {
-      const TileRun& run = a.runs[r];
-      const int64_t vectors = int64_t{1} << run.rows_log;
-      for (int64_t i = run.first; i < run.first + run.count; ++i) {
-        const Tile& tile = a.tiles[i];
-        const float* from = x + tile.in;
-        int64_t at = tile.out;
-        const int64_t end = at + vectors * a.grad_step;
+  // Images innermost: a tile's few registers of addresses then serve all of them.
+  for (int64_t r = 0; r < a.n_runs; ++r) {
+    const TileRun& run = a.runs[r];
+    const int64_t vectors = int64_t{1} << run.rows_log;
+    for (int64_t i = run.first; i < run.first + run.count; ++i) {
+      const Tile& tile = a.tiles[i];
+      const float* x = a.x + tile.in;
+      const float* grad[MF];
+      DSP_UNROLL
+      for (int f = 0; f < MF; ++f) grad[f] = a.grad + a.filters[f] * a.grad_plane;
+      const int64_t length = vectors * a.grad_step;
+      int64_t start = tile.out;
+      for (int64_t n = 0; n < a.images; ++n, x += a.x_image, start += a.grad_image) {
+        const float* from = x;
+        int64_t at = start;
         if (run.mode == kHalf) {
-          for (; at < end; at += a.grad_step, from += a.x_step) {
+          for (; at < start + length; at += a.grad_step, from += a.x_step) {
             grad_step<MF, NT, kHalf>(acc, from, vectors * a.x_step, grad, at, vectors * a.grad_step, offsets,
                                      tile.lanes);
           }
         } else if (tile.lanes < kLanes) {
-          for (; at < end; at += a.grad_step, from += a.x_step)
+          for (; at < start + length; at += a.grad_step, from += a.x_step)
             grad_step<MF, NT, kMasked>(acc, from, 0, grad, at, 0, offsets, tile.lanes);
         } else {
-          for (; at < end; at += a.grad_step, from += a.x_step)
+          for (; at < start + length; at += a.grad_step, from += a.x_step)
             grad_step<MF, NT, kFull>(acc, from, 0, grad, at, 0, offsets, tile.lanes);
         }
       }
@@ -213,44 +215,37 @@ void grad_rows(const GradArgs& a) {
     for (int t = 0; t < 9; ++t) acc[f][t] = zero();
   }
   const int64_t columns[3] = {a.offsets[0], a.offsets[1], a.offsets[2]};
-  for (int64_t n = 0; n < a.images; ++n) {
-    const float* x = a.x + n * a.x_image;
-    const float* grad[MF];
-    DSP_UNROLL
-    for (int f = 0; f < MF; ++f) grad[f] = a.grad + n * a.grad_image + a.filters[f] * a.grad_plane;
-    for (int64_t r = 0; r < a.n_runs; ++r) {
-      const TileRun& run = a.runs[r];
-      const Tile* tile = a.tiles + run.first;
-      const Tile* end = tile + run.count;
-      // What a tile is stays the same within a run, except for the mask at the right edge.
-#define DSP_GRAD_TILES(NR, MODE)                                                                   \
-  for (; tile < end; ++tile)                                                                       \
-  grad_rows_tile<MF, NR, MODE>(acc, x + tile->in, a.x_step, grad, tile->out, a.grad_step, columns, \
-                               tile->lanes)
+  const float* grad[MF];
+  DSP_UNROLL
+  for (int f = 0; f < MF; ++f) grad[f] = a.grad + a.filters[f] * a.grad_plane;
+  for (int64_t r = 0; r < a.n_runs; ++r) {
+    const TileRun& run = a.runs[r];
+    for (int64_t i = run.first; i < run.first + run.count; ++i) {
+      const Tile& tile = a.tiles[i];
+      const float* x = a.x + tile.in;
+      int64_t at = tile.out;
+      const int lanes = tile.lanes;
+#define DSP_GRAD_IMAGES(NR, MODE)                                            \
+  for (int64_t n = 0; n < a.images; ++n, x += a.x_image, at += a.grad_image) \
+  grad_rows_tile<MF, NR, MODE>(acc, x, a.x_step, grad, at, a.grad_step, columns, lanes)
       if (run.mode == kHalf) {
         if (run.rows_log == 2) {
-          DSP_GRAD_TILES(4, kHalf);
+          DSP_GRAD_IMAGES(4, kHalf);
         } else if (run.rows_log == 1) {
-          DSP_GRAD_TILES(2, kHalf);
+          DSP_GRAD_IMAGES(2, kHalf);
         } else {
-          DSP_GRAD_TILES(1, kHalf);
+          DSP_GRAD_IMAGES(1, kHalf);
         }
+      } else if (run.rows_log == 2 && lanes == kLanes) {
+        DSP_GRAD_IMAGES(4, kFull);
       } else if (run.rows_log == 2) {
-        for (; tile < end; ++tile) {
-          if (tile->lanes == kLanes) {
-            grad_rows_tile<MF, 4, kFull>(acc, x + tile->in, a.x_step, grad, tile->out, a.grad_step, columns,
-                                         kLanes);
-          } else {
-            grad_rows_tile<MF, 4, kMasked>(acc, x + tile->in, a.x_step, grad, tile->out, a.grad_step, columns,
-                                           tile->lanes);
-          }
-        }
+        DSP_GRAD_IMAGES(4, kMasked);
       } else if (run.rows_log == 1) {
-        DSP_GRAD_TILES(2, kMasked);
+        DSP_GRAD_IMAGES(2, kMasked);
       } else {
-        DSP_GRAD_TILES(1, kMasked);
+        DSP_GRAD_IMAGES(1, kMasked);
       }
-#undef DSP_GRAD_TILES
+#undef DSP_GRAD_IMAGES
     }
   }
   DSP_UNROLL

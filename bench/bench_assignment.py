@@ -22,6 +22,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,13 @@ def kernels(name: str, groups: int, threads: int, seconds: float) -> dict[str, A
             penalties = group_lasso(leaves, log_leaves, backend=backend)
             torch.autograd.grad(penalties.sum(), leaves + log_leaves)
 
-        cells[f"{backend} penalty"] = lambda t=table: t.penalties(matrix)
+        cells[f"{backend} penalty"] = partial(table.penalties, matrix)
         cells[f"{backend} penalty + gradients"] = penalty_and_gradients
-        cells[f"{backend} gradients"] = lambda b=backend: torch.ops.dsp_kernels.group_lasso_backward(
-            torch.ones(len(weights)), weights, logs, [1.0] * len(weights), b
-        )
-        cells[f"{backend} penalty step"] = lambda t=table: t.shrink(matrix, rates)
-        cells[f"{backend} mixed product"] = lambda t=table: t.log_gradient(matrix, rates, moves)
+        backward = torch.ops.dsp_kernels.group_lasso_backward
+        ones = torch.ones(len(weights))
+        cells[f"{backend} gradients"] = partial(backward, ones, weights, logs, [1.0] * len(weights), backend)
+        cells[f"{backend} penalty step"] = partial(table.shrink, matrix, rates)
+        cells[f"{backend} mixed product"] = partial(table.log_gradient, matrix, rates, moves)
     times = interleaved(cells, seconds)
     copied = times["copy"][0]
     print(
@@ -152,7 +153,7 @@ def steps(
     cells: dict[str, Callable[[], Any]] = {"ordinary": ordinary}
     for order in ("exact", "first", "released"):
         learner = GroupLearner(model, x[:1], groups=groups, strength=1e-4, total_steps=10_000, order=order)
-        cells[f"learning, {order}"] = lambda learner=learner: learner.step(loss, optimizer)
+        cells[f"learning, {order}"] = partial(learner.step, loss, optimizer)
     table = LassoTable(prunable_weights(name), groups)
     matrix = torch.log_softmax(torch.randn(groups, table.filters), 0)
     moves = [1e-3 * torch.randn_like(w) for w in table.weights]

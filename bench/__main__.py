@@ -1,4 +1,4 @@
-"""``python -m bench --out DIR``: the benchmarks of this machine's CPU, as JSON, a table and a plot."""
+"""``python -m bench --out DIR``: benchmarks as JSON, a table and a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench import networks
+from bench import device, networks
 
 
 def main() -> int:
@@ -31,9 +31,11 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     if options.device == "cuda":
-        reason = "there are no GPU kernels yet" if torch.cuda.is_available() else "no CUDA device"
-        print(f"bench: {reason}", file=sys.stderr)
-        return 2
+        if not torch.cuda.is_available():
+            print("bench: no CUDA device", file=sys.stderr)
+            return 2
+        print(device.run(options.out, torch.device("cuda"), quick=options.quick))
+        return 0
     for name in ("checkpoints", "authors"):
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():

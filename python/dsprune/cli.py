@@ -7,6 +7,7 @@ after Ctrl-C). Results go to stdout, progress to stderr.
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -472,6 +473,9 @@ def _latency_table(rows: dict[str, dict[str, float]], title: str, threads: int =
             f"[bold]{times[name]:.2f}[/bold]" if name == best else f"{times[name]:.2f}" for name in forms
         ]
         table.add_row(batch, *cells, f"{times['packed']:.2f}", f"{value / times['packed']:.2f}x")
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
+        table.caption = f"the machine was busy (load {os.getloadavg()[0]:.1f}): these times say little"
+        table.caption_justify = "left"
     return table
 
 

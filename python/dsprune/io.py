@@ -155,7 +155,7 @@ def load(
         weights = next((p for p in inner.parameters()), None)
         inputs = _examples(header, weights.device if weights is not None else torch.device("cpu"))
         saved_for_training = bool(header["train"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"path: {os.fspath(path)!r} has an incomplete header ({error!r})") from error
     modules = dict(inner.named_modules())
     for name in layouts:

@@ -541,8 +541,8 @@ class GroupLearner:
         ordinary step left them, also when it is interrupted; then the penalty step changes the weights.
         ``.grad`` of the model's and the optimizer's parameters is None afterwards.
         """
-        closures = [closure] if callable(closure) else list(closure)
-        if not closures or not all(callable(c) for c in closures):
+        closures = [closure] if callable(closure) else closure
+        if not isinstance(closures, Sequence) or not closures or not all(callable(c) for c in closures):
             raise TypeError("closure: expected a function without arguments, or a non-empty list of them")
         if not isinstance(getattr(optimizer, "param_groups", None), list):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")

@@ -234,7 +234,6 @@ class _Analysis:
         nonzero, sums = self.graph.cache[key]
         if mask is not None:
             nonzero = nonzero & mask
-            sums = torch.where(nonzero, sums, 0.0)
         if site.groups == 1:
             return nonzero, sums
         shape = (site.out_channels, site.in_channels)
@@ -554,8 +553,10 @@ class _Analysis:
         zero = x.eq(0)
         absorbed = known & ~zero if foldable else torch.zeros_like(zero)
         reads = nonzero & ~zero & ~absorbed  # (O, I): products that depend on the image
-        fold = torch.where(absorbed, x, 0.0)
-        out = torch.where(reads.any(1), NAN, bias + (sums * fold).sum(1))
+        known_part = bias
+        if bool(absorbed.any()):
+            known_part = bias + torch.where(nonzero & absorbed, sums * x, 0.0).sum(1)
+        out = torch.where(reads.any(1), NAN, known_part)
         state = out.view(1, -1, 1, 1) if conv else out.view([1] * (x_state.dim() - 1) + [-1])
 
         def back(needed: torch.Tensor) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -430,28 +431,37 @@ class _Lowering:
         def mapped(node: fx.Node) -> fx.Node:
             return attribute(node) if node.op == "get_attr" else env[node]
 
-        def layer_name(site: Site) -> str:
-            return site.name if site.is_module or "." in site.name else f"layer_{site.name}"
+        names: dict[tuple[Any, ...], str] = {}
+        read = {n.target for n in self.nodes if n.op == "get_attr" and not set(n.users) <= self.sites.keys()}
+
+        def placed_layer(site: Site, make: Callable[[], nn.Module]) -> str:
+            """The path of a site's layer. Calls that share a weight share a layer where they agree in all
+            else; a weight that somebody else reads too keeps its own path.
+            """
+            key = (site.weight_name, site.bias_name, site.stride, site.padding, site.dilation, site.groups)
+            if key not in names:
+                apart = not (site.is_module or "." in site.name) or {site.weight_name, site.bias_name} & read
+                path = f"layer_{site.name.replace('.', '_')}" if apart else site.name
+                count = sum(used == path or used.startswith(f"{path}_call") for used in names.values())
+                names[key] = f"{path}_call{count + 1}" if count else path
+                layer = make()
+                layer.dense_name = site.name  # type: ignore[assignment]
+                place(names[key], layer)
+            return names[key]
 
         for node in self.nodes:
             if node.op == "get_attr" or node in inner:
                 continue
             if node in self.chains:
                 chain = self.chains[node]
-                name = layer_name(chain.site)
-                if name not in placed:
-                    place(
-                        name,
-                        self._plain_layer(chain) if self._plain(chain.site) else self._grouped_layer(chain),
-                    )
+                build = self._plain_layer if self._plain(chain.site) else self._grouped_layer
+                name = placed_layer(chain.site, partial(build, chain))
                 args = (mapped(chain.site.x),)
                 if chain.residual is not None:
                     args += (mapped(chain.residual),)  # type: ignore[assignment]
                 env[node] = graph.call_module(name, args)
             elif node in self.sites:
-                name = layer_name(self.sites[node])
-                if name not in placed:
-                    place(name, self._linear_layer(self.sites[node]))
+                name = placed_layer(self.sites[node], partial(self._linear_layer, self.sites[node]))
                 env[node] = graph.call_module(name, (mapped(self.sites[node].x),))
             elif node.target is BATCH_NORM and self._known_norm(node):
                 env[node] = self._emit_norm(graph, node, mapped, place)
@@ -517,7 +527,7 @@ def lower(graph: NetworkGraph, backend: str | None = None) -> fx.GraphModule:
 
 
 def iterate_layers(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The layers that multiply, by name."""
+    """The layers that multiply, by the name that they have in the dense network."""
     for name, layer in module.named_modules():
         if isinstance(layer, (PermutedGroupedConv2d, nn.Conv2d, nn.Linear, nn.ConvTranspose2d)):
-            yield name, layer
+            yield getattr(layer, "dense_name", name), layer

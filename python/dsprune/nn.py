@@ -18,7 +18,7 @@ __all__ = ["PermutedGroupedConv2d"]
 
 
 def _two(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < least for v in pair):
         raise ValueError(f"{name}: expected an int or two ints of at least {least}, got {value!r}")
     return (pair[0], pair[1])
@@ -69,6 +69,8 @@ class PermutedGroupedConv2d(nn.Module):
             raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
         if activation not in (None, "relu", "relu6"):
             raise ValueError(f"activation: expected None, 'relu' or 'relu6', got {activation!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
             raise ValueError(
                 f"padding_mode: expected 'zeros', 'reflect', 'replicate' or 'circular', got {padding_mode!r}"

@@ -195,7 +195,10 @@ class PackedNetwork(nn.Module):
         key = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in args)
         if key not in self._variants:
             reference = next(self.network.parameters(), None)
-            network = lower(trace(self.dense_model(), args), self.backend)
+            try:
+                network = lower(trace(self.dense_model(), args), self.backend)
+            except ExportError as error:
+                raise ValueError(f"x: the network does not take sizes {list(key)} ({error})") from error
             if reference is not None:
                 network = network.to(device=reference.device, dtype=reference.dtype)
             self._variants[key] = network
@@ -324,8 +327,12 @@ def pack(
     """
     inner = unwrap(model)
     inputs = as_inputs(example_input)
+    if not isinstance(train, bool):
+        raise TypeError(f"train: expected True or False, got {train!r}")
     if backend is not None:
         backends = available_backends()
+        if not isinstance(backend, str):
+            raise TypeError(f"backend: expected one of {sorted(backends)} or None, got {backend!r}")
         if backend not in backends:
             raise ValueError(f"backend: expected one of {sorted(backends)} or None, got {backend!r}")
         if backends[backend] is not None:

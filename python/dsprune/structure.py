@@ -23,7 +23,7 @@ from .liveness import Liveness, analyse
 
 __all__ = ["Structure", "apply_structure", "find_structure"]
 
-BISECTIONS = 40
+PRECISION = 1e-6  # of the threshold
 
 
 @dataclass(frozen=True)
@@ -281,22 +281,22 @@ def find_structure(
     infos = {info.name: info for info in counter.infos}
     groups = _check_assignment(assignment, infos, exclude)
 
-    energy = {}
+    energy: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     for name in groups:
         weight = counter.model.get_parameter(counter.weight_name(name)).detach()
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"model: the weight of {name!r} is not finite")
-        energy[name] = weight.double().square().flatten(2).sum(-1).cpu()
+        squares = weight.double().square().flatten(2).sum(-1).cpu()
+        labels, member = groups[name].unique(return_inverse=True)
+        of_groups = torch.stack([squares[member == group].sum(0) for group in range(len(labels))])
+        energy[name] = (member, of_groups, squares.sum(1))
 
     def masks_at(threshold: float) -> dict[str, torch.Tensor]:
         masks = {}
-        for name, assigned in groups.items():
-            mask = torch.zeros(energy[name].shape, dtype=torch.bool)
-            for group in assigned.unique().tolist():
-                rows = (assigned == group).nonzero().flatten()
-                mask[rows] = drop_below(energy[name][rows].sum(0), threshold)
+        for name, (member, of_groups, of_filters) in energy.items():
+            mask = torch.stack([drop_below(importance, threshold) for importance in of_groups])[member]
             if infos[name].last_in_block:
-                mask &= drop_below(energy[name].sum(1), threshold)[:, None]
+                mask &= drop_below(of_filters, threshold)[:, None]
             masks[counter.weight_name(name)] = mask
         return masks
 
@@ -311,14 +311,12 @@ def find_structure(
         raise ValueError(
             f"{kind}: expected at most {furthest:.4f}, what this assignment can remove, got {goal!r}"
         )
-    for _ in range(BISECTIONS):
+    while high - low > PRECISION:
         middle = (low + high) / 2
         if cut_at(middle) >= goal:
             high = middle
         else:
             low = middle
-        if high - low < 1e-9:
-            break
     masks = masks_at(high)
     counts = counter.count(masks)
     live, _ = counter.pairs(masks)

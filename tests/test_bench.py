@@ -1,0 +1,73 @@
+"""The benchmarks run, compare outputs and say what they measured; no time is judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cases, device, networks
+from dsprune import summary
+from dsprune.models import cifar_resnet
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_case() -> cases.Case:
+    return cases.Case(
+        "random-tiny",
+        lambda: cases.random_structure(lambda: cifar_resnet(20), (3, 8, 8), 0.6, 3),
+        (3, 8, 8),
+        (2,),
+        4,
+    )
+
+
+def test_random_structure_meets_its_cut() -> None:
+    model = tiny_case().make()
+    assert 0.6 <= summary(model, torch.randn(1, 3, 8, 8)).flops_cut() < 0.63
+    assert not any(name.endswith("_mask") for name in model.state_dict())
+
+
+def test_a_network_is_compared_before_it_is_timed() -> None:
+    (row,) = networks.run_case(tiny_case(), (1,), 0.01, False, None, lambda text: None)
+    assert row["outputs_agree"] and row["difference"] < 1e-4
+    assert set(row["times_ms"]) == {"eager", "channels_last", "TorchScript", "packed"}
+    assert row["speed_up"] == row["times_ms"][row["best_dense"]] / row["times_ms"]["packed"]
+
+
+def test_training_step() -> None:
+    (row,) = networks.run_training(tiny_case(), (1,), 0.01)
+    assert set(row["times_ms"]) == {"masked", "masked channels_last", "packed"}
+
+
+def test_table_and_plot(tmp_path: Path) -> None:
+    rows = networks.run_case(tiny_case(), (1,), 0.01, False, None, lambda text: None)
+    results = {"inference": rows, "training": []}
+    text = networks.table(results)
+    assert f"{rows[0]['speed_up']:.2f}x" in text and "geometric mean" in text
+    networks.plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_geometric_mean() -> None:
+    assert networks.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_device_suite_on_the_cpu(tmp_path: Path) -> None:
+    results = device.run(tmp_path, torch.device("cpu"), quick=True)
+    assert json.loads((tmp_path / "device.json").read_text())["ceilings"] == results["ceilings"]
+    assert all(value > 0 for value in results["ceilings"].values())
+
+
+def test_command_refuses_a_missing_folder_and_a_missing_device(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "--out", str(tmp_path)]
+    bad = subprocess.run([*command, "--checkpoints", "/nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 2 and "--checkpoints" in bad.stderr
+    if not torch.cuda.is_available():
+        gpu = subprocess.run([*command, "--device", "cuda"], cwd=ROOT, capture_output=True, text=True)
+        assert gpu.returncode == 2 and "no CUDA device" in gpu.stderr

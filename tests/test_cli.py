@@ -335,10 +335,10 @@ def test_interrupted_finetuning_resumes_to_the_same_bits(
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 def test_ctrl_c_of_a_process(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    base = [sys.executable, "-m", "dsprune.cli", "learn", "--size", "8", "--batch", "512", "--threads", "1"]
+    base = ["learn", "--size", "8", "--batch", "512", "--threads", "1"]
     base += ["--pretrain-epochs", "3", "--epochs", "1", "--groups", "2"]
 
-    command = [*base, "--run", str(tmp_path / "stopped")]
+    command = [sys.executable, "-m", "dsprune.cli", *base, "--run", str(tmp_path / "stopped")]
     # A child inherits an ignored Ctrl-C, as in the background of a shell, but not a handled one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     stopped = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -355,8 +355,8 @@ def test_ctrl_c_of_a_process(tmp_path: Path) -> None:
     assert not (tmp_path / "stopped" / "learned.safetensors").exists()
     assert not list((tmp_path / "stopped").rglob("*.tmp"))
 
-    subprocess.run([*command, "--resume"], env=environment, check=True, timeout=120)
-    subprocess.run([*base, "--run", str(tmp_path / "whole")], env=environment, check=True, timeout=120)
+    assert cli.main([*base, "--run", str(tmp_path / "stopped"), "--resume"]) == 0
+    assert cli.main([*base, "--run", str(tmp_path / "whole")]) == 0
     for name in ("dense", "learned"):
         file = f"{name}.safetensors"
         assert load_bits(tmp_path / "stopped" / file) == load_bits(tmp_path / "whole" / file)
@@ -383,7 +383,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(
     def broken(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, fail, broken)
+    monkeypatch.setattr(os, fail, broken)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(path, {"x": torch.zeros(2)}, {"n": 2})
     monkeypatch.undo()

@@ -26,7 +26,7 @@ struct Workspace {
   std::vector<int32_t> transposed;
   std::vector<int32_t> atom_of, fresh, position;
   std::vector<int64_t> cursor, offsets, group_offsets;
-  std::vector<float> partial;
+  std::vector<float> partial, phase;
 };
 
 Workspace& workspace() {
@@ -37,11 +37,9 @@ Workspace& workspace() {
 // `weight` is prepared. Where up_h or up_w is above 1, x has that many minus 1 zeros between its rows or
 // columns.
 void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const float* x, const float* weight,
-              const float* bias, const float* residual, float* out, int32_t activation, int threads,
-              int64_t up_h = 1, int64_t up_w = 1) {
+              const float* bias, const float* residual, float* out, int32_t activation, int threads) {
   const KernelTable& k = kernels();
   ConvLayout& layout = space.layout;
-  const bool apart = up_h > 1 || up_w > 1;
   layout.set_blocks(plan, s);
   layout.set_bias(bias);
   const int64_t in_image = s.in_channels * s.in_plane();
@@ -57,7 +55,7 @@ void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const floa
     parallel_for(threads, s.batch, body);
     return;
   }
-  layout.set_gathered(s, plan, threads, !apart);
+  layout.set_gathered(s, plan, threads, true);
   const int64_t plane = s.out_plane();
   const int64_t strips = layout.strips();
   const int64_t whole_pixels = std::min(layout.strip_pixels, plane);
@@ -91,12 +89,8 @@ void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const floa
     if (b0 < b1 && layout.gathered()) {
       float* scratch = reinterpret_cast<float*>(
           task_scratch().reserve(static_cast<size_t>(layout.scratch_floats()) * sizeof(float)));
-      if (apart) {
-        layout.gather_apart(image, in_planes, up_h, up_w, first, pixels, scratch);
-      } else {
-        layout.gather(image, in_planes, first, pixels, 0, static_cast<int64_t>(layout.used_channels.size()),
-                      scratch);
-      }
+      layout.gather(image, in_planes, first, pixels, 0, static_cast<int64_t>(layout.used_channels.size()),
+                    scratch);
       in = scratch;
     }
     layout.run(sets, 0, layout.chunks(sets), b0, b1, in, weight, layout.bias.data(), to, out_planes, from,
@@ -228,32 +222,99 @@ void transpose(Workspace& space, const Plan& plan, const ConvShape& s, const flo
   }
 }
 
+// The rows (columns) of x that are `phase` modulo the stride get their gradients from some of the taps only,
+// and for these it is a convolution with stride 1: tap i of `count`, which is tap first - i * every of the
+// kernel, reads row r + start + i * step of the output's gradient for row r of the phase.
+struct PhaseTaps {
+  int64_t count = 0, first = 0, every = 1, start = 0, step = 1;
+};
+
+PhaseTaps phase_taps(int64_t phase, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  PhaseTaps taps;
+  int64_t last = -1;
+  for (int64_t k = kernel - 1; k >= 0; --k) {
+    if ((phase + padding - k * dilation) % stride != 0) continue;
+    if (taps.count == 0) {
+      taps.first = k;
+      taps.start = (phase + padding - k * dilation) / stride;
+    } else if (taps.count == 1) {
+      taps.every = last - k;
+      taps.step = taps.every * dilation / stride;
+    }
+    last = k;
+    ++taps.count;
+  }
+  return taps;
+}
+
 void grad_input(const ConvShape& s, const Plan& plan, const float* grad, const float* weight, float* grad_x,
                 int threads) {
   Workspace& space = workspace();
   const size_t numel = static_cast<size_t>(plan.pairs() * s.taps());
   Carver sizes(nullptr);
-  sizes.take<float>(numel);
-  sizes.take<float>(numel);
+  for (int i = 0; i < 3; ++i) sizes.take<float>(numel);
   Carver carve(call_scratch().reserve(sizes.used() + 64));
   float* flipped = carve.take<float>(numel);
+  float* chosen = carve.take<float>(numel);
   float* prepared = carve.take<float>(numel);
   transpose(space, plan, s, weight, flipped);
   const Plan back = Plan::trusted(space.transposed.data());
-  prepare_weights(back, s.kh, s.kw, flipped, prepared);
-  // The gradient of a convolution is one with the padding that is left: it may be below 0.
   ConvShape t = s;
   t.in_channels = s.out_channels;
   t.out_channels = s.in_channels;
   t.height = s.out_h;
   t.width = s.out_w;
-  t.out_h = s.height;
-  t.out_w = s.width;
   t.sh = 1;
   t.sw = 1;
-  t.ph = s.dh * (s.kh - 1) - s.ph;
-  t.pw = s.dw * (s.kw - 1) - s.pw;
-  convolve(space, t, back, grad, prepared, nullptr, nullptr, grad_x, DSP_ACT_NONE, threads, s.sh, s.sw);
+  if (s.sh == 1 && s.sw == 1) {
+    // The gradient of a convolution is one with the padding that is left: it may be below 0.
+    t.out_h = s.height;
+    t.out_w = s.width;
+    t.ph = s.dh * (s.kh - 1) - s.ph;
+    t.pw = s.dw * (s.kw - 1) - s.pw;
+    prepare_weights(back, s.kh, s.kw, flipped, prepared);
+    convolve(space, t, back, grad, prepared, nullptr, nullptr, grad_x, DSP_ACT_NONE, threads);
+    return;
+  }
+  const int64_t planes = s.batch * s.in_channels;
+  for (int64_t py = 0; py < std::min(s.sh, s.height); ++py) {
+    for (int64_t px = 0; px < std::min(s.sw, s.width); ++px) {
+      const PhaseTaps y = phase_taps(py, s.kh, s.sh, s.ph, s.dh);
+      const PhaseTaps x = phase_taps(px, s.kw, s.sw, s.pw, s.dw);
+      t.out_h = (s.height - py + s.sh - 1) / s.sh;
+      t.out_w = (s.width - px + s.sw - 1) / s.sw;
+      const bool any = y.count > 0 && x.count > 0;
+      if (any) {
+        t.kh = y.count;
+        t.kw = x.count;
+        t.dh = y.step;
+        t.dw = x.step;
+        t.ph = -y.start;
+        t.pw = -x.start;
+        float* to = chosen;
+        for (int64_t pair = 0; pair < plan.pairs(); ++pair) {
+          for (int64_t i = 0; i < y.count; ++i) {
+            // `flipped` holds the taps in reverse.
+            const float* row = flipped + pair * s.taps() + (s.kh - 1 - (y.first - i * y.every)) * s.kw;
+            for (int64_t j = 0; j < x.count; ++j) *to++ = row[s.kw - 1 - (x.first - j * x.every)];
+          }
+        }
+        prepare_weights(back, t.kh, t.kw, chosen, prepared);
+        space.phase.resize(static_cast<size_t>(planes * t.out_plane()));
+        convolve(space, t, back, grad, prepared, nullptr, nullptr, space.phase.data(), DSP_ACT_NONE, threads);
+      }
+      const float* from = space.phase.data();
+      auto scatter = [&](int64_t plane) {
+        for (int64_t row = 0; row < t.out_h; ++row) {
+          float* to = grad_x + plane * s.in_plane() + (row * s.sh + py) * s.width + px;
+          const float* values = from + (plane * t.out_h + row) * t.out_w;
+          for (int64_t column = 0; column < t.out_w; ++column)
+            to[column * s.sw] = any ? values[column] : 0.0f;
+        }
+      };
+      parallel_for(threads, planes, scatter);
+    }
+  }
 }
 
 void grad_weight(const ConvShape& s, const Plan& plan, const float* grad, const float* x, float* grad_w,

@@ -189,7 +189,9 @@ void ConvLayout::set_gathered(const ConvShape& s, const Plan& plan, int threads,
   s_ = s;
   const int64_t wanted = threads > 1 ? 2 * int64_t{threads} : 1;
   const int64_t images = std::max<int64_t>(s.batch, 1);
-  const bool one = s.kh == 1 && s.kw == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0;
+  // The sizes too: what is asked for may be more or less than what the padding gives.
+  const bool one = s.kh == 1 && s.kw == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 &&
+                   s.out_h == s.height && s.out_w == s.width;
   if (one && allow_direct && (s.in_plane() % 1024 != 0 || used_channels.size() < 8)) {
     mode = InputMode::kDirectFlat;
     in_pitch = s.width;
@@ -410,32 +412,6 @@ void ConvLayout::gather(const float* image, const Planes& in, int64_t first_pixe
         for (int64_t i = bottom * in_pitch; i < rows * in_pitch; ++i) to[i] = 0;
       }
       at += piece;
-    }
-  }
-}
-
-void ConvLayout::gather_apart(const float* image, const Planes& in, int64_t up_h, int64_t up_w,
-                              int64_t first_pixel, int64_t pixels, float* scratch) const {
-  const int64_t y0 = first_pixel / s_.out_w;
-  const int64_t rows = pixels / s_.out_w + (rows_ - strip_pixels / s_.out_w);
-  const int64_t piece = rows_ * in_pitch;
-  for (size_t slot = 0; slot < used_channels.size(); ++slot) {
-    const float* plane = image + in.origin + used_channels[slot] * in.plane;
-    float* to = scratch + static_cast<int64_t>(slot) * in_plane;
-    for (const int64_t y_shift : y_variants_) {
-      for (const int64_t x_shift : x_variants_) {
-        for (int64_t r = 0; r < rows; ++r) {
-          float* row = to + r * in_pitch;
-          for (int64_t j = 0; j < in_pitch; ++j) row[j] = 0;
-          const int64_t y = y0 + r + y_shift - s_.ph;
-          if (y < 0 || y % up_h != 0 || y / up_h >= s_.height) continue;
-          const float* from = plane + y / up_h * in.pitch;
-          const int64_t x = x_shift - s_.pw;  // column j is image column (x + j) / up_w
-          int64_t i = x <= 0 ? 0 : (x + up_w - 1) / up_w;
-          for (; i < s_.width && i * up_w - x < in_pitch; ++i) row[i * up_w - x] = from[i];
-        }
-        to += piece;
-      }
     }
   }
 }

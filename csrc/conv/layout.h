@@ -62,10 +62,6 @@ class ConvLayout {
   void gather(const float* image, const Planes& in, int64_t first_pixel, int64_t pixels, int64_t slot_begin,
               int64_t slot_end, float* scratch) const;
 
-  // The same where the image has up_h - 1 rows and up_w - 1 columns of zeros between its pixels: the gradient
-  // of a strided convolution for its input. s_.height and s_.width are those of the image without the zeros.
-  void gather_apart(const float* image, const Planes& in, int64_t up_h, int64_t up_w, int64_t first_pixel,
-                    int64_t pixels, float* scratch) const;
   // Where each (channel, ky, kx) of a group reads, from a tile's place.
   void tap_offsets(const Group& group, std::vector<int64_t>* offsets) const;
 

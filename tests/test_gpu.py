@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import nets
 import pytest
 import torch
 
 import dsp_kernels
+import dsprune
 from dsp_kernels import GroupLayout, permuted_grouped_conv2d
 
 pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
 
 LAYOUT = GroupLayout(6, 8, [([0, 2, 3], [0, 1, 5]), ([1, 2, 4, 5], [2, 7]), ([5], [3, 4])])
 
@@ -72,3 +76,32 @@ def test_assignment_and_penalty() -> None:
 def test_fresh_memory_is_poisoned_here_too() -> None:
     assert torch.empty(1000, device="cuda").isnan().all()
     assert torch.randn(10, device="cuda").new_empty(7).isnan().all()
+
+
+def test_packed_network() -> None:
+    model = nets.structured_zeros(nets.random_norms(nets.Residual())).eval()
+    packed = dsprune.pack(model, torch.randn(1, 3, 16, 16)).to(DEVICE)
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x.to(DEVICE)).cpu(), model(x), rtol=1e-3, atol=1e-4)
+    assert packed.program_reason is not None and "cpu" in packed.program_reason
+
+
+def test_packing_on_the_device() -> None:
+    model = nets.structured_zeros(nets.random_norms(nets.Zoo())).eval().to(DEVICE)
+    x = torch.randn(2, 3, 16, 16, device=DEVICE)
+    packed = dsprune.pack(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_group_learner() -> None:
+    model = nets.Residual().to(DEVICE)
+    x, y = torch.randn(8, 3, 16, 16, device=DEVICE), torch.randint(5, (8,), device=DEVICE)
+    learner = dsprune.GroupLearner(model, x, groups=3, strength=1e-3, total_steps=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = [
+        learner.step(lambda: torch.nn.functional.cross_entropy(model(x), y), optimizer) for _ in range(4)
+    ]
+    assert all(bool(loss.isfinite()) for loss in losses)
+    assert all(bool((groups < 3).all()) for groups in learner.assignment().values())

@@ -462,6 +462,7 @@ dsp_status dsp_conv2d_forward(const dsp_conv2d_shape* shape, const float* x, int
     if (activation < DSP_ACT_NONE || activation > DSP_ACT_RELU6)
       fail("activation is " + std::to_string(activation) + ", expected 0 (none), 1 (relu) or 2 (relu6)");
     const int most = check_threads(threads);
+    if (s.batch == 0) return;  // and sizes that no memory stands behind are not laid out
     forward(s, plan, x, weight, prepared != 0, bias, residual, out, activation, most);
   });
 }
@@ -493,6 +494,7 @@ dsp_status dsp_conv2d_grad_input(const dsp_conv2d_shape* shape, const float* gra
     check_tensor(weight, weight_numel, plan.pairs() * s.taps(), "weight");
     check_tensor(grad_x, grad_x_numel, s.in_numel(), "grad_x");
     const int most = check_threads(threads);
+    if (s.batch == 0) return;
     grad_input(s, plan, grad, weight, grad_x, most);
   });
 }
@@ -508,6 +510,10 @@ dsp_status dsp_conv2d_grad_weight(const dsp_conv2d_shape* shape, const float* gr
     check_tensor(x, x_numel, s.in_numel(), "x");
     check_tensor(grad_w, weight_numel, plan.pairs() * s.taps(), "grad_w");
     const int most = check_threads(threads);
+    if (s.batch == 0) {
+      std::fill_n(grad_w, weight_numel, 0.0f);
+      return;
+    }
     grad_weight(s, plan, grad, x, grad_w, most);
   });
 }

@@ -601,7 +601,9 @@ void fuzz_bad_program() {
                                std::numeric_limits<int64_t>::min()};
   for (int64_t i = between(1, 3); i > 0; --i) {
     int64_t& word = net.words[static_cast<size_t>(between(0, static_cast<int64_t>(net.words.size()) - 1))];
-    word = chance(0.5) ? kWide[between(0, 9)] : word + between(-2, 2);
+    word = chance(0.5)
+               ? kWide[between(0, 9)]
+               : static_cast<int64_t>(static_cast<uint64_t>(word) + static_cast<uint64_t>(between(-2, 2)));
   }
   if (chance(0.2)) net.words.resize(static_cast<size_t>(between(0, static_cast<int64_t>(net.words.size()))));
   const std::vector<int64_t> words(net.words);

@@ -459,6 +459,15 @@ def test_autocast_casts_all_tensors(dtype: torch.dtype) -> None:
     assert all(g.dtype == torch.float32 for g in grads)
 
 
+def test_autocast_refuses_a_bias_that_is_no_tensor() -> None:
+    x, weight = example(torch.float32)[:2]
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=r"^bias must be a tensor, got list"),
+    ):
+        call(x, weight, [0.0], None)  # type: ignore[arg-type]
+
+
 def test_autocast_takes_what_a_cast_layer_before_it_gives() -> None:
     x, weight, bias, residual = example(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

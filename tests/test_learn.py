@@ -931,6 +931,8 @@ def test_bad_step_arguments_change_nothing():
         ValueError, match="optimizer: the weight of 'first' is in none of its parameter groups"
     ):
         learner.step(closure_of(model, x, y), torch.optim.SGD(model.head.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="closure: expected a function"):
+        learner.step(3, sgd(model))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="closure: expected it to return the loss"):
         learner.step(lambda: None, sgd(model))
     with pytest.raises(ValueError, match="requires a gradient"):

@@ -201,6 +201,49 @@ def test_shared_convolution_stays_one_layer() -> None:
     assert len(calls) == 2
 
 
+class TiedWeights(nn.Module):
+    """One weight, called with two strides and biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(torch.relu(self.stem(x)))))
+
+
+class WeightReadTwice(nn.Module):
+    """A convolution's weight that a norm reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(torch.relu(self.stem(x))) * self.conv.weight.square().sum()
+
+
+@pytest.mark.parametrize("make", [TiedWeights, WeightReadTwice])
+def test_weights_with_several_readers(make: type[nn.Module]) -> None:
+    model = nets.structured_zeros(make()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    packed = dsprune.pack(model, x)
+    torch.testing.assert_close(packed(x), model(x), rtol=1e-5, atol=1e-5)
+    counted, masked = dsprune.summary(packed, x), dsprune.summary(model, x)
+    assert 0 < counted.macs == masked.macs < masked.dense_macs
+    assert counted.params == masked.params
+
+
+def test_a_single_convolution_counts_its_macs() -> None:
+    model = nn.Conv2d(4, 6, 3)
+    x = torch.randn(2, 4, 8, 8)
+    assert dsprune.summary(dsprune.pack(model, x), x).macs == 4 * 6 * 9 * 6 * 6
+
+
 def test_macs_are_counted_where_they_are_done() -> None:
     model = pruned(nets.Residual)
     x = torch.randn(1, 3, 16, 16)
@@ -243,6 +286,12 @@ def test_wrong_rank_is_refused() -> None:
     packed = dsprune.pack(pruned(nets.Plain), torch.randn(1, 3, 16, 16))
     with pytest.raises(ValueError, match="expected a tensor of 4 dimensions"):
         packed(torch.randn(3, 16, 16))
+
+
+def test_wrong_channels_are_refused() -> None:
+    packed = dsprune.pack(pruned(nets.Plain), torch.randn(1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"^x: the network does not take sizes \[\(1, 4, 16, 16\)\]"):
+        packed(torch.randn(1, 4, 16, 16))
 
 
 def test_without_export_layers_are_replaced_one_by_one() -> None:
@@ -340,6 +389,8 @@ def test_broken_packing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
             ValueError,
             "backend: expected one of",
         ),
+        ((nets.Plain(), torch.randn(1, 3, 8, 8)), {"backend": ["native"]}, TypeError, "^backend: "),
+        ((nets.Plain(), torch.randn(1, 3, 8, 8)), {"train": "yes"}, TypeError, "^train: expected True"),
     ],
 )
 def test_bad_arguments(args: Any, kwargs: Any, error: type[Exception], text: str) -> None:
@@ -484,6 +535,8 @@ def test_fresh_layer_trains() -> None:
     ("kwargs", "text"),
     [
         ({"kernel_size": 0}, "kernel_size"),
+        ({"kernel_size": 1.5}, "kernel_size"),
+        ({"kernel_size": None}, "kernel_size"),
         ({"kernel_size": (3, 3, 3)}, "kernel_size"),
         ({"stride": 0}, "stride"),
         ({"padding": -1}, "padding"),
@@ -497,6 +550,11 @@ def test_fresh_layer_trains() -> None:
 def test_layer_refuses(kwargs: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=f"^{text}"):
         PermutedGroupedConv2d(GroupLayout(4, 4, []), **{"kernel_size": 3, **kwargs})
+
+
+def test_layer_refuses_integer_weights() -> None:
+    with pytest.raises(TypeError, match=r"^dtype: expected a floating dtype, got torch\.int32"):
+        PermutedGroupedConv2d(GroupLayout(4, 4, []), 3, dtype=torch.int32)
 
 
 def test_from_conv_refuses() -> None:

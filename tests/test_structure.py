@@ -215,3 +215,12 @@ def test_apply_refuses_and_changes_nothing(structure: object, error: type[Except
     with pytest.raises(error, match=text):
         dsprune.apply_structure(model, structure)
     assert not prune.is_pruned(model)
+
+
+def test_a_parametrized_weight_is_refused_before_anything_changes() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3))
+    torch.nn.utils.parametrizations.spectral_norm(model[1])
+    layout = GroupLayout(4, 4, [([0], [0])])
+    with pytest.raises(ValueError, match=r"structure: the weight of '1' is parametrized"):
+        dsprune.apply_structure(model, {"0": layout, "1": layout})
+    assert not hasattr(model[0], "weight_mask")

@@ -326,6 +326,10 @@ def conv2d_from_plan(
     _check_tensor("x", x)
     _check_tensor("weight", weight)
     _check_tensor("plan", plan)
+    if bias is not None:
+        _check_tensor("bias", bias)
+    if residual is not None:
+        _check_tensor("residual", residual)
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -356,12 +360,10 @@ def conv2d_from_plan(
         raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
     size = output_size(x.shape, kernel, steps, pads, spread)
     if bias is not None:
-        _check_tensor("bias", bias)
         _check_same("bias", bias, x)
         if bias.dim() != 1 or bias.shape[0] != out_channels:
             raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
     if residual is not None:
-        _check_tensor("residual", residual)
         _check_same("residual", residual, x)
         shape = (x.shape[0], out_channels, *size)
         if tuple(residual.shape) != shape:

@@ -367,6 +367,8 @@ def apply_structure(model: nn.Module, structure: Mapping[str, GroupLayout]) -> n
             raise ValueError(f"structure: {name!r} is no Conv2d of the model")
         if not isinstance(layout, GroupLayout):
             raise TypeError(f"structure[{name!r}]: expected a GroupLayout, got {type(layout).__name__}")
+        if not module._parameters.keys() & {"weight", "weight_orig"}:
+            raise ValueError(f"structure: the weight of {name!r} is parametrized; remove the parametrization")
         expected = tuple(module.weight.shape[:2])
         if (layout.out_channels, layout.in_channels) != expected:
             raise ValueError(

@@ -8,6 +8,8 @@
 namespace dsp {
 namespace DSP_ISA {
 
+constexpr int64_t kPart = 192;  // terms of a sum that are added one after the other
+
 // MF filters x NR vectors in registers. With KH = 3 a step is one column of taps: the NR + 2 rows it loads
 // serve all three taps, which is what keeps blocks of one to three filters from waiting for loads.
 template <int MF, int NR, int KH, int MODE>
@@ -26,30 +28,54 @@ void block(const BlockArgs& a) {
     const float* base = a.in + tile.in;
     const float* w = a.weights;
     const int64_t* offset = a.offsets;
-    for (int64_t s = 0; s < a.steps; ++s) {
-      const float* p = base + offset[s];
-      Vec x[kRows];
-      DSP_UNROLL
-      for (int v = 0; v < kRows; ++v) {
-        const float* row = p + v * in_step;
-        if (MODE == kHalf) {
-          x[v] = load_half(row, row + in_hi);
-        } else if (MODE == kMasked) {
-          x[v] = load_lanes(row, tile.lanes);
-        } else {
-          x[v] = load(row);
-        }
-      }
-      DSP_UNROLL
-      for (int ky = 0; ky < KH; ++ky) {
+    // Sums of many terms go by parts: their error then grows with a part's length, not with the whole.
+    Vec total[MF][NR];
+    int64_t s = 0;
+    bool parts = false;
+    for (;;) {
+      const int64_t end = a.steps - s > kPart / KH ? s + kPart / KH : a.steps;
+      for (; s < end; ++s) {
+        const float* p = base + offset[s];
+        Vec x[kRows];
         DSP_UNROLL
-        for (int f = 0; f < MF; ++f) {
-          const Vec value = set1(w[ky * MF + f]);
+        for (int v = 0; v < kRows; ++v) {
+          const float* row = p + v * in_step;
+          if (MODE == kHalf) {
+            x[v] = load_half(row, row + in_hi);
+          } else if (MODE == kMasked) {
+            x[v] = load_lanes(row, tile.lanes);
+          } else {
+            x[v] = load(row);
+          }
+        }
+        DSP_UNROLL
+        for (int ky = 0; ky < KH; ++ky) {
           DSP_UNROLL
-          for (int v = 0; v < NR; ++v) acc[f][v] = fma(value, x[v + ky], acc[f][v]);
+          for (int f = 0; f < MF; ++f) {
+            const Vec value = set1(w[ky * MF + f]);
+            DSP_UNROLL
+            for (int v = 0; v < NR; ++v) acc[f][v] = fma(value, x[v + ky], acc[f][v]);
+          }
+        }
+        w += KH * MF;
+      }
+      if (s == a.steps) break;
+      DSP_UNROLL
+      for (int f = 0; f < MF; ++f) {
+        DSP_UNROLL
+        for (int v = 0; v < NR; ++v) {
+          total[f][v] = parts ? add(total[f][v], acc[f][v]) : acc[f][v];
+          acc[f][v] = zero();
         }
       }
-      w += KH * MF;
+      parts = true;
+    }
+    if (parts) {
+      DSP_UNROLL
+      for (int f = 0; f < MF; ++f) {
+        DSP_UNROLL
+        for (int v = 0; v < NR; ++v) acc[f][v] = add(total[f][v], acc[f][v]);
+      }
     }
     DSP_UNROLL
     for (int f = 0; f < MF; ++f) {

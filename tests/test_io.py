@@ -140,6 +140,14 @@ def test_other_architecture_is_refused_and_left_as_it_was(file: Path) -> None:
         assert unchanged(model, before)
 
 
+def test_other_precision_is_refused(file: Path) -> None:
+    model = nets.Residual().double()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"is torch\.float64, the packed network's is torch\.float32"):
+        dsprune.load(file, model)
+    assert unchanged(model, before)
+
+
 def test_foreign_files(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match=r"not written by dsprune\.save"):

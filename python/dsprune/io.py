@@ -54,7 +54,7 @@ def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
     for.
 
     Args:
-        packed: from ``pack`` or ``load``.
+        packed: from ``pack`` or ``load``; a fused one is saved in the precision that it was packed in.
         path: the file to write (safetensors; the groups are JSON in its header). Replaced atomically.
 
     Raises:
@@ -145,8 +145,7 @@ def load(
 
     Raises:
         FileNotFoundError: no such file. ValueError: truncated, of another format or version, or not for this
-            architecture;
-        TypeError: ``model`` is no module. ``model`` is left as it was.
+            architecture or its precision. TypeError: ``model`` is no module. ``model`` is left as it was.
     """
     inner = unwrap(model)
     header, tensors = _read(path)

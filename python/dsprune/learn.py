@@ -337,27 +337,23 @@ class GroupLearner:
     """Learns, while the network trains, to which group each filter of each prunable convolution belongs.
 
     Args:
-        model: the network; wrappers of ``torch.compile`` and ``DistributedDataParallel`` are looked
-        through. Its
-            prunable convolutions must be trainable parameters on one device.
+        model: the network; wrappers of ``torch.compile`` and ``DistributedDataParallel`` are looked through.
+            Its prunable convolutions must be trainable parameters on one device.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments; only shapes matter.
         groups: G, at least 1.
-        strength: the penalty's weight against the loss, lambda; finite, at least 0. The penalty step at
-        step t of T is
-            as long as strength * lr * (t + 1) / T, where lr is the current learning rate of the weight's
-            own parameter group; after T steps the ramp stays at 1.
+        strength: the penalty's weight against the loss, lambda; finite, at least 0. The penalty step at step
+            t of T is as long as strength * lr * (t + 1) / T, where lr is the current learning rate of the
+            weight's own parameter group; after T steps the ramp stays at 1.
         total_steps: T.
         temperature: of the Gumbel softmax; finite, above 0.
         scale: the penalty of a layer is multiplied by k (G/O)^1.5 ("paper", k the square root of the number
-        of taps), or
-            by that and sqrt(C H W / (16 * 32 * 32)) of the layer's input ("released").
+            of taps), or by that and sqrt(C H W / (16 * 32 * 32)) of the layer's input ("released").
         seed: of the Gumbel noise, which is drawn on the CPU: all ranks of a distributed run draw the same.
         generator: a CPU generator to draw from instead.
         alpha_lr, alpha_eps: Adam's learning rate and epsilon for the logits (betas 0.9 and 0.999).
-        order: "exact", the gradient of the loss plus the penalty after one penalty step; "first", without
-        the mixed
-            second derivative and so without a second forward and backward; "released", the formulas of the
-            authors' released code, which leave out the terms across filters, for comparison.
+        order: "exact", the gradient of the loss plus the penalty after one penalty step; "first", without the
+            mixed second derivative and so without a second forward and backward; "released", the formulas of
+            the authors' released code, which leave out the terms across filters, for comparison.
         update: "subgradient", or "proximal" for exact zeros.
         exclude: names of modules; convolutions that are or lie inside one are left alone.
         form: "paper" or "gumbel", see ``dsp_kernels.sample_groups``.
@@ -521,20 +517,18 @@ class GroupLearner:
         """One ordinary training step and one step of the groups; returns the loss, detached.
 
         Args:
-            closure: computes and returns the loss, a scalar, on one fixed batch: forward only, under
-            autocast if wanted.
-                It is called twice (once with ``order="first"``), with the same torch random state, so that
-                dropout draws the same masks. A list of closures accumulates the gradient of their mean over
-                micro-batches.
+            closure: computes and returns the loss, a scalar, on one fixed batch: forward only, under autocast
+                if wanted. It is called twice (once with ``order="first"``), with the same torch random state,
+                so that dropout draws the same masks. A list of closures accumulates the gradient of their
+                mean over micro-batches.
             optimizer: any ``torch.optim.Optimizer`` that holds the weights, with any number of parameter
-            groups; its
-                learning rates are read at each step, so a scheduler steps as usual. Optimizers that need a
-                closure (L-BFGS) are not supported. What the optimizer would do next is computed from SGD's,
-                Adam's and AdamW's formulas without touching their state; any other optimizer takes the
-                step, and its state is put back.
-            scaler: a ``torch.amp.GradScaler``, stepped and updated here, once a step. A step it skips
-            leaves weights and
-                logits alone; where only the second gradient overflows, the logits keep their value.
+                groups; its learning rates are read at each step, so a scheduler steps as usual. Optimizers
+                that need a closure (L-BFGS) are not supported. What the optimizer would do next is computed
+                from SGD's, Adam's and AdamW's formulas without touching their state; any other optimizer
+                takes the step, and its state is put back.
+            scaler: a ``torch.amp.GradScaler``, stepped and updated here, once a step. A step it skips leaves
+                weights and logits alone; where only the second gradient overflows, the logits keep their
+                value.
             grad_hook: called after each of the two backwards, with unscaled gradients in place: for clipping.
 
         The learner's own work leaves buffers, random state, optimizer state and weights bit for bit as the

@@ -150,7 +150,7 @@ class PermutedGroupedConv2d(nn.Module):
 
         Raises:
             TypeError: ``conv`` is no ``nn.Conv2d``. ValueError: it has groups, or ``layout`` is of another
-        shape.
+                shape.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__name__}")

@@ -379,7 +379,7 @@ def unpack(packed: PackedNetwork, model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``packed`` is no ``PackedNetwork``. ValueError: names or shapes do not fit; ``model`` is
-    then unchanged.
+            then unchanged.
     """
     if not isinstance(packed, PackedNetwork):
         raise TypeError(f"packed: expected a PackedNetwork, got {type(packed).__name__}")
@@ -401,8 +401,8 @@ def fill(model: nn.Module, state: PackedState) -> None:
     if names != set(state.tensors):
         missing, extra = sorted(names - set(state.tensors)), sorted(set(state.tensors) - names)
         raise ValueError(
-            f"model: not the packed network's architecture; it lacks {extra[:3]}, "
-            f"and has besides {missing[:3]}"
+            f"model: not the packed network's architecture; it lacks {extra[:3] or 'nothing'}, "
+            f"and has besides {missing[:3] or 'nothing'}"
         )
     kernels: dict[str, tuple[int, int]] = {}
     for name, layout in state.layouts.items():
@@ -424,7 +424,7 @@ def fill(model: nn.Module, state: PackedState) -> None:
             raise ValueError(
                 f"model: {name} has shape {tuple(target.shape)}, the packed network's is {tuple(value.shape)}"
             )
-        if target.is_floating_point() != value.is_floating_point():
+        if target.dtype != value.dtype:
             raise ValueError(f"model: {name} is {target.dtype}, the packed network's is {value.dtype}")
     with torch.no_grad():
         for name, value in dense.items():

@@ -14,7 +14,7 @@ from bench import device, networks
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--suite", choices=("cifar", "imagenet", "all"), default="all")
+    parser.add_argument("--suite", choices=("authors", "cifar", "imagenet", "all"), default="all")
     parser.add_argument(
         "--checkpoints", type=Path, help="folder with the authors' ResNet-20 networks as state dicts"
     )

@@ -59,11 +59,11 @@ def authors_network(folder: Path, groups: int) -> nn.Module:
 
 
 def cases(checkpoints: Path | None, suite: str) -> Iterator[Case]:
-    """The cases of a suite: "cifar", "imagenet" or "all"; the authors' networks where their folder is
+    """The cases of a suite: "authors", "cifar" (with the authors'), "imagenet" or "all"; the authors' networks where their folder is
     known.
     """
     cifar, imagenet = (3, 32, 32), (3, 224, 224)
-    if suite in ("cifar", "all"):
+    if suite in ("authors", "cifar", "all"):
         if checkpoints is not None:
             for groups in (4, 3, 2):
                 yield Case(
@@ -73,6 +73,7 @@ def cases(checkpoints: Path | None, suite: str) -> Iterator[Case]:
                     (1, 32, 128),
                     128,
                 )
+    if suite in ("cifar", "all"):
         for depth in (20, 56):
             for cut in (0.5, 0.7, 0.9):
                 for groups in (2, 4):

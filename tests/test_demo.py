@@ -95,7 +95,7 @@ def test_a_changed_packed_file_is_noticed(ran: tuple[Path, str], tmp_path: Path)
     finetuned, _, _ = run.read("finetuned", data)
     assert not torch.allclose(found, training.evaluate(finetuned, data.test).logits, atol=1e-3)
     run.file("packed").write_bytes(b"broken")
-    with pytest.raises(RuntimeError, match=r"in a new process failed: .*packed\.safetensors"):
+    with pytest.raises(OSError, match=r"in a new process failed: .*packed\.safetensors"):
         stages.logits_in_new_process(run)
 
 

@@ -59,20 +59,20 @@ def authors_network(folder: Path, groups: int) -> nn.Module:
 
 
 def cases(checkpoints: Path | None, suite: str) -> Iterator[Case]:
-    """The cases of a suite: "authors", "cifar" (with the authors'), "imagenet" or "all"; the authors' networks where their folder is
-    known.
+    """The cases of a suite: "authors", "cifar" (the authors' too), "imagenet" or "all".
+
+    The authors' networks are there where ``checkpoints`` names their folder.
     """
     cifar, imagenet = (3, 32, 32), (3, 224, 224)
-    if suite in ("authors", "cifar", "all"):
-        if checkpoints is not None:
-            for groups in (4, 3, 2):
-                yield Case(
-                    f"authors-resnet20-g{groups}",
-                    lambda groups=groups: authors_network(checkpoints, groups),  # type: ignore[misc]
-                    cifar,
-                    (1, 32, 128),
-                    128,
-                )
+    if suite in ("authors", "cifar", "all") and checkpoints is not None:
+        for groups in (4, 3, 2):
+            yield Case(
+                f"authors-resnet20-g{groups}",
+                lambda groups=groups: authors_network(checkpoints, groups),  # type: ignore[misc]
+                cifar,
+                (1, 32, 128),
+                128,
+            )
     if suite in ("cifar", "all"):
         for depth in (20, 56):
             for cut in (0.5, 0.7, 0.9):

@@ -71,3 +71,15 @@ def test_command_refuses_a_missing_folder_and_a_missing_device(tmp_path: Path) -
     if not torch.cuda.is_available():
         gpu = subprocess.run([*command, "--device", "cuda"], cwd=ROOT, capture_output=True, text=True)
         assert gpu.returncode == 2 and "no CUDA device" in gpu.stderr
+
+
+def test_calls_take_turns_in_bursts() -> None:
+    order: list[str] = []
+    times = networks.interleaved_medians(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},  # type: ignore[dict-item, return-value]
+        seconds=0.01,
+    )
+    assert set(times) == {"a", "b"} and all(t > 0 for t in times.values())
+    assert "ab" in "".join(order) and "ba" in "".join(order)
+    with pytest.raises(ValueError, match="seconds: expected more than 0"):
+        networks.interleaved_medians({}, seconds=0)

@@ -1,0 +1,551 @@
+"""What a convolution should cost on a GPU, worked out on the host: the model behind the choice of a form.
+
+A convolution of M output pixels is, for group g, a matrix product M x K_g by K_g x N_g, with K_g its channels
+times taps and N_g its filters. Its time is taken as
+
+    t = max(2 M sum_g K_pad N_pad / F, bytes / B) + launch
+
+with F the matrix rate and B the bandwidth that a device reaches, K_pad and N_pad the extents that a kernel
+works on (chunks of 8 channels that hold a channel of the group, rounded to the K step; filters rounded to
+the tile), and the bytes of input, output, residual and weights, each moved once (a roofline with padding:
+Williams et al., "Roofline", CACM 2009). Three forms are weighed:
+
+``grouped``  one launch of the grouped kernel, each group with its own channels
+``merged``   the same kernel with one group: all live filters over all channels that somebody reads
+``torch``    torch's dense convolution, and residual and activation in passes of their own
+
+The *floor* is what the structure needs on that device whoever computes it: true multiply-adds and true bytes,
+no padding, no launch. No figure here is a measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .conv.shapes import output_size
+from .layout import GroupLayout
+
+__all__ = [
+    "FORMS",
+    "Choice",
+    "Conv",
+    "Device",
+    "Estimate",
+    "FormTable",
+    "Padding",
+    "chain_estimate",
+    "choose_form",
+    "device",
+    "devices",
+    "estimate",
+    "floor",
+    "merged_layout",
+    "moved",
+    "padding",
+]
+
+FORMS = ("grouped", "merged", "torch")
+
+_DATA = Path(__file__).with_name("devices.json")
+_SHIPPED = Path(__file__).with_name("forms.json")
+CHUNK = 8  # channels of one 16-byte copy in half precision; the grain of a group's channel runs
+SECTOR = 32  # bytes of DRAM that come together
+PIXELS = 128  # of a tile of the kernels
+MIN_TILE = 16  # filters of the narrowest tile
+
+
+# ---- devices ----
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as the model sees it: ``bandwidth`` (bytes/s) and ``matrix`` (FLOP/s by "float16", "bfloat16",
+    "tf32", "float32") as published, ``share_bandwidth`` and ``share_matrix`` the parts of them that kernels
+    are taken to reach; ``shared_memory`` bytes a block may use; ``launch`` and ``launch_eager`` seconds from
+    one kernel to the next in a CUDA graph and from Python.
+    """
+
+    name: str
+    arch: str
+    sms: int
+    bandwidth: float
+    matrix: Mapping[str, float] = field(hash=False)
+    shared_memory: int
+    l2: int
+    source: str
+    match: tuple[str, ...]
+    share_bandwidth: float
+    share_matrix: float
+    launch: float
+    launch_eager: float
+
+    def bytes_per_second(self) -> float:
+        return self.bandwidth * self.share_bandwidth
+
+    def flops_per_second(self, dtype: torch.dtype, *, tf32: bool = False) -> float:
+        """The matrix rate counted on for ``dtype``. Raises ValueError for one without matrix instructions."""
+        if dtype == torch.float32:
+            # IEEE float32 has no matrix instructions: the published rate is the ordinary units'.
+            return self.matrix["tf32" if tf32 else "float32"] * self.share_matrix
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.matrix:
+            raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+        return self.matrix[name] * self.share_matrix
+
+    def measured(self, bandwidth: float, matrix: Mapping[str, float]) -> Device:
+        """The same device with measured ceilings (bytes/s, FLOP/s) in place of assumed shares.
+
+        Rates that ``matrix`` does not name stay the published ones times the assumed share.
+        """
+        rates = {k: matrix.get(k, v * self.share_matrix) for k, v in self.matrix.items()}
+        return replace(self, bandwidth=bandwidth, matrix=rates, share_bandwidth=1.0, share_matrix=1.0)
+
+
+@cache
+def devices() -> dict[str, Device]:
+    """The devices of the shipped table (``dsp_kernels/devices.json``, with sources), by name."""
+    data = json.loads(_DATA.read_text(encoding="utf-8"))
+    return {
+        row["name"]: Device(
+            name=row["name"],
+            arch=row["arch"],
+            sms=row["sms"],
+            bandwidth=row["bandwidth"],
+            matrix=dict(row["matrix"]),
+            shared_memory=row["shared_memory"],
+            l2=row["l2"],
+            source=row["source"],
+            match=tuple(row["match"]),
+            share_bandwidth=data["share_bandwidth"],
+            share_matrix=data["share_matrix"],
+            launch=1e-6 * data["launch_us"],
+            launch_eager=1e-6 * data["launch_eager_us"],
+        )
+        for row in data["devices"]
+    }
+
+
+def device(which: str | torch.device) -> Device:
+    """A device of the table, by name ("H200"), by architecture ("sm_90": the first of it), or the CUDA device
+    at hand. An unknown CUDA device gets the figures of the nearest architecture not above its own.
+
+    Raises ValueError, with what is accepted, for another name; for a torch device that is no CUDA device.
+    """
+    table = devices()
+    if isinstance(which, torch.device):
+        if which.type != "cuda":
+            raise ValueError(f"device must be a CUDA device, got {which}")
+        major, minor = torch.cuda.get_device_capability(which)
+        return match_device(torch.cuda.get_device_name(which), f"sm_{major}{minor}")
+    if which in table:
+        return table[which]
+    for entry in table.values():
+        if entry.arch == which:
+            return entry
+    raise ValueError(
+        f"device must be one of {', '.join(table)}, or an architecture "
+        f"({', '.join(dict.fromkeys(d.arch for d in table.values()))}), got {which!r}"
+    )
+
+
+def match_device(name: str, arch: str) -> Device:
+    """The table's entry for the name that a driver gives and an architecture like "sm_90"."""
+    table = list(devices().values())
+    for entry in table:
+        if entry.arch == arch and any(part in name for part in entry.match):
+            return entry
+
+    def number(entry: Device) -> int:
+        return int(entry.arch.removeprefix("sm_"))
+
+    below = [d for d in table if number(d) <= int(arch.removeprefix("sm_"))]
+    nearest = max(below, key=number) if below else min(table, key=number)
+    nearest = next(d for d in table if d.arch == nearest.arch)
+    return replace(nearest, name=f"{name} (figures of {nearest.name})", arch=arch)
+
+
+# ---- convolutions ----
+
+
+def _two(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution at one image size: ``batch`` images of ``size`` (height, width) pixels; the rest as in
+    :func:`~dsp_kernels.permuted_grouped_conv2d`, each of the geometry's numbers as (vertical, horizontal).
+    """
+
+    layout: GroupLayout
+    batch: int
+    size: tuple[int, int]
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    residual: bool = False
+    activation: str | None = None
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        shape = (self.batch, self.layout.in_channels, *self.size)
+        return output_size(shape, self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels, M."""
+        height, width = self.out_size
+        return self.batch * height * width
+
+    @property
+    def pixels_read(self) -> int:
+        """Input pixels that some output pixel reads: a 1x1 with stride 2 reads a quarter."""
+        total = self.batch
+        for extent, out, k, s, p, d in zip(
+            self.size, self.out_size, self.kernel, self.stride, self.padding, self.dilation, strict=True
+        ):
+            read = {i * s - p + t * d for i in range(out) for t in range(k)}
+            total *= sum(0 <= position < extent for position in read)
+        return total
+
+    @property
+    def flops(self) -> int:
+        """What the structure needs: 2 for each packed weight at each output pixel."""
+        return 2 * self.layout.pairs * self.taps * self.pixels
+
+    def key(self, dtype: torch.dtype) -> str:
+        """The convolution as a text that names it in a table of measured forms."""
+        layout = self.layout
+        crc = zlib.crc32(layout.plan().numpy().tobytes())
+        parts = [
+            str(dtype).removeprefix("torch."),
+            f"{self.batch}x{self.size[0]}x{self.size[1]}",
+            f"{layout.in_channels}>{layout.out_channels}",
+            "k{}x{}".format(*self.kernel),
+            "s{}x{}".format(*self.stride),
+            "p{}x{}".format(*self.padding),
+            "d{}x{}".format(*self.dilation),
+            f"g{len(layout.groups)}",
+            f"{crc:08x}",
+        ]
+        if self.residual:
+            parts.append("residual")
+        if self.activation:
+            parts.append(self.activation)
+        return " ".join(parts)
+
+
+def merged_layout(layout: GroupLayout) -> GroupLayout:
+    """One group of all live filters over all channels that one of them reads."""
+    if not layout.live_filters:
+        return layout
+    return GroupLayout(layout.in_channels, layout.out_channels, [(layout.used_channels, layout.live_filters)])
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The extents that a kernel works on: per group with filters (channels, filters, K padded, N padded) for
+    one tap, and the aligned runs of channels of all groups.
+    """
+
+    groups: tuple[tuple[int, int, int, int], ...]
+    runs: int
+
+    @property
+    def pairs(self) -> int:
+        return sum(k * n for _, _, k, n in self.groups)
+
+    @property
+    def waste(self) -> float:
+        """The fraction of the padded products that nobody asked for."""
+        true = sum(c * f for c, f, _, _ in self.groups)
+        return 1 - true / self.pairs if self.pairs else 0.0
+
+
+def _tile(filters: int) -> int:
+    """The extent in filters that a group works on: tiles are powers of two from 16 to 128 wide."""
+    if filters >= 128:
+        return 64 * math.ceil(filters / 64)
+    best = MIN_TILE * math.ceil(filters / MIN_TILE)
+    for width in (16, 32, 64):
+        whole = width * math.ceil(filters / width)
+        if whole <= best and whole // width <= 2:
+            return whole
+    return 64 * math.ceil(filters / 64) if filters > 32 else 32
+
+
+def padding(layout: GroupLayout, *, chunk: int = CHUNK, step: int = 16) -> Padding:
+    """The extents of a layout: ``chunk`` channels are copied together, K advances in steps of ``step``."""
+    groups, runs = [], 0
+    for channels, filters in layout.groups:
+        if not filters:
+            continue
+        chunks = sorted({c // chunk for c in channels})
+        runs += sum(i == 0 or chunks[i - 1] + 1 != c for i, c in enumerate(chunks))
+        k = step * math.ceil(chunk * len(chunks) / step)
+        groups.append((len(channels), len(filters), k, _tile(len(filters))))
+    return Padding(tuple(groups), runs)
+
+
+# ---- estimates ----
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A predicted time and what it is made of: ``seconds`` with ``launches`` kernels' overhead inside,
+    ``flops`` padded, ``bytes`` moved.
+    """
+
+    form: str
+    seconds: float
+    flops: float
+    bytes: float
+    compute: float
+    memory: float
+    launches: int
+    waste: float
+
+    @property
+    def bound(self) -> str:
+        """What the time is made of: "compute", "memory" or "launch"."""
+        work = max(self.compute, self.memory)
+        if self.seconds - work > work:
+            return "launch"
+        return "compute" if self.compute > self.memory else "memory"
+
+
+def _sectors(channels: Sequence[int], total: int, size: int) -> int:
+    """Bytes of one pixel that come from DRAM when these channels of it are read."""
+    if (total * size) % SECTOR:
+        return total * size  # pixels share sectors: nothing can be left out
+    return SECTOR * len({c * size // SECTOR for c in channels})
+
+
+def moved(conv: Conv, size: int, *, exact: bool, whole: bool = False) -> float:
+    """Bytes of a convolution, ``size`` an element: input pixels that are read, output, residual, weights.
+
+    ``exact``: of the channels that somebody reads alone; otherwise the sectors they lie in. ``whole``: all
+    channels, as a dense convolution reads them.
+    """
+    layout = conv.layout
+    if whole:
+        pixel: float = layout.in_channels * size
+    elif exact:
+        pixel = len(layout.used_channels) * size
+    else:
+        pixel = _sectors(layout.used_channels, layout.in_channels, size)
+    out = conv.pixels * layout.out_channels * size
+    weights = layout.pairs * conv.taps * size
+    return conv.pixels_read * pixel + out * (2 if conv.residual else 1) + weights
+
+
+def _share(conv: Conv, tiles_of_filters: int, where: Device) -> float:
+    """The part of the machine that the tiles of a launch occupy. Work smaller than that is split over K by
+    the kernel; at most in four.
+    """
+    tiles = math.ceil(conv.pixels / PIXELS) * max(1, tiles_of_filters)
+    return min(1.0, 4 * tiles / where.sms)
+
+
+def estimate(
+    conv: Conv, where: Device, dtype: torch.dtype, form: str, *, tf32: bool = False, eager: bool = False
+) -> Estimate:
+    """The predicted time of one form of a convolution on a device.
+
+    ``eager``: kernels are launched from Python, not by a graph. Raises ValueError for an unknown form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    size = torch.empty(0, dtype=dtype, device="meta").element_size()
+    rate, bandwidth = where.flops_per_second(dtype, tf32=tf32), where.bytes_per_second()
+    layout, launches = conv.layout, 1
+    if form == "torch":
+        pairs = layout.in_channels * layout.out_channels
+        bytes_moved = moved(replace(conv, residual=False), size, exact=False, whole=True)
+        bytes_moved += (pairs - layout.pairs) * conv.taps * size
+        out = conv.pixels * layout.out_channels * size
+        if conv.residual:
+            bytes_moved, launches = bytes_moved + 3 * out, launches + 1
+        if conv.activation:
+            bytes_moved, launches = bytes_moved + 2 * out, launches + 1
+        n_tiles = math.ceil(layout.out_channels / 64)
+    else:
+        used = padding(merged_layout(layout) if form == "merged" else layout)
+        pairs, n_tiles = used.pairs, sum(math.ceil(n / 64) for *_, n in used.groups)
+        bytes_moved = moved(conv, size, exact=False)
+        bytes_moved += (pairs - layout.pairs) * conv.taps * size
+    flops = 2.0 * pairs * conv.taps * conv.pixels
+    compute = flops / rate / _share(conv, n_tiles, where)
+    memory = bytes_moved / bandwidth
+    overhead = launches * (where.launch_eager if eager else where.launch)
+    waste = 1 - conv.flops / flops if flops else 0.0
+    return Estimate(
+        form, max(compute, memory) + overhead, flops, bytes_moved, compute, memory, launches, waste
+    )
+
+
+def floor(conv: Conv, where: Device, dtype: torch.dtype, *, tf32: bool = False) -> float:
+    """Seconds that the structure needs on a device: true multiply-adds, true bytes, no padding, no launch."""
+    size = torch.empty(0, dtype=dtype, device="meta").element_size()
+    return max(
+        conv.flops / where.flops_per_second(dtype, tf32=tf32),
+        moved(conv, size, exact=True) / where.bytes_per_second(),
+    )
+
+
+def chain_estimate(
+    convs: Sequence[Conv],
+    kept: Sequence[bool],
+    where: Device,
+    dtype: torch.dtype,
+    *,
+    exact: bool = False,
+    tf32: bool = False,
+) -> Estimate:
+    """One kernel for several convolutions in a row, each reading what the one before it gives.
+
+    ``kept``: for each whether its output is written to memory (the last one's always is). Multiply-adds add
+    up; an intermediate value costs its writing where it is kept, and no reading. ``exact``: the floor: no
+    padding, no launch. The halo of a 3x3 is not counted: neighbouring tiles find it in the cache.
+    """
+    if not convs or len(kept) != len(convs):
+        raise ValueError(f"kept must say of each of {len(convs)} convolutions whether it is written")
+    size = torch.empty(0, dtype=dtype, device="meta").element_size()
+    flops = bytes_moved = 0.0
+    true = sum(conv.flops for conv in convs)
+    for i, conv in enumerate(convs):
+        layout = conv.layout
+        pairs = layout.pairs if exact else padding(layout).pairs
+        flops += 2.0 * pairs * conv.taps * conv.pixels
+        out = conv.pixels * layout.out_channels * size
+        part = moved(conv, size, exact=exact) + (pairs - layout.pairs) * conv.taps * size
+        if i > 0:
+            part -= moved(replace(conv, residual=False), size, exact=exact)
+            part += out + layout.pairs * conv.taps * size
+        if not (kept[i] or i == len(convs) - 1):
+            part -= out
+        bytes_moved += part
+    compute, memory = flops / where.flops_per_second(dtype, tf32=tf32), bytes_moved / where.bytes_per_second()
+    launch = 0.0 if exact else where.launch
+    return Estimate(
+        "chain",
+        max(compute, memory) + launch,
+        flops,
+        bytes_moved,
+        compute,
+        memory,
+        1,
+        1 - true / flops if flops else 0.0,
+    )
+
+
+# ---- choice ----
+
+
+class FormTable:
+    """Measured times of forms: architecture -> convolution (:meth:`Conv.key`) -> form -> microseconds.
+
+    Written by ``python -m bench.gpu``; the package ships ``forms.json`` where there are measurements.
+    """
+
+    def __init__(self, times: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None) -> None:
+        self.times: dict[str, dict[str, dict[str, float]]] = {
+            arch: {key: dict(forms) for key, forms in rows.items()} for arch, rows in (times or {}).items()
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> FormTable:
+        """Reads a table. Raises ValueError, naming the file, for anything that is none."""
+        try:
+            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            for rows in data.values():
+                for forms in rows.values():
+                    for form, value in forms.items():
+                        if not isinstance(value, (int, float)) or not value > 0 or not math.isfinite(value):
+                            raise ValueError(f"{form}: {value!r} is no time")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: not a table of measured forms: {error}") from None
+        return cls(data)
+
+    @classmethod
+    def shipped(cls) -> FormTable:
+        """The package's own measurements; empty where there are none."""
+        return cls.load(_SHIPPED) if _SHIPPED.exists() else cls()
+
+    def add(self, arch: str, key: str, form: str, microseconds: float) -> None:
+        self.times.setdefault(arch, {}).setdefault(key, {})[form] = microseconds
+
+    def find(self, arch: str, key: str) -> Mapping[str, float]:
+        return self.times.get(arch, {}).get(key, {})
+
+    def to_json(self) -> str:
+        return json.dumps(self.times, indent=1, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form chosen for a layer, why, and what all forms were taken to need."""
+
+    form: str
+    reason: str
+    measured: bool
+    estimates: Mapping[str, Estimate] = field(hash=False)
+    floor: float
+    padding: Padding
+
+    @property
+    def seconds(self) -> float:
+        return self.estimates[self.form].seconds
+
+
+def choose_form(
+    conv: Conv,
+    where: Device,
+    dtype: torch.dtype,
+    *,
+    table: FormTable | None = None,
+    forms: Sequence[str] = FORMS,
+    tf32: bool = False,
+    eager: bool = False,
+) -> Choice:
+    """The form to run: the fastest that was measured, where ``table`` has at least two of ``forms`` for this
+    very convolution on this architecture; otherwise the fastest by the model.
+    """
+    estimates = {f: estimate(conv, where, dtype, f, tf32=tf32, eager=eager) for f in forms}
+    if not estimates:
+        raise ValueError("forms must name at least one form")
+    used = padding(conv.layout)
+    bottom = floor(conv, where, dtype, tf32=tf32)
+    found = table.find(where.arch, conv.key(dtype)) if table is not None else {}
+    times = {f: found[f] for f in forms if f in found}
+    if len(times) >= 2:
+        best = min(times, key=times.__getitem__)
+        others = ", ".join(f"{f} {t:.1f} us" for f, t in times.items() if f != best)
+        reason = f"measured: {best} {times[best]:.1f} us, {others}"
+        return Choice(best, reason, True, estimates, bottom, used)
+    best = min(estimates, key=lambda f: estimates[f].seconds)
+    if best == "grouped" and len(used.groups) <= 1:
+        reason = "one group"
+    else:
+        mine = estimates[best]
+        rest = [f for f in estimates if f != best]
+        reason = f"predicted, {mine.bound}-bound"
+        if rest:
+            next_best = min(rest, key=lambda f: estimates[f].seconds)
+            gain = estimates[next_best].seconds / mine.seconds
+            reason += f"; {gain:.2f}x against {next_best}"
+    return Choice(best, reason, False, estimates, bottom, used)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench import device, networks
+from bench import device, layers, networks
 
 
 def main() -> int:
@@ -21,6 +21,8 @@ def main() -> int:
     parser.add_argument(
         "--authors", type=Path, help="a clone of irishev/DSP, whose own programs are timed too"
     )
+    parser.add_argument("--layers", action="store_true", help="single layers in place of whole networks")
+    parser.add_argument("--only", default="", help="only networks whose name holds this")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each form in each cell")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
@@ -40,8 +42,20 @@ def main() -> int:
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():
             parser.error(f"--{name}: {folder} is no folder")
+    if options.layers:
+        measured = layers.run(
+            options.out,
+            suite=options.suite,
+            checkpoints=options.checkpoints,
+            seconds=0.02 if options.quick else options.seconds,
+            threads=tuple(options.threads),
+            only=options.only,
+        )
+        print(layers.table(measured))
+        return 0
     results = networks.run(
         options.out,
+        only=options.only,
         suite=options.suite,
         checkpoints=options.checkpoints,
         authors=options.authors,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,36 +16,14 @@ from rich.console import Console
 from torch import nn
 from torch.nn.utils import prune
 
-import dsp_kernels
 import dsprune
 from bench.cases import Case, cases
+from bench.environment import environment
 from bench.memory import in_process
 from dsprune.io import write_atomically
 from dsprune.recipes.latency import dense_forms, interleaved_medians
 
 TOLERANCE = 1e-4
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    backends = dsp_kernels.available_backends()
-    return {
-        "cpu": model,
-        "cores": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "backends": backends,
-        "isa": dsp_kernels.backends.native_module().cpu_isa() if backends["native"] is None else None,
-    }
 
 
 def authors_program(folder: Path, groups: int) -> nn.Module:
@@ -250,8 +227,9 @@ def run(
     threads: tuple[int, ...],
     inductor: bool,
     memory: bool,
+    only: str = "",
 ) -> dict[str, Any]:
-    """Runs the network suites; writes networks.json, networks.md and networks.png into ``out`` after each
+    """Runs the suites' networks whose name holds ``only``; writes networks.json, networks.md and networks.png into ``out`` after each
     network.
     """
     console = Console(stderr=True)
@@ -264,6 +242,8 @@ def run(
     }
     warnings.simplefilter("ignore")
     for case in cases(checkpoints, suite):
+        if only not in case.name:
+            continue
         rows = run_case(case, threads, seconds, inductor, authors, lambda text: console.print(text))
         if memory:
             for row in rows:

@@ -114,6 +114,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels: addresses and sizes in, a status out (0 is success).";
   m.def("abi_version", &dsp_abi_version);
   m.def("cpu_isa", &dsp_cpu_isa);
+  m.def("fma_rounds", &dsp_fma_rounds, py::call_guard<py::gil_scoped_release>(), py::arg("rounds"));
   m.def("last_error", &dsp_last_error);
   m.def("build_info", &build_info);
 

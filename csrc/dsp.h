@@ -52,6 +52,9 @@ DSP_API int32_t dsp_abi_version(void);
 DSP_API const char* dsp_last_error(void);
 /* "avx512", "avx2", "neon" or "generic": what the kernels run as on this machine. */
 DSP_API const char* dsp_cpu_isa(void);
+/* Multiply-adds on registers alone, for a caller with a clock: the most that one core can do. Returns how
+ * many FLOPs they were. */
+DSP_API int64_t dsp_fma_rounds(int64_t rounds);
 
 /* Permuted grouped convolution, float32, NCHW contiguous:
  *   out[n, f] = act(bias[f] + residual[n, f] + sum over the channels c of f's group of x[n, c] * w[f, c])

@@ -93,6 +93,9 @@ using LinearFn = void (*)(float* out, const float* x, const float* w, const floa
 // The sum of count values, in a fixed order.
 using SumFn = float (*)(const float* x, int64_t count);
 
+// Multiply-adds on registers alone, as many as a core can start; returns how many FLOPs they were.
+using PeakFn = int64_t (*)(int64_t rounds, float* sink);
+
 struct KernelTable {
   const char* name;
   int lanes;
@@ -113,6 +116,7 @@ struct KernelTable {
   AffineFn affine;
   LinearFn linear;
   SumFn sum;
+  PeakFn peak;
 };
 
 const KernelTable& kernels();

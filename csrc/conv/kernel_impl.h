@@ -412,6 +412,29 @@ inline void linear(float* out, const float* x, const float* w, const float* bias
     dot_rows<1>(out + o, x, w + o * inputs, bias == nullptr ? nullptr : bias + o, inputs, activation);
 }
 
+inline int64_t peak(int64_t rounds, float* sink) {
+  constexpr int kChains = 12;  // more than latency times units, and they fit 16 registers
+  Vec sums[kChains];
+  DSP_UNROLL
+  for (int i = 0; i < kChains; ++i) sums[i] = set1(static_cast<float>(i));
+  Vec a = set1(0.5f), b = set1(1.0f);
+  for (int64_t round = 0; round < rounds; ++round) {
+    DSP_KEEP(a);
+    DSP_KEEP(b);
+    DSP_UNROLL
+    for (int i = 0; i < kChains; ++i) {
+      sums[i] = fma(sums[i], a, b);
+      DSP_KEEP(sums[i]);
+    }
+  }
+  DSP_UNROLL
+  for (int i = 1; i < kChains; ++i) sums[0] = add(sums[0], sums[i]);
+  float lanes[kLanes];
+  store(lanes, sums[0]);
+  *sink = lanes[0];
+  return rounds * kChains * kLanes * 2;
+}
+
 template <int MF, int NR, int NR_LOG>
 void add_rows(KernelTable* table) {
   auto& entry = table->block[MF - 1][NR_LOG];
@@ -466,6 +489,7 @@ inline KernelTable make_table(const char* name) {
   table.affine = &affine;
   table.linear = &linear;
   table.sum = &sum;
+  table.peak = &peak;
   return table;
 }
 

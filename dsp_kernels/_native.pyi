@@ -94,6 +94,42 @@ def program_run(
 def program_destroy(program: int) -> None: ...
 def program_output(program: int) -> tuple[int, int, int]: ...
 def program_memory(program: int) -> dict[str, int]: ...
+def batch_norm_forward(
+    x: int,
+    numel: int,
+    batch: int,
+    channels: int,
+    pixels: int,
+    weight: int,
+    bias: int,
+    residual: int,
+    eps: float,
+    activation: int,
+    mean: int,
+    variance: int,
+    out: int,
+    threads: int,
+) -> int: ...
+def batch_norm_backward(
+    grad: int,
+    x: int,
+    y: int,
+    numel: int,
+    batch: int,
+    channels: int,
+    pixels: int,
+    weight: int,
+    bias: int,
+    mean: int,
+    variance: int,
+    eps: float,
+    activation: int,
+    grad_x: int,
+    grad_residual: int,
+    grad_weight: int,
+    grad_bias: int,
+    threads: int,
+) -> int: ...
 def lasso(
     operation: int,
     element: int,

@@ -65,6 +65,12 @@ DSP_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 // max(a, b) and min(a, b) give b when either is NaN: pass the data as b and NaN goes through.
 DSP_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+// v in the first n lanes, 0 in the others.
+DSP_INLINE Vec keep_lanes(Vec v, int n) { return _mm512_maskz_mov_ps(first_lanes(n), v); }
+// v where `sign` is above 0, else 0.
+DSP_INLINE Vec where_positive(Vec sign, Vec v) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(sign, zero(), _CMP_GT_OQ), v);
+}
 // The even elements of two neighbouring vectors.
 DSP_INLINE Vec even(Vec a, Vec b) {
   const __m512i index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -99,6 +105,10 @@ DSP_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 DSP_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 DSP_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+DSP_INLINE Vec keep_lanes(Vec v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(n))); }
+DSP_INLINE Vec where_positive(Vec sign, Vec v) {
+  return _mm256_and_ps(v, _mm256_cmp_ps(sign, zero(), _CMP_GT_OQ));
+}
 DSP_INLINE Vec even(Vec a, Vec b) {
   const Vec mixed = _mm256_shuffle_ps(a, b, 0x88);
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
@@ -149,6 +159,11 @@ DSP_INLINE Vec add(Vec a, Vec b) { return a + b; }
 DSP_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 DSP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 DSP_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+DSP_INLINE Vec keep_lanes(Vec v, int n) {
+  for (int i = n; i < kLanes; ++i) v[i] = 0;
+  return v;
+}
+DSP_INLINE Vec where_positive(Vec sign, Vec v) { return sign > zero() ? v : zero(); }
 DSP_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 DSP_INLINE Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
 

@@ -469,9 +469,9 @@ def forward_tiles(
 ) -> Tiles:
     """The tables of the forward convolution.
 
-    ``kernel``, ``padding``, ``dilation``: (vertical, horizontal), in pixels. ``block_n``, ``block_k``: a tile's
-    filters and K, powers of two from 16. ``align``: where chunks may start, in channels; it divides the
-    distance between pixels in memory. Raises ValueError for values that the kernels do not take.
+    ``kernel``, ``padding``, ``dilation``: (vertical, horizontal), pixels. ``block_n``, ``block_k``: extent of
+    a tile in filters and in K, powers of two from 16. ``align``: where chunks may start, in channels; it
+    divides the distance between pixels in memory. Raises ValueError for values that the kernels do not take.
     """
     kh, kw = kernel
     _check(kernel, dilation, align, (block_n, block_k), layout.pairs * kh * kw)

@@ -1,0 +1,739 @@
+"""Launches the Triton kernels: float16, bfloat16 and float32, NHWC, on a CUDA device (or, under Triton's
+interpreter, on the CPU).
+
+Channels that are neighbours in memory are read where they are, whatever the distance between pixels; any
+other tensor (NCHW, expanded) is first copied to channels_last, which is the only copy of an activation that
+is ever made. Outputs are allocated here, in the memory format of ``x`` (``grad``).
+
+float32 is multiplied as float32, or, where ``torch.backends.cuda.matmul`` allows it, as TF32.
+
+Tables (:mod:`dsp_kernels.conv.tiles`) are made once for each layout, geometry and launch and kept, least
+recently used first out. A plan on a GPU is read once, at first use, which waits for the device; nothing waits
+afterwards, so that calls can be captured in a CUDA graph once they have run outside of it.
+
+The weight is laid out in tiles by a small kernel: at each call for a weight that requires gradients, once for
+each version of one that does not. What writes to a weight past its version counter (``weight.data``) is not
+seen then.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..layout import GroupLayout
+from ..plan import INT32_MAX, decode
+from . import tiles
+from .shapes import Pair, empty_output, output_size
+
+__all__ = ["Launch", "choose_launch", "forget", "forward", "grad_input", "grad_weight", "launching"]
+
+_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TABLE = Path(__file__).with_name("launch_table.json")
+# Fewer pixels than this are "small" in the launch table.
+_SMALL = 16384
+_MOST_SLICES = 64
+_WORKSPACE = 2**26  # elements of float32 that slices of the weight's gradient may take
+_BLOCK = 1024
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A configuration: tile sizes (pixels, filters, K; powers of two from 16), warps a program, stages of the
+    copy pipeline, and into how many shares the sum is split (0: by the number of multiprocessors).
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    warps: int
+    stages: int
+    split: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+_forced: ContextVar[Launch | None] = ContextVar("dsp_kernels_launch", default=None)
+
+
+@contextmanager
+def launching(launch: Launch | None) -> Iterator[None]:
+    """All calls inside use ``launch`` in place of the table's choice. For tuning and tests."""
+    token = _forced.set(launch)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+# ---- caches ----
+
+
+class _Kept:
+    """Values by key, the least recently used dropped first. Threads may make a value twice; one is kept."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Any:
+        with self._lock:
+            value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
+            return value
+
+    def put(self, key: Hashable, value: T) -> T:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self._limit:
+                self._values.popitem(last=False)
+        return value
+
+    def drop(self, dead: Callable[[Any], bool]) -> None:
+        with self._lock:
+            for key in [key for key, value in self._values.items() if dead(value)]:
+                del self._values[key]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+_layouts = _Kept(1024)
+_launches = _Kept(4096)
+_tables = _Kept(1024)
+_weights = _Kept(1024)
+
+
+def forget() -> None:
+    """Drops all tables and weights that are kept."""
+    for kept in (_layouts, _launches, _tables, _weights):
+        kept.clear()
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...] | None:
+    """What tells a tensor's content from any other's while its storage lives; None for one without version.
+
+    The storage's own address stays taken for as long as a :class:`StorageWeakRef` to it is kept beside.
+    """
+    if tensor.is_inference():
+        return None
+    storage = tensor.untyped_storage()
+    return (storage._cdata, tensor.storage_offset(), tensor.numel(), tensor.stride(0), tensor._version)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_capture(device: torch.device, what: str) -> None:
+    if _capturing(device):
+        raise RuntimeError(
+            f"the triton convolution meets {what} for the first time inside a CUDA graph's capture: call it "
+            "once with the same shapes before capturing"
+        )
+
+
+def _layout(plan: Tensor) -> GroupLayout:
+    """The layout of a plan; waits for the device once if the plan is on one."""
+    key = _identity(plan)
+    if key is None:
+        if plan.device.type == "cpu":
+            return decode(plan)
+        key = (plan.untyped_storage()._cdata, plan.storage_offset(), plan.numel(), plan.stride(0), -1)
+    found = _layouts.get(key)
+    if found is None or found[0].expired():
+        _refuse_capture(plan.device, "a plan")
+        _layouts.drop(lambda value: value[0].expired())
+        found = _layouts.put(key, (StorageWeakRef(plan.untyped_storage()), decode(plan)))
+    return found[1]
+
+
+# ---- configurations ----
+
+
+@cache
+def _launch_table() -> dict[str, dict[str, Launch]]:
+    """The shipped table: architecture ("sm_90", "default") -> key -> configuration."""
+    read = json.loads(_TABLE.read_text(encoding="utf-8"))
+    if read.pop("format", None) != 1:
+        raise RuntimeError(f"{_TABLE.name} is of another format")
+    return {arch: {key: Launch(**value) for key, value in rows.items()} for arch, rows in read.items()}
+
+
+@cache
+def _device(index: int) -> tuple[str, int]:
+    """Architecture and number of multiprocessors of a CUDA device."""
+    properties = torch.cuda.get_device_properties(index)
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def _machine(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":
+        return "interpreter", 1
+    return _device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _precision(x: Tensor) -> str:
+    """The launch table's word for how ``x`` is multiplied: "half", "tf32" or "ieee"."""
+    if x.dtype != torch.float32:
+        return "half"
+    allowed = x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def exact_key(op: str, precision: str, layout: GroupLayout, kernel: Pair, pixels: int) -> str:
+    """The launch table's key for one shape. ``op``: "conv", "grad_input" or "grad_weight"."""
+    sizes = f"{layout.in_channels}x{layout.out_channels}x{len(layout.groups)}x{layout.pairs}"
+    return f"{op}/{precision}/{kernel[0]}x{kernel[1]}/{sizes}/m{pixels}"
+
+
+def _best_width(problems: Sequence[tuple[int, int]], widths: Sequence[int]) -> int:
+    """The width of tile that wastes least: ``problems`` are (K, N) of each group. A tile of n filters reads
+    its pixels again, so that narrow ones count as (n + 16) / n of their work.
+    """
+
+    def cost(width: int) -> float:
+        return sum(k * -(-n // width) * (width + 16) for k, n in problems)
+
+    return min(widths, key=lambda width: (cost(width), width))
+
+
+def choose_launch(
+    op: str, precision: str, layout: GroupLayout, kernel: Pair, pixels: int, arch: str
+) -> Launch:
+    """The table's configuration for a call: exact shape, bucket of this architecture, bucket of any.
+
+    ``op``: "conv", "grad_input" or "grad_weight"; ``precision``: "half", "tf32" or "ieee"; ``pixels``:
+    positions of a phase, batch included; ``arch``: "sm_90" and the like.
+    """
+    table = _launch_table()
+    rows = (table.get(arch, {}), table["default"])
+    exact = rows[0].get(exact_key(op, precision, layout, kernel, pixels))
+    if exact is not None:
+        return exact
+    if op == "grad_weight":
+        key = f"grad_weight/{precision}"
+    else:
+        if op == "conv":
+            problems = [(len(channels), len(filters)) for channels, filters in layout.groups]
+        else:
+            problems = [(len(filters), len(channels)) for filters, channels in tiles.atoms(layout)]
+        size = "small" if pixels < _SMALL else "large"
+        prefix = f"conv/{precision}/n"
+        widths = sorted({int(key.split("/")[2][1:]) for row in rows for key in row if key.startswith(prefix)})
+        key = f"{prefix}{_best_width(problems, widths)}/{size}"
+    return rows[0].get(key) or rows[1][key]
+
+
+def _launch(op: str, x: Tensor, layout: GroupLayout, kernel: Pair, pixels: int) -> tuple[Launch, str, int]:
+    """Configuration, precision, multiprocessors."""
+    arch, processors = _machine(x.device)
+    precision = _precision(x)
+    forced = _forced.get()
+    if forced is not None:
+        return forced, precision, processors
+    key = (op, precision, layout, tuple(kernel), pixels, arch)
+    found = _launches.get(key)
+    if found is None:
+        found = _launches.put(key, choose_launch(op, precision, layout, kernel, pixels, arch))
+    return found, precision, processors
+
+
+# ---- tables and weights on the device ----
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """Tables, and the tensors of them that the kernels read, on the device."""
+
+    tables: Any
+    tensors: dict[str, Tensor]
+
+
+def _on_device(key: tuple[Hashable, ...], device: torch.device, make: Callable[[], Any]) -> _OnDevice:
+    key = (*key, device)
+    found = _tables.get(key)
+    if found is None:
+        _refuse_capture(device, "a layout or geometry")
+        tables = make()
+        # From memory that is not pinned: the copies are done when this returns, for every stream.
+        tensors = {
+            name: value.to(device) for name, value in vars(tables).items() if isinstance(value, Tensor)
+        }
+        found = _tables.put(key, _OnDevice(tables, tensors))
+    return found
+
+
+@dataclass
+class _Prepared:
+    storage: StorageWeakRef
+    version: int
+    index: Tensor
+    tiles: Tensor
+    stream: int
+    event: Any
+
+
+def _lay_out(kernels: ModuleType, weight: Tensor, index: Tensor) -> Tensor:
+    out = torch.empty(max(index.numel(), 1), dtype=weight.dtype, device=weight.device)
+    if index.numel():
+        grid = (-(-index.numel() // _BLOCK),)
+        kernels.prepare_weight_kernel[grid](weight, index, out, index.numel(), BLOCK=_BLOCK)
+    return out
+
+
+def _weight_tiles(kernels: ModuleType, weight: Tensor, index: Tensor) -> Tensor:
+    """The weight in tiles; see the module's text for when it is kept."""
+    weight = weight.contiguous()
+    identity = None if weight.requires_grad else _identity(weight)
+    if identity is None:
+        return _lay_out(kernels, weight, index)
+    *where, version = identity
+    key = (*where, weight.dtype, id(index))
+    device = weight.device
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    handle = 0 if stream is None else stream.cuda_stream
+    found = _weights.get(key)
+    if (
+        found is not None
+        and found.index is index
+        and found.version == version
+        and not found.storage.expired()
+    ):
+        if stream is not None and found.stream != handle and not _capturing(device):
+            # A capture is preceded by a synchronisation, and may not wait for what lies outside of it.
+            stream.wait_event(found.event)
+            found.tiles.record_stream(stream)
+        return found.tiles
+    out = _lay_out(kernels, weight, index)
+    if _capturing(device):
+        return out  # filled when the graph runs, not now
+    _weights.drop(lambda value: value.storage.expired())
+    event = None if stream is None else stream.record_event()
+    _weights.put(key, _Prepared(StorageWeakRef(weight.untyped_storage()), version, index, out, handle, event))
+    return out
+
+
+# ---- arguments ----
+
+
+def _power_of_two(*values: int, limit: int) -> int:
+    """The largest power of two up to ``limit`` that divides all values."""
+    return math.gcd(limit, *values)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Strides with 0 for sizes of one, whose strides mean nothing."""
+    n, c, h, w = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+    return n, c, h, w
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """``x`` with channels that are neighbours in memory: itself, or a channels_last copy."""
+    if x.shape[1] == 1 or x.stride(1) == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _alignment(x: Tensor) -> int:
+    """The vector of channels, up to 16 bytes, to which every pixel of ``x`` is aligned."""
+    n, _, h, w = _strides(x)
+    channels = x.shape[1] if x.shape[1] > tiles.CHUNK else 0
+    limit = 16 // x.element_size()
+    return _power_of_two(n, h, w, channels, x.data_ptr() // x.element_size(), limit=limit)
+
+
+def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be {like.dtype} on {like.device} for this call of the triton backend, "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def _check(
+    x: Tensor, layout: GroupLayout, kernel: Pair, channels: int, filters: int, weight_numel: int
+) -> None:
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"the triton backend takes {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+    if channels != layout.in_channels:
+        raise ValueError(f"x has {channels} channels, the layout has in_channels={layout.in_channels}")
+    if filters != layout.out_channels:
+        raise ValueError(
+            f"the output has {filters} channels, the layout has out_channels={layout.out_channels}"
+        )
+    expected = layout.pairs * kernel[0] * kernel[1]
+    if weight_numel != expected:
+        raise ValueError(
+            f"weight must have {expected} elements ({layout.pairs} pairs, kernel {kernel[0]}x{kernel[1]}), "
+            f"got {weight_numel}"
+        )
+
+
+def _check_reach(x: Tensor, reach: tuple[int, int]) -> None:
+    """Distances between the taps of one pixel must fit 32 bits; whole tensors need not."""
+    _, _, h, w = _strides(x)
+    span = reach[0] * h + reach[1] * w + x.shape[1]
+    if span > INT32_MAX:
+        raise ValueError(
+            f"the taps of one pixel span {span} elements; the triton backend takes at most {INT32_MAX}"
+        )
+
+
+def _check_grid(programs: int) -> int:
+    if programs > INT32_MAX:
+        raise ValueError(f"a launch of {programs} programs is too large; the device takes {INT32_MAX}")
+    return programs
+
+
+def _kernels() -> ModuleType:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    kernel: Pair,
+    in_step: Pair,
+    out_step: Pair,
+    activation: int,
+    op: str,
+    layout: GroupLayout,
+    make: Callable[[int, int, int], tiles.Tiles],
+    geometry: tuple[Hashable, ...],
+) -> None:
+    """The matrix product of forward and gradient for the input, into ``out``."""
+    x = _neighbours(x)
+    batch, _, height, width = out.shape
+    pixels = batch * -(-height // out_step[0]) * -(-width // out_step[1])
+    launch, precision, processors = _launch(op, x, layout, kernel, pixels)
+    align = _alignment(x)
+    block_m, block_n, block_k = launch.BLOCK_M, launch.BLOCK_N, launch.BLOCK_K
+    key = (op, layout, geometry, block_n, block_k, align)
+    found = _on_device(key, x.device, lambda: make(block_n, block_k, align))
+    tables, on_device = found.tables, found.tensors
+    _check_reach(x, tables.reach)
+    m_tiles = -(-pixels // block_m)
+    programs = tables.n_items * m_tiles
+    split = launch.split
+    if split == 0:
+        split = 1 << max(min(processors // programs, 8, tables.most_steps // 4), 1).bit_length() - 1
+    split = max(1, min(split, tables.most_steps))
+    kernels = _kernels()
+    wide = pixels + block_m > INT32_MAX
+    upcast = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    y, r = _strides(out), (0, 0, 0, 0)
+    out_align = tables.output_align if out.stride(1) == 1 else 0
+    residual_align = 0
+    if residual is not None:
+        r = _strides(residual)
+        if residual.stride(1) == 1:
+            address = residual.data_ptr() // residual.element_size()
+            residual_align = _power_of_two(r[0], r[2], r[3], address, limit=max(out_align, 1))
+    with _on(x.device):
+        tiled = _weight_tiles(kernels, weight, on_device["weight_index"])
+        sums = None
+        if split > 1:
+            sums = torch.empty(split * programs * block_m * block_n, dtype=torch.float32, device=x.device)
+        finish = {
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "OUT_ALIGN": out_align,
+            "RESIDUAL_ALIGN": residual_align,
+            "WIDE": wide,
+            "UPCAST": upcast,
+        }
+        x_n, _, x_h, x_w = _strides(x)
+        to = (*out.shape[2:], y[0], y[2], y[3], y[1], r[0], r[2], r[3], r[1], *out_step)
+        kernels.conv_kernel[(_check_grid(split * programs),)](
+            x,
+            tiled,
+            bias,
+            residual,
+            out,
+            sums,
+            on_device["items"],
+            on_device["entries"],
+            on_device["valid"],
+            on_device["outputs"],
+            tables.n_items,
+            m_tiles,
+            batch,
+            *x.shape[2:],
+            x.shape[1],
+            x_n,
+            x_h,
+            x_w,
+            *to,
+            *in_step,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            SPLIT=split,
+            ALIGN=align,
+            TAIL=x.shape[1] < tiles.CHUNK,
+            POINTWISE=tables.pointwise,
+            PARTIAL=tables.partial,
+            PRECISION="tf32" if precision == "tf32" else "ieee",
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            **finish,
+        )
+        if sums is not None:
+            kernels.conv_reduce_kernel[(programs,)](
+                sums,
+                bias,
+                residual,
+                out,
+                on_device["items"],
+                on_device["outputs"],
+                tables.n_items,
+                m_tiles,
+                batch,
+                *to,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                SPLIT=split,
+                num_warps=launch.warps,
+                **finish,
+            )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    plan: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str,
+) -> Tensor:
+    """See :func:`dsp_kernels.conv.reference.forward`; ``plan`` may be on the CPU or on the device of ``x``.
+
+    One launch for all groups and for the filters that read nothing; with a split sum a second one. Raises
+    ValueError for sizes that do not agree with the plan or that the kernels do not take, and RuntimeError
+    where a CUDA graph's capture comes before the first call.
+    """
+    layout = _layout(plan)
+    _check(x, layout, kernel, x.shape[1], out_channels, weight.numel())
+    _check_tensor("weight", weight, x)
+    shape = (x.shape[0], out_channels, *output_size(x.shape, kernel, stride, padding, dilation))
+    if bias is not None:
+        _check_tensor("bias", bias, x)
+        bias = bias.contiguous()
+        if bias.shape != (out_channels,):
+            raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
+    if residual is not None:
+        _check_tensor("residual", residual, x)
+        if residual.shape != shape:
+            raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
+    out = empty_output(x, shape)
+    if out.numel() == 0:
+        return out
+    kernel, padding, dilation = tuple(kernel), tuple(padding), tuple(dilation)
+    _product(
+        x,
+        weight,
+        bias,
+        residual,
+        out,
+        kernel,
+        stride,
+        (1, 1),
+        _ACTIVATIONS[activation],
+        "conv",
+        layout,
+        lambda n, k, align: tiles.forward_tiles(
+            layout, kernel, padding, dilation, block_n=n, block_k=k, align=align
+        ),
+        (kernel, padding, dilation),
+    )
+    return out
+
+
+def grad_input(
+    grad: Tensor,
+    weight: Tensor,
+    plan: Tensor,
+    input_size: Sequence[int],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Tensor:
+    """See :func:`dsp_kernels.conv.reference.grad_input`. The forward's kernel over atoms of channels; a
+    stride is cut into phases. Raises ValueError and RuntimeError as :func:`forward` does.
+    """
+    layout = _layout(plan)
+    _check(grad, layout, kernel, input_size[1], grad.shape[1], weight.numel())
+    _check_tensor("weight", weight, grad)
+    out = empty_output(grad, tuple(input_size))
+    if out.numel() == 0 or grad.numel() == 0:
+        return out.zero_()
+    kernel, stride = tuple(kernel), tuple(stride)
+    padding, dilation = tuple(padding), tuple(dilation)
+    _product(
+        grad,
+        weight,
+        None,
+        None,
+        out,
+        kernel,
+        (1, 1),
+        stride,
+        0,
+        "grad_input",
+        layout,
+        lambda n, k, align: tiles.grad_input_tiles(
+            layout, kernel, stride, padding, dilation, block_n=n, block_k=k, align=align
+        ),
+        (kernel, stride, padding, dilation),
+    )
+    return out
+
+
+def grad_weight(
+    grad: Tensor,
+    x: Tensor,
+    plan: Tensor,
+    weight_numel: int,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Tensor:
+    """See :func:`dsp_kernels.conv.reference.grad_weight`. Pixels are cut into slices with sums of their own,
+    which a second kernel adds in order. Raises ValueError and RuntimeError as :func:`forward` does.
+    """
+    layout = _layout(plan)
+    _check(x, layout, kernel, x.shape[1], grad.shape[1], weight_numel)
+    _check_tensor("grad", grad, x)
+    out = x.new_empty(weight_numel)
+    if weight_numel == 0:
+        return out
+    if grad.numel() == 0 or x.numel() == 0:
+        return out.zero_()
+    x, grad = _neighbours(x), _neighbours(grad)
+    batch, _, out_h, out_w = grad.shape
+    pixels = batch * out_h * out_w
+    launch, precision, processors = _launch("grad_weight", x, layout, kernel, pixels)
+    align, grad_align = _alignment(x), _alignment(grad)
+    kernel, padding, dilation = tuple(kernel), tuple(padding), tuple(dilation)
+    key = (
+        *("grad_weight", layout, kernel, padding, dilation),
+        *(launch.BLOCK_N, launch.BLOCK_K, align, grad_align),
+    )
+    found = _on_device(
+        key,
+        x.device,
+        lambda: tiles.grad_weight_tiles(
+            layout,
+            kernel,
+            padding,
+            dilation,
+            block_n=launch.BLOCK_N,
+            block_k=launch.BLOCK_K,
+            align=align,
+            filter_align=grad_align,
+        ),
+    )
+    tables, on_device = found.tables, found.tensors
+    _check_reach(x, tables.reach)
+    blocks = -(-pixels // launch.BLOCK_M)
+    size = tables.n_items * launch.BLOCK_K * launch.BLOCK_N
+    slices = launch.split or max(1, min(2 * processors // tables.n_items, _MOST_SLICES, _WORKSPACE // size))
+    per_slice = -(-blocks // min(slices, blocks))
+    slices = -(-blocks // per_slice)
+    kernels = _kernels()
+    upcast = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    x_n, _, x_h, x_w = _strides(x)
+    g_n, _, g_h, g_w = _strides(grad)
+    with _on(x.device):
+        sums = torch.empty(slices * size, dtype=torch.float32, device=x.device)
+        kernels.grad_weight_kernel[(_check_grid(slices * tables.n_items),)](
+            x,
+            grad,
+            sums,
+            on_device["items"],
+            on_device["entries"],
+            on_device["filters"],
+            tables.n_items,
+            per_slice,
+            batch,
+            *x.shape[2:],
+            x.shape[1],
+            x_n,
+            x_h,
+            x_w,
+            out_h,
+            out_w,
+            grad.shape[1],
+            g_n,
+            g_h,
+            g_w,
+            *stride,
+            *padding,
+            BLOCK_M=launch.BLOCK_M,
+            BLOCK_N=launch.BLOCK_N,
+            BLOCK_K=launch.BLOCK_K,
+            ALIGN=align,
+            TAIL=x.shape[1] < tiles.CHUNK,
+            GRAD_ALIGN=grad_align,
+            GRAD_TAIL=grad.shape[1] < tiles.CHUNK,
+            POINTWISE=tables.pointwise,
+            PRECISION="tf32" if precision == "tf32" else "ieee",
+            WIDE=pixels + launch.BLOCK_M * per_slice > INT32_MAX,
+            UPCAST=upcast,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
+        kernels.grad_weight_reduce_kernel[(-(-weight_numel // _BLOCK),)](
+            sums,
+            on_device["position"],
+            out,
+            weight_numel,
+            slices,
+            size,
+            BLOCK=_BLOCK,
+            ROUND=upcast,
+        )
+    return out

@@ -23,10 +23,13 @@ NAMES = ("reference", "native", "triton")
 
 _ABI_VERSION = 1
 _RULE = ("native", "triton", "reference")
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_CAPABILITY = (8, 0)
 _BUILD_INFO = Path(__file__).with_name("_build_info.json")
 _log = logging.getLogger("dsp_kernels")
 _logged: set[tuple[str, str]] = set()
 _native: tuple[ModuleType | None, str | None] | None = None
+_triton: tuple[str | None] | None = None
 _chosen: dict[tuple[str | None, str | None, str, torch.dtype], str] = {}
 
 
@@ -70,13 +73,38 @@ def native_module() -> ModuleType:
     return module
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels instead of compiling them (TRITON_INTERPRET=1), on any device."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_reason() -> str | None:
+    """Why Triton cannot be imported, or None. Looked for only where its kernels have a device to run on."""
+    global _triton
+    if _triton is None:
+        try:
+            import triton  # noqa: F401
+        except ModuleNotFoundError as error:
+            missing = error.name is not None and error.name.split(".")[0] == "triton"
+            _triton = ("triton is not installed" if missing else f"triton cannot be loaded: {error}",)
+        except ImportError as error:
+            _triton = (f"triton cannot be loaded: {error}",)
+        else:
+            _triton = (None,)
+    return _triton[0]
+
+
 def _available(name: str) -> str | None:
     if name == "native":
         return _load_native()[1]
     if name == "triton":
-        if not torch.cuda.is_available():
-            return "no CUDA device"
-        return "no Triton kernels in this version"
+        if not interpreted():
+            if not torch.cuda.is_available():
+                return "no CUDA device"
+            found = torch.cuda.get_device_capability()
+            if found < _TRITON_CAPABILITY:
+                return f"needs compute capability 8.0, the device has {found[0]}.{found[1]}"
+        return _triton_reason()
     return None
 
 
@@ -95,8 +123,11 @@ def can_run(name: str, device_type: str, dtype: torch.dtype) -> str | None:
             return f"runs on cpu, not on {device_type}"
         if dtype != torch.float32:
             return f"takes torch.float32, not {dtype}"
-    if name == "triton" and device_type != "cuda":
-        return f"runs on cuda, not on {device_type}"
+    if name == "triton":
+        if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
+            return f"runs on cuda, not on {device_type}"
+        if dtype not in _TRITON_DTYPES:
+            return f"takes {', '.join(map(str, _TRITON_DTYPES))}, not {dtype}"
     return None
 
 
@@ -111,6 +142,8 @@ def _by_rule(device_type: str, dtype: torch.dtype, tried: str | None) -> str:
         if name == tried:
             continue
         reason = can_run(name, device_type, dtype)
+        if reason is None and name == "triton" and interpreted():
+            reason = "interpreted kernels run only where they are asked for"
         if reason is None:
             return name
         _log_once(name, reason, logging.INFO)
@@ -169,7 +202,7 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def forget() -> None:
     """Forgets what was found, chosen and logged, so that all is looked up again. For tests."""
-    global _native
-    _native = None
+    global _native, _triton
+    _native = _triton = None
     _chosen.clear()
     _logged.clear()

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .._library import NAMESPACE, define, library
 from ..backends import choose
 from ..layout import GroupLayout
-from . import native, reference
+from . import native, reference, triton
 from .shapes import Pair, empty_output, output_size
 
 __all__ = ["conv2d_from_plan", "permuted_grouped_conv2d"]
@@ -30,7 +30,7 @@ GRAD_WEIGHT = "permuted_grouped_conv2d_grad_weight"
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ACTIVATIONS = {None: "none", "none": "none", "relu": "relu", "relu6": "relu6"}
-_ROOMS = {"reference": reference, "native": native}
+_ROOMS = {"reference": reference, "native": native, "triton": triton}
 
 define(
     f"{FORWARD}(Tensor x, Tensor weight, Tensor plan, Tensor? bias, Tensor? residual, SymInt out_channels, "

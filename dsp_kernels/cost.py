@@ -14,8 +14,8 @@ Williams et al., "Roofline", CACM 2009). Three forms are weighed:
 ``merged``   the same kernel with one group: all live filters over all channels that somebody reads
 ``torch``    torch's dense convolution, and residual and activation in passes of their own
 
-The *floor* is what the structure needs on that device whoever computes it: true multiply-adds and true bytes,
-no padding, no launch. No figure here is a measurement.
+The *floor* is what the structure needs on that device whoever computes it: true multiply-adds, the bytes of
+the memory sectors that hold what is read, no padding, no launch. No figure here is a measurement.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .conv.shapes import output_size
+from .conv.tiles import CHUNK, aligned_runs, cover
 from .layout import GroupLayout
 
 __all__ = [
@@ -57,10 +58,10 @@ FORMS = ("grouped", "merged", "torch")
 
 _DATA = Path(__file__).with_name("devices.json")
 _SHIPPED = Path(__file__).with_name("forms.json")
-CHUNK = 8  # channels of one 16-byte copy in half precision; the grain of a group's channel runs
 SECTOR = 32  # bytes of DRAM that come together
 PIXELS = 128  # of a tile of the kernels
-MIN_TILE = 16  # filters of the narrowest tile
+BLOCK_K = 32
+TILES = (16, 32, 64, 128)  # widths of a tile of filters
 
 
 # ---- devices ----
@@ -258,47 +259,48 @@ def merged_layout(layout: GroupLayout) -> GroupLayout:
 
 @dataclass(frozen=True)
 class Padding:
-    """The extents that a kernel works on: per group with filters (channels, filters, K padded, N padded) for
-    one tap, and the aligned runs of channels of all groups.
+    """The extents that a kernel works on: per group with filters (K = channels x taps, filters, K padded,
+    filters padded to tiles of ``block_n``), and the stretches of whole chunks that all groups read.
     """
 
     groups: tuple[tuple[int, int, int, int], ...]
     runs: int
+    block_n: int
 
     @property
-    def pairs(self) -> int:
+    def macs(self) -> int:
+        """Multiply-adds of an output pixel with the padding."""
         return sum(k * n for _, _, k, n in self.groups)
 
     @property
     def waste(self) -> float:
         """The fraction of the padded products that nobody asked for."""
-        true = sum(c * f for c, f, _, _ in self.groups)
-        return 1 - true / self.pairs if self.pairs else 0.0
+        true = sum(k * n for k, n, _, _ in self.groups)
+        return 1 - true / self.macs if self.macs else 0.0
 
 
-def _tile(filters: int) -> int:
-    """The extent in filters that a group works on: tiles are powers of two from 16 to 128 wide."""
-    if filters >= 128:
-        return 64 * math.ceil(filters / 64)
-    best = MIN_TILE * math.ceil(filters / MIN_TILE)
-    for width in (16, 32, 64):
-        whole = width * math.ceil(filters / width)
-        if whole <= best and whole // width <= 2:
-            return whole
-    return 64 * math.ceil(filters / 64) if filters > 32 else 32
-
-
-def padding(layout: GroupLayout, *, chunk: int = CHUNK, step: int = 16) -> Padding:
-    """The extents of a layout: ``chunk`` channels are copied together, K advances in steps of ``step``."""
-    groups, runs = [], 0
+@lru_cache(maxsize=4096)
+def padding(layout: GroupLayout, taps: int = 1, *, block_k: int = BLOCK_K) -> Padding:
+    """The extents of a layout as :mod:`dsp_kernels.conv.tiles` cuts it: chunks of 8 channels at each tap
+    packed into steps of ``block_k``, full chunks apart from those with holes; tiles of filters of the one
+    width that pads least.
+    """
+    align = next(a for a in (8, 4, 2, 1) if layout.in_channels % a == 0)
+    groups, stretches = [], 0
     for channels, filters in layout.groups:
         if not filters:
             continue
-        chunks = sorted({c // chunk for c in channels})
-        runs += sum(i == 0 or chunks[i - 1] + 1 != c for i, c in enumerate(chunks))
-        k = step * math.ceil(chunk * len(chunks) / step)
-        groups.append((len(channels), len(filters), k, _tile(len(filters))))
-    return Padding(tuple(groups), runs)
+        chunks = cover(sorted(channels), layout.in_channels, align)
+        full = sum(all(valid) for _, valid in chunks)
+        steps = sum(math.ceil(CHUNK * n * taps / block_k) for n in (full, len(chunks) - full))
+        stretches += len(aligned_runs(channels, layout.in_channels, align))
+        groups.append((len(channels) * taps, len(filters), steps * block_k))
+
+    def padded(width: int) -> int:
+        return sum(k * width * math.ceil(n / width) for _, n, k in groups)
+
+    width = min(TILES, key=lambda w: (padded(w), -w))
+    return Padding(tuple((c, n, k, width * math.ceil(n / width)) for c, n, k in groups), stretches, width)
 
 
 # ---- estimates ----
@@ -329,28 +331,24 @@ class Estimate:
 
 
 def _sectors(channels: Sequence[int], total: int, size: int) -> int:
-    """Bytes of one pixel that come from DRAM when these channels of it are read."""
+    """Bytes of one pixel, in NHWC, that come from memory when these channels of it are read."""
     if (total * size) % SECTOR:
         return total * size  # pixels share sectors: nothing can be left out
     return SECTOR * len({c * size // SECTOR for c in channels})
 
 
-def moved(conv: Conv, size: int, *, exact: bool, whole: bool = False) -> float:
-    """Bytes of a convolution, ``size`` an element: input pixels that are read, output, residual, weights.
+def moved(conv: Conv, size: int, *, whole: bool = False) -> float:
+    """Bytes of a convolution, ``size`` an element: input, output, residual and weights, each once.
 
-    ``exact``: of the channels that somebody reads alone; otherwise the sectors they lie in. ``whole``: all
-    channels, as a dense convolution reads them.
+    Of the input, the pixels that some output pixel reads and the sectors that hold a channel that somebody
+    reads; ``whole``: all channels, as a dense convolution reads them.
     """
     layout = conv.layout
-    if whole:
-        pixel: float = layout.in_channels * size
-    elif exact:
-        pixel = len(layout.used_channels) * size
-    else:
-        pixel = _sectors(layout.used_channels, layout.in_channels, size)
+    read = range(layout.in_channels) if whole else layout.used_channels
     out = conv.pixels * layout.out_channels * size
+    pixel = _sectors(read, layout.in_channels, size)
     weights = layout.pairs * conv.taps * size
-    return conv.pixels_read * pixel + out * (2 if conv.residual else 1) + weights
+    return float(conv.pixels_read * pixel + out * (2 if conv.residual else 1) + weights)
 
 
 def _share(conv: Conv, tiles_of_filters: int, where: Device) -> float:
@@ -375,20 +373,19 @@ def estimate(
     layout, launches = conv.layout, 1
     if form == "torch":
         pairs = layout.in_channels * layout.out_channels
-        bytes_moved = moved(replace(conv, residual=False), size, exact=False, whole=True)
+        bytes_moved = moved(replace(conv, residual=False), size, whole=True)
         bytes_moved += (pairs - layout.pairs) * conv.taps * size
         out = conv.pixels * layout.out_channels * size
         if conv.residual:
             bytes_moved, launches = bytes_moved + 3 * out, launches + 1
         if conv.activation:
             bytes_moved, launches = bytes_moved + 2 * out, launches + 1
-        n_tiles = math.ceil(layout.out_channels / 64)
+        macs, n_tiles = pairs * conv.taps, math.ceil(layout.out_channels / 64)
     else:
-        used = padding(merged_layout(layout) if form == "merged" else layout)
-        pairs, n_tiles = used.pairs, sum(math.ceil(n / 64) for *_, n in used.groups)
-        bytes_moved = moved(conv, size, exact=False)
-        bytes_moved += (pairs - layout.pairs) * conv.taps * size
-    flops = 2.0 * pairs * conv.taps * conv.pixels
+        used = padding(merged_layout(layout) if form == "merged" else layout, conv.taps)
+        macs, n_tiles = used.macs, sum(n // used.block_n for *_, n in used.groups)
+        bytes_moved = moved(conv, size) + (macs - layout.pairs * conv.taps) * size
+    flops = 2.0 * macs * conv.pixels
     compute = flops / rate / _share(conv, n_tiles, where)
     memory = bytes_moved / bandwidth
     overhead = launches * (where.launch_eager if eager else where.launch)
@@ -399,11 +396,11 @@ def estimate(
 
 
 def floor(conv: Conv, where: Device, dtype: torch.dtype, *, tf32: bool = False) -> float:
-    """Seconds that the structure needs on a device: true multiply-adds, true bytes, no padding, no launch."""
+    """Seconds that the structure needs on a device: true multiply-adds, whole sectors, no padding."""
     size = torch.empty(0, dtype=dtype, device="meta").element_size()
     return max(
         conv.flops / where.flops_per_second(dtype, tf32=tf32),
-        moved(conv, size, exact=True) / where.bytes_per_second(),
+        moved(conv, size) / where.bytes_per_second(),
     )
 
 
@@ -414,13 +411,16 @@ def chain_estimate(
     dtype: torch.dtype,
     *,
     exact: bool = False,
+    macs: int | None = None,
     tf32: bool = False,
 ) -> Estimate:
     """One kernel for several convolutions in a row, each reading what the one before it gives.
 
     ``kept``: for each whether its output is written to memory (the last one's always is). Multiply-adds add
     up; an intermediate value costs its writing where it is kept, and no reading. ``exact``: the floor: no
-    padding, no launch. The halo of a 3x3 is not counted: neighbouring tiles find it in the cache.
+    padding, no launch. ``macs``: multiply-adds of an output pixel as a kernel does them, padding and all
+    (each convolution's own padding, if None). The halo of a 3x3 is not counted: neighbouring tiles find it in
+    the cache.
     """
     if not convs or len(kept) != len(convs):
         raise ValueError(f"kept must say of each of {len(convs)} convolutions whether it is written")
@@ -429,16 +429,18 @@ def chain_estimate(
     true = sum(conv.flops for conv in convs)
     for i, conv in enumerate(convs):
         layout = conv.layout
-        pairs = layout.pairs if exact else padding(layout).pairs
-        flops += 2.0 * pairs * conv.taps * conv.pixels
+        work = layout.pairs * conv.taps if exact else padding(layout, conv.taps).macs
+        flops += 2.0 * work * conv.pixels
         out = conv.pixels * layout.out_channels * size
-        part = moved(conv, size, exact=exact) + (pairs - layout.pairs) * conv.taps * size
+        part = moved(conv, size) + (work - layout.pairs * conv.taps) * size
         if i > 0:
-            part -= moved(replace(conv, residual=False), size, exact=exact)
+            part -= moved(replace(conv, residual=False), size)
             part += out + layout.pairs * conv.taps * size
         if not (kept[i] or i == len(convs) - 1):
             part -= out
         bytes_moved += part
+    if macs is not None and not exact:
+        flops = 2.0 * macs * convs[0].pixels
     compute, memory = flops / where.flops_per_second(dtype, tf32=tf32), bytes_moved / where.bytes_per_second()
     launch = 0.0 if exact else where.launch
     return Estimate(
@@ -528,7 +530,7 @@ def choose_form(
     estimates = {f: estimate(conv, where, dtype, f, tf32=tf32, eager=eager) for f in forms}
     if not estimates:
         raise ValueError("forms must name at least one form")
-    used = padding(conv.layout)
+    used = padding(conv.layout, conv.taps)
     bottom = floor(conv, where, dtype, tf32=tf32)
     found = table.find(where.arch, conv.key(dtype)) if table is not None else {}
     times = {f: found[f] for f in forms if f in found}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +36,8 @@ __all__ = ["Chain", "ChainConfig", "ChainTables", "config_of", "padded_macs", "r
 
 MOST_TILES = 4
 WIDEST_NEXT = 128
+RESERVED = 4096  # bytes of shared memory beside the pipelined tiles: tables, barriers, a layout's exchange
+REACH = 2**15  # rows or columns that a tap may be away
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -56,20 +58,23 @@ class ChainConfig:
     stages: int = 3
 
     def shared_bytes(self, size: int) -> int:
-        """Bytes of shared memory that the pipelined loops take at least, ``size`` bytes an element."""
+        """Bytes of shared memory that the pipelined loops take, ``size`` bytes an element: each stage holds a
+        tile of everything that its loop loads. (What the compiler says is compared with it in the tests.)
+        """
         inner = self.block_m * self.block_k + self.block_k * self.tile_n
-        outer = self.tiles * self.tile_n * self.block_s + self.block_s * self.n3
-        return size * max((self.stages - 1) * inner, (self.stages - 1) * outer)
+        outer = self.tiles * self.tile_n * self.block_s + self.block_s * self.n3 + self.block_m * self.block_s
+        return size * self.stages * max(inner, outer) + RESERVED
 
 
 @dataclass(frozen=True)
 class ChainTables:
     """What the first convolution reads. CPU tensors.
 
-    ``steps``: int32 (steps, 4): first channel / 8, rows and columns from the output pixel's origin, bits of
-    the chunks that are read. ``valid``: int8 (steps, block_k), 1 where a channel is. ``ranges``: int32
-    (tiles, 3): first step, first with holes, end. ``index``: int64 (steps, block_k, tile_n), positions in the
-    packed weight, -1 for zero. ``filters``: int64 (tiles * tile_n,), the filter of each column, -1 for none.
+    ``steps``: int32 (steps, 2): first channel / 8 << 8 | bits of the chunks that are read, rows << 16 |
+    columns from the output pixel's origin. ``valid``: int8 (steps, block_k), 1 where a channel is read.
+    ``ranges``: int32 (tiles, 3): first step, first with holes, end. ``index``: int64 (steps, block_k, tile_n),
+    positions in the packed weight, -1 for zero. ``filters``: int64 (tiles * tile_n,), the filter of each
+    column, -1 for none.
     """
 
     steps: Tensor
@@ -124,7 +129,7 @@ def tables(layout: GroupLayout, kernel: Pair, dilation: Pair, *, tile_n: int, bl
             block = np.arange(at, at + len(reads) * len(writes)).reshape(len(writes), len(reads))
             pairs[np.asarray(writes)[:, None], np.asarray(reads)[None, :]] = block
             at += block.size
-    steps: list[tuple[int, int, int, int]] = []
+    steps: list[tuple[int, int]] = []
     valid: list[list[bool]] = []
     ranges: list[tuple[int, int, int]] = []
     index: list[np.ndarray] = []
@@ -142,14 +147,14 @@ def tables(layout: GroupLayout, kernel: Pair, dilation: Pair, *, tile_n: int, bl
             none = (source[:, None] < 0) | (row[None, :] < 0) | (pair < 0)
             for tap in range(taps):
                 y, x = divmod(tap, kernel[1])
-                steps.append((start8, y * dilation[0], x * dilation[1], bits))
+                steps.append((start8 << 8 | bits, y * dilation[0] << 16 | x * dilation[1]))
                 valid.append(read)
                 index.append(np.where(none, -1, pair * taps + tap))
         ranges.append((first, middle, len(steps)))
         columns += row.tolist()
     flat = np.stack(index) if index else np.empty((0, block_k, tile_n), dtype=np.int64)
     return ChainTables(
-        torch.tensor(steps, dtype=torch.int32, device="cpu").reshape(-1, 4),
+        torch.tensor(steps, dtype=torch.int32, device="cpu").reshape(-1, 2),
         torch.tensor(valid, dtype=torch.int8, device="cpu").reshape(-1, block_k),
         torch.tensor(ranges, dtype=torch.int32, device="cpu"),
         torch.from_numpy(flat),
@@ -158,9 +163,16 @@ def tables(layout: GroupLayout, kernel: Pair, dilation: Pair, *, tile_n: int, bl
 
 
 def config_of(
-    layouts: Sequence[GroupLayout], dtype: torch.dtype, *, block_m: int | None = None
+    layouts: Sequence[GroupLayout],
+    dtype: torch.dtype,
+    *,
+    block_m: int | None = None,
+    shared_memory: int | None = None,
 ) -> ChainConfig:
-    """The configuration for three layouts. Raises ValueError where no tile of filters fits."""
+    """The configuration for three layouts; with fewer stages where ``shared_memory`` bytes hold no more.
+
+    Raises ValueError where no tile of filters fits.
+    """
     first, second, third = layouts
     tile_n = _tile_n(first)
     if tile_n is None:
@@ -171,19 +183,22 @@ def config_of(
     tiles = len(_jobs(first, tile_n))
     n3 = _power(third.out_channels)
     blocks = [_blocks(sorted(c), first.in_channels, 32) for c, f in first.groups if f]
-    small = tiles * tile_n <= 64 and n3 <= 64 and dtype != torch.float32
-    return ChainConfig(
+    config = ChainConfig(
         stream=second.out_channels,
         following=third.out_channels,
         tiles=tiles,
         tile_n=tile_n,
         n3=n3,
-        block_m=block_m or (128 if small else 64),
+        block_m=block_m or 64,  # 128 spills registers with four warps
         block_k=32,
         block_s=min(64 if second.out_channels % 64 == 0 else 16, second.out_channels),
         holes=any(holes for group in blocks for _, _, holes in group),
         stages=3 if dtype != torch.float32 else 2,
     )
+    size = torch.empty(0, dtype=dtype, device="meta").element_size()
+    if shared_memory is not None and config.shared_bytes(size) > shared_memory:
+        config = replace(config, stages=2)
+    return config
 
 
 def refuses(convs: Sequence[Conv], dtype: torch.dtype, shared_memory: int) -> str | None:
@@ -213,10 +228,12 @@ def refuses(convs: Sequence[Conv], dtype: torch.dtype, shared_memory: int) -> st
         return f"the third convolution has {c.out_channels} filters, more than {WIDEST_NEXT}"
     if _tile_n(a) is None:
         return f"the first convolution takes more than {MOST_TILES} tiles of 64 filters"
+    if any((k - 1) * d >= REACH for k, d in zip(first.kernel, first.dilation, strict=True)):
+        return "the first convolution's taps are too far apart"
     if first.pixels >= 2**31:
         return f"{first.pixels} pixels are more than 32 bits count"
     size = torch.empty(0, dtype=dtype, device="meta").element_size()
-    need = config_of((a, b, c), dtype).shared_bytes(size)
+    need = config_of((a, b, c), dtype, shared_memory=shared_memory).shared_bytes(size)
     if need > shared_memory:
         return f"takes {need} bytes of shared memory, a block has {shared_memory}"
     return None
@@ -242,6 +259,7 @@ class Chain:
         weights: packed, one dtype and device (``layout.pack``); the second and third 1x1.
         biases: (filters,) of the same dtype, or None.
         kernel, stride, padding, dilation: the first convolution's, (vertical, horizontal).
+        block_m: pixels of a tile, if not the default. shared_memory: bytes that a block may use, if known.
 
     The weights are copied: later changes are not seen. The call takes x (N, C, H, W) and residual (N, S, h,
     w) of the weights' dtype and device, and returns (y, z): (N, S, h, w), (N, filters, h, w), channels_last.
@@ -260,6 +278,7 @@ class Chain:
         padding: tuple[int, int] = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         block_m: int | None = None,
+        shared_memory: int | None = None,
     ) -> None:
         first, second, third = layouts
         if second.in_channels != first.out_channels or third.in_channels != second.out_channels:
@@ -276,7 +295,7 @@ class Chain:
                 f"{second.out_channels} (a multiple of 16), {third.out_channels} filters after it (at most "
                 f"{WIDEST_NEXT})"
             )
-        self.config = config_of(layouts, like.dtype, block_m=block_m)
+        self.config = config_of(layouts, like.dtype, block_m=block_m, shared_memory=shared_memory)
         config = self.config
         made = tables(first, kernel, dilation, tile_n=config.tile_n, block_k=config.block_k)
         self.steps = made.steps.to(self.device)

@@ -36,10 +36,12 @@ def _steps(
     k = tl.arange(0, BLOCK_K)
     n = tl.arange(0, TILE_N)
     for step in range(first, last):
-        start8 = tl.load(steps + step * 4)
-        dy = tl.load(steps + step * 4 + 1)
-        dx = tl.load(steps + step * 4 + 2)
-        chunks = tl.load(steps + step * 4 + 3)
+        word = tl.load(steps + step * 2)
+        tap = tl.load(steps + step * 2 + 1)
+        start8 = word >> 8
+        chunks = word & 0xFF
+        dy = tap >> 16
+        dx = tap & 0xFFFF
         inside = (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
         offset = ((dy * W + dx) * C8 + start8) * 8
         # Constant over 8 channels, so copies of 16 bytes stay whole.
@@ -102,8 +104,8 @@ def chain_forward(
     """One program: BLOCK_M pixels of ``stream`` (M, CS) and ``following`` (M, C3), all NHWC.
 
     ``x``: (images, H, W, 8 C8). ``w1``: (steps, BLOCK_K, TILE_N); ``w2``: (T TILE_N, CS); ``w3``: (CS, N3).
-    ``steps``: (first channel / 8, rows, columns, bits of the chunks read); ``ranges``: for each tile its
-    first step, its first step with holes, its end. CS is a multiple of BLOCK_S. Biases are float32.
+    ``steps``: (first channel / 8 << 8 | bits of the chunks read, rows << 16 | columns); ``ranges``: for each
+    tile its first step, its first step with holes, its end. CS is a multiple of BLOCK_S. Biases are float32.
     """
     pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     there = pixel < M

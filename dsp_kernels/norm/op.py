@@ -1,7 +1,7 @@
 """Batch normalisation with residual and activation as an operator of ``torch.ops.dsp_kernels``.
 
-It is there for packed networks in training on a CPU, where torch's own, on contiguous images, takes longer than
-the packed convolutions. Elsewhere the definition runs.
+It is there for packed networks in training on a CPU, where torch's own, on contiguous images, takes longer
+than the packed convolutions. Elsewhere the definition runs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ define(
     "-> (Tensor, Tensor, Tensor)"
 )
 define(
-    f"{BACKWARD}(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, "
-    "float eps, str activation, bool residual) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{BACKWARD}(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor variance, float eps, str activation, bool residual) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 _forward_op = torch.ops.dsp_kernels.batch_norm_act.default
@@ -63,9 +63,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _native(x):
         seen = y if residual and activation != "none" else None
-        return native.backward(
-            grad, x, seen, weight, bias, mean, variance, eps, activation, residual
-        )
+        return native.backward(grad, x, seen, weight, bias, mean, variance, eps, activation, residual)
     of_x, of_residual, of_weight, of_bias = reference.backward(grad, x, y, weight, eps, activation)
     return of_x, of_residual if residual else x.new_empty(0), of_weight, of_bias
 

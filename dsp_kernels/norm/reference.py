@@ -26,7 +26,7 @@ def forward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``act((x - mean) / sqrt(variance + eps) * weight + bias + residual)``, mean and variance of each channel.
+    """``act((x - mean) / sqrt(variance + eps) * weight + bias + residual)``, and each channel's statistics.
 
     ``x``, ``residual``: (N, C, H, W), N H W at least 1. ``weight``, ``bias``: (C,). ``activation``: "none" or
     "relu". The variance is the biased one. Source: Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
@@ -52,7 +52,7 @@ def backward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of sum(grad * out) for x, residual, weight and bias; differentiable in grad, x and weight.
+    """The gradients of sum(grad * out) for x, residual, weight and bias; differentiable once more.
 
     ``y`` is the forward's output: it says where the activation let the gradient through.
     """

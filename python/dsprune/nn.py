@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsp_kernels import GroupLayout
+from dsp_kernels.backends import choose
 from dsp_kernels.conv import conv2d_from_plan
+from dsp_kernels.norm import batch_norm_act
 
-__all__ = ["PermutedGroupedConv2d"]
+__all__ = ["PackedBatchNorm2d", "PackedConv2d", "PermutedGroupedConv2d", "norm_act"]
 
 
 def _two(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -215,3 +217,118 @@ class PermutedGroupedConv2d(nn.Module):
             f"groups of filters={len(layout.groups)}, kept={100 * layout.pairs / full:.1f}%, "
             f"activation={self.activation}"
         )
+
+
+class PackedConv2d(nn.Conv2d):
+    """A dense ``nn.Conv2d`` that runs, and differentiates, by the native kernels: one group that reads all.
+
+    The arguments and parameters of ``nn.Conv2d``; same results up to rounding. Where the input is no
+    contiguous float32 batch on the CPU, torch's own convolution runs.
+    """
+
+    plan: torch.Tensor
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, backend: str | None = None) -> PackedConv2d:
+        """This layer with the very parameters of ``conv``, which has one group and pads with zeros."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.__dict__.update({name: value for name, value in conv.__dict__.items() if name[0] != "_"})
+        made._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
+        made._parameters = dict(conv._parameters)
+        layout = GroupLayout(
+            conv.in_channels, conv.out_channels, [(range(conv.in_channels), range(conv.out_channels))]
+        )
+        made.register_buffer("plan", layout.plan().clone(), persistent=False)
+        made.backend = backend
+        return made
+
+    backend: str | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, H', W')."""
+        if (
+            x.dtype != torch.float32
+            or x.device.type != "cpu"
+            or x.dim() != 4
+            or not x.is_contiguous()
+            or torch.is_autocast_enabled("cpu")
+            or choose(self.backend, "cpu", x.dtype) != "native"
+        ):
+            return super().forward(x)
+        return conv2d_from_plan(
+            x,
+            self.weight.reshape(-1),
+            self.plan,
+            self.bias,
+            out_channels=self.out_channels,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,  # type: ignore[arg-type]
+            dilation=self.dilation,
+            backend=self.backend,
+        )
+
+
+class PackedBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that trains by the native kernel, with a residual and an activation inside if asked.
+
+    The arguments, parameters and buffers of ``nn.BatchNorm2d``; same results up to rounding. In evaluation,
+    without running statistics' own momentum (``momentum=None``), or where the input is no contiguous float32
+    batch on the CPU, torch's own runs.
+    """
+
+    @classmethod
+    def from_norm(cls, norm: nn.BatchNorm2d) -> PackedBatchNorm2d:
+        """This layer with the very parameters and buffers of ``norm``."""
+        made = cls(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=False)
+        made.affine, made.track_running_stats = norm.affine, norm.track_running_stats
+        made._parameters = dict(norm._parameters)
+        made._buffers = dict(norm._buffers)
+        made.train(norm.training)
+        return made
+
+    def _own(self, x: torch.Tensor) -> bool:
+        return (
+            self.training
+            and x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and x.dim() == 4
+            and x.shape[1] == self.num_features
+            and x.shape[0] * x.shape[2] * x.shape[3] > 1
+            and x.is_contiguous()
+            and not torch.is_autocast_enabled("cpu")
+            and (self.running_mean is None or self.momentum is not None)
+        )
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        """``act(norm(x) + residual)``; ``x`` and ``residual`` (N, C, H, W), ``activation`` None or
+        ``"relu"``.
+        """
+        if not self._own(x):
+            out = super().forward(x)
+            out = out if residual is None else out + residual
+            return torch.relu(out) if activation == "relu" else out
+        out, mean, variance = batch_norm_act(
+            x, self.weight, self.bias, residual, eps=self.eps, activation=activation
+        )
+        if self.running_mean is not None and self.running_var is not None:
+            assert self.momentum is not None
+            count = x.shape[0] * x.shape[2] * x.shape[3]
+            with torch.no_grad():
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                unbiased = variance * (count / (count - 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return out
+
+
+def norm_act(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """``relu(norm(x) + residual)``, in one kernel where ``norm`` is a ``PackedBatchNorm2d``."""
+    if isinstance(norm, PackedBatchNorm2d):
+        return norm(x, residual, "relu")
+    out = norm(x)
+    return torch.relu(out if residual is None else residual + out)

@@ -16,7 +16,7 @@ from dsp_kernels import GroupLayout, available_backends
 
 from .graph import ExportError, Limits, as_inputs, clean_copy, evaluating, trace, unwrap
 from .lower import lower
-from .nn import PermutedGroupedConv2d
+from .nn import PackedBatchNorm2d, PackedConv2d, PermutedGroupedConv2d
 from .program import ProgramCache
 
 __all__ = ["PackError", "PackedNetwork", "PackedState", "pack", "unpack"]
@@ -250,21 +250,33 @@ def _kernel_sizes(model: nn.Module, state: PackedState) -> dict[str, tuple[int, 
     return out
 
 
-def _replace_convs(model: nn.Module, backend: str | None) -> nn.Module:
+def _replaced(module: nn.Module, backend: str | None, train: bool) -> nn.Module | None:
+    """What runs in a module's place; None where it stays."""
+    if isinstance(module, nn.Conv2d):
+        if (layout := prunable_layout(module)) is not None:
+            return PermutedGroupedConv2d.from_conv(module, layout, backend=backend)
+        plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
+        if train and plain and not isinstance(module.padding, str):
+            return PackedConv2d.from_conv(module, backend)
+    if train and type(module) is nn.BatchNorm2d:
+        return PackedBatchNorm2d.from_norm(module)
+    return None
+
+
+def _replace_layers(model: nn.Module, backend: str | None, train: bool) -> nn.Module:
     """Every pruned plain convolution replaced by its packed layer, in place; a module used twice stays one
-    module.
+    module. For training, dense convolutions and BatchNorm get our kernels too.
     """
     replaced: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if id(child) in replaced:
-                setattr(parent, name, replaced[id(child)])
-            elif isinstance(child, nn.Conv2d) and (layout := prunable_layout(child)) is not None:
-                replaced[id(child)] = PermutedGroupedConv2d.from_conv(child, layout, backend=backend)
-                setattr(parent, name, replaced[id(child)])
-    if isinstance(model, nn.Conv2d) and (layout := prunable_layout(model)) is not None:
-        return PermutedGroupedConv2d.from_conv(model, layout, backend=backend)
-    return model
+            if id(child) not in replaced:
+                other = _replaced(child, backend, train)
+                if other is None:
+                    continue
+                replaced[id(child)] = other
+            setattr(parent, name, replaced[id(child)])
+    return _replaced(model, backend, train) or model
 
 
 def _leaves(value: Any) -> list[torch.Tensor]:
@@ -311,8 +323,9 @@ def pack(
         model: any CNN with zeros in its convolution weights, or with the masks of ``torch.nn.utils.prune``.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments; the result takes other batch
             and image sizes too.
-        train: True replaces the convolutions and nothing else, so that the result can be trained like the
-            dense network (``unpack`` brings the weights back). False also folds BatchNorm, drops dead
+        train: True replaces layers one by one, so that the result can be trained like the dense network
+            (``unpack`` brings the weights back): pruned convolutions by packed ones, dense ones and BatchNorm
+            by the same layers on our kernels. False also folds BatchNorm, drops dead
             channels, and fuses residual and activation into the layers, where ``torch.export`` can trace the
             model; the weights then want no gradients.
         backend: which implementation the layers run on (``dsp_kernels.available_backends()``); None: chosen
@@ -341,7 +354,7 @@ def pack(
     skeleton = hollow(clone)
     if train:
         modes = inner.training
-        network = _replace_convs(clone, backend)
+        network = _replace_layers(clone, backend, True)
         packed = PackedNetwork(network, skeleton, inputs, state=None, limits=None, backend=backend)
         packed.training = modes
         _compare(clean_copy(inner), packed, inputs)
@@ -357,7 +370,7 @@ def pack(
     except (ExportError, NotImplementedError) as error:
         reason = str(error)
         warnings.warn(f"layers are replaced one by one, nothing is fused or dropped: {reason}", stacklevel=2)
-        network, limits, state = _replace_convs(copy.deepcopy(clone), backend), None, None
+        network, limits, state = _replace_layers(copy.deepcopy(clone), backend, False), None, None
     packed = PackedNetwork(
         network, skeleton, inputs, state=state, limits=limits, backend=backend, unfused_reason=reason
     )

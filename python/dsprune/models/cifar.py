@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dsprune.models._checks import positive_int
+from dsprune.nn import norm_act
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 _WIDTHS = (16, 32, 64)
@@ -25,8 +26,9 @@ class ConvBN(nn.Module):
         )
         self.bn = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bn(self.conv(x))
+    def forward(self, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
+        x = self.conv(x)
+        return norm_act(self.bn, x) if relu else self.bn(x)
 
 
 class CifarBlock(nn.Module):
@@ -45,9 +47,8 @@ class CifarBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.relu(self.bn_a(self.conv_a(x)))
-        out = self.bn_b(self.conv_b(out))
-        return torch.relu(self.shortcut(x) + out)
+        out = norm_act(self.bn_a, self.conv_a(x))
+        return norm_act(self.bn_b, self.conv_b(out), self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
@@ -74,7 +75,7 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(CifarBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.stem(x))
+        x = self.stem(x, relu=True)
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.classifier(x.mean(dim=(2, 3)))
 

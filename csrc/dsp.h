@@ -24,7 +24,9 @@ typedef enum dsp_status {
   DSP_OK = 0,
   DSP_INVALID_ARGUMENT = 1,
   DSP_OUT_OF_MEMORY = 2,
-  DSP_INTERNAL = 3
+  DSP_INTERNAL = 3,
+  DSP_NO_DEVICE = 4, /* no CUDA driver, no such device, or built without CUDA */
+  DSP_CUDA_ERROR = 5 /* the CUDA runtime refused */
 } dsp_status;
 
 typedef enum dsp_activation { DSP_ACT_NONE = 0, DSP_ACT_RELU = 1, DSP_ACT_RELU6 = 2 } dsp_activation;
@@ -196,6 +198,55 @@ typedef enum dsp_lasso_op {
 DSP_API dsp_status dsp_lasso(int32_t operation, int32_t element, const int64_t* words, int64_t words_numel,
                              const double* numbers, int64_t numbers_numel, int64_t groups, double* penalties,
                              int32_t threads);
+
+/* The convolution on a CUDA device, channels last (NHWC), forward and both gradients. Pointers to tensors are
+ * addresses of the device's memory; all work is put on `stream` of `device`, and the device that was current
+ * is so again on return. The kernels read from a table how to cut the work; it depends on the plan, the
+ * shape, the operation and the precision, and is made once on the host (this needs no device):
+ *   dsp_cuda_conv2d_table with words = null sets needed, then with words of that length writes them;
+ *   the caller keeps the words and a copy of them in the device's memory.
+ * operation: 0 forward, 1 gradient of the input, 2 gradient of the weight. precision: of all tensors, 0
+ * float16, 1 bfloat16, 2 float32 multiplied as TF32, 3 float32; sums are float32. fill: 0 the table chooses
+ * how channels are read, 1 by aligned units of 16 bytes where the number of channels allows it, 2 one by one.
+ * blocks_wanted >= 1: how many thread blocks keep the device busy; below it sums are split. The result
+ * depends on it, and on nothing else but the arguments: no atomics. */
+DSP_API dsp_status dsp_cuda_conv2d_table(int32_t operation, int32_t precision, const dsp_conv2d_shape* shape,
+                                         const int32_t* plan, int64_t plan_numel, int32_t fill,
+                                         int32_t blocks_wanted, int32_t* words, int64_t words_numel,
+                                         int64_t* needed);
+
+typedef struct dsp_cuda_sizes {
+  int64_t prepared_bytes;   /* laid out weights; 0 for the gradient of the weight */
+  int64_t workspace_floats; /* may be 0 */
+  int64_t blocks, splits;   /* of the main kernel */
+  int64_t shared_bytes;     /* of a block */
+  int64_t multiply_adds;    /* that the matrix instructions make, padding included */
+} dsp_cuda_sizes;
+DSP_API dsp_status dsp_cuda_conv2d_sizes(const int32_t* table, int64_t table_numel, dsp_cuda_sizes* sizes);
+
+typedef struct dsp_cuda_call {
+  int32_t device;
+  void* stream;         /* a cudaStream_t */
+  const int32_t* table; /* on the host, as dsp_cuda_conv2d_table wrote it */
+  int64_t table_numel;
+  const int32_t* device_table; /* the same words in the device's memory */
+} dsp_cuda_call;
+
+/* DSP_NO_DEVICE with a text where there is no driver or no device, or the library was built without CUDA. */
+DSP_API dsp_status dsp_cuda_device_count(int32_t* count);
+/* Lays the packed weights out for the table's operation (0 or 1). prepared: 16-byte aligned. */
+DSP_API dsp_status dsp_cuda_conv2d_prepare(const dsp_cuda_call* call, const void* weight,
+                                           int64_t weight_numel, void* prepared, int64_t prepared_bytes);
+/* out = act(conv(x, w) + bias + residual) for a table of operation 0; for operation 1 x is the gradient of
+ * the output, out that of the input, bias and residual null. bias, residual as in dsp_conv2d_forward. */
+DSP_API dsp_status dsp_cuda_conv2d_run(const dsp_cuda_call* call, const void* x, int64_t x_numel,
+                                       const void* prepared, int64_t prepared_bytes, const void* bias,
+                                       const void* residual, void* out, int64_t out_numel, float* workspace,
+                                       int64_t workspace_numel, int32_t activation);
+DSP_API dsp_status dsp_cuda_conv2d_grad_weight(const dsp_cuda_call* call, const void* grad,
+                                               int64_t grad_numel, const void* x, int64_t x_numel,
+                                               void* grad_weight, int64_t weight_numel, float* workspace,
+                                               int64_t workspace_numel);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -1,0 +1,707 @@
+// The kernels of the permuted grouped convolution on a GPU, channels last. conv/cuda_table.h says how the
+// work is cut; a kernel reads all of it from the table, so that one instance a precision serves every shape.
+#pragma once
+
+#include "conv/cuda_table.h"
+#include "cuda/device.h"
+
+namespace dsp {
+namespace cuda {
+
+struct ConvArguments {
+  const int32_t* table;
+  const void* x;         // the gradient of the output, where the input's gradient is made
+  const void* grad;      // for the gradient of the weight
+  const void* weight;    // laid out, but for the kernel that lays it out
+  const void* bias;      // or null
+  const void* residual;  // or null
+  void* out;
+  float* workspace;
+  int32_t activation;
+};
+
+DSP_DEVICE const TableHeader& header_of(const ConvArguments& a) {
+  return *reinterpret_cast<const TableHeader*>(a.table);
+}
+template <typename T>
+DSP_DEVICE const T& entry(const ConvArguments& a, int32_t at, int64_t index) {
+  return reinterpret_cast<const T*>(a.table + at)[index];
+}
+DSP_DEVICE int64_t joined(const int32_t (&words)[2]) {
+  return static_cast<int64_t>(static_cast<uint32_t>(words[0])) | static_cast<int64_t>(words[1]) << 32;
+}
+DSP_DEVICE int quotient(int value, int32_t magic) {
+  return static_cast<int>((static_cast<uint32_t>(value) * static_cast<uint32_t>(magic)) >> 22);
+}
+
+// Where 16 bytes lie in a tile of rows of 64 bytes. Eight rows that follow one another, read at the same
+// unit, touch all 32 banks once.
+DSP_DEVICE uint32_t place(int row, int unit) {
+  return static_cast<uint32_t>(row * kRowBytes + ((unit ^ (row >> 1 & 3)) << 4));
+}
+template <typename T>
+DSP_DEVICE uint32_t element_place(int row, int column) {
+  constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
+  return place(row, column / kUnit) +
+         static_cast<uint32_t>(column % kUnit) * static_cast<uint32_t>(sizeof(T));
+}
+
+// Where the pixels of a block start on the grid of its class.
+struct Box {
+  int n, y, x;
+};
+
+DSP_DEVICE Box box_of(const TableClass& c, int tile) {
+  const int row = tile / c.tiles_w;
+  const int image = row / c.tiles_h;
+  return {image * c.tile_n, (row - image * c.tiles_h) * c.tile_h, (tile - row * c.tiles_w) * c.tile_w};
+}
+
+struct Pixel {
+  int n, y, x;  // in the box
+};
+
+DSP_DEVICE Pixel pixel_of(const TableClass& c, int index) {
+  const int row = quotient(index, c.tile_w_magic);
+  const int image = quotient(row, c.tile_h_magic);
+  return {image, row - image * c.tile_h, index - row * c.tile_w};
+}
+
+DSP_DEVICE bool in_grid(const TableClass& c, const Box& box, const Pixel& p) {
+  return p.n < c.tile_n && box.n + p.n < c.batch && box.y + p.y < c.grid_h && box.x + p.x < c.grid_w;
+}
+
+// The pixel's place in the tensor that is written.
+DSP_DEVICE int64_t out_pixel(const TableClass& c, const Box& box, const Pixel& p) {
+  const int y = (box.y + p.y) * c.out_step_h + c.out_offset_h;
+  const int x = (box.x + p.x) * c.out_step_w + c.out_offset_w;
+  return (static_cast<int64_t>(box.n + p.n) * c.out_h + y) * c.out_w + x;
+}
+
+// The halo row of tap (0, 0) of an output pixel.
+DSP_DEVICE int halo_row(const TableClass& c, const Pixel& p) {
+  return (p.n * c.halo_h + p.y * c.row_step_h) * c.halo_w + p.x * c.row_step_w;
+}
+
+// The input pixel of a halo row, or -1 outside the image. tap_h and tap_w: the first tap of the phase.
+DSP_DEVICE int64_t halo_pixel(const TableClass& c, const Box& box, int tap_h, int tap_w, int row) {
+  const int line = quotient(row, c.halo_w_magic);
+  const int image = quotient(line, c.halo_h_magic);
+  const int n = box.n + image;
+  const int y =
+      box.y * c.in_step_h + c.in_offset_h + tap_h * c.tap_step_h + (line - image * c.halo_h) * c.halo_step_h;
+  const int x =
+      box.x * c.in_step_w + c.in_offset_w + tap_w * c.tap_step_w + (row - line * c.halo_w) * c.halo_step_w;
+  if (n >= c.batch || y < 0 || y >= c.in_h || x < 0 || x >= c.in_w + DSP_FAULT(7, 1, 0)) return -1;
+  return (static_cast<int64_t>(n) * c.in_h + y) * c.in_w + x;
+}
+
+DSP_DEVICE uint32_t raw(uint16_t value) { return value; }
+DSP_DEVICE uint32_t raw(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// Brings `rows` pixels' channels of one chunk to shared memory: by asynchronous copies of 16 bytes, or one
+// channel after the other. find(row) is the pixel, or -1 for zeros.
+template <typename Store, typename Find>
+DSP_DEVICE void fill_rows(const Store* tensor, int32_t channels, const TableChunk& chunk, int rows,
+                          uint32_t to, Find find) {
+  using namespace device;
+  const int units = chunk.steps * 2;
+  if (chunk.gather == 0) {
+    const int unit = thread() % kUnits;
+    if (unit >= units) return;
+    const int32_t first = chunk.unit[unit];
+    for (int row = thread() / kUnits; row < rows - DSP_FAULT(2, 1, 0); row += kThreads / kUnits) {
+      const int64_t pixel = find(row);
+      const bool valid = first >= 0 && pixel >= 0;
+      copy_async16(to + place(row, unit), valid ? tensor + pixel * channels + first : tensor, valid);
+    }
+    return;
+  }
+  constexpr int kWords = kRowBytes / 4;
+  constexpr int kEach = 4 / static_cast<int>(sizeof(Store));
+  const int word = thread() % kWords;
+  if (word / 4 >= units) return;
+  int32_t channel[kEach];
+  for (int i = 0; i < kEach; ++i) channel[i] = chunk.channel[word * kEach + i];
+  const uint32_t column = static_cast<uint32_t>(word % 4) * 4;
+  DSP_UNROLL_4
+  for (int row = thread() / kWords; row < rows + DSP_FAULT(1, 1, 0); row += kThreads / kWords) {
+    const int64_t pixel = find(row);
+    uint32_t bits = 0;
+    for (int i = 0; i < kEach; ++i) {
+      if (pixel >= 0 && channel[i] >= 0)
+        bits |= raw(load_global(tensor + pixel * channels + channel[i])) << 16 * i;
+    }
+    store_shared(to + place(row, word / 4) + column, bits);
+  }
+}
+
+// 1 bits where a register of the left operand holds a channel that the group reads. A channel that is not
+// read must not meet its zero weight: it may be infinite.
+template <typename Store>
+DSP_DEVICE uint32_t read_mask(uint32_t used, int unit) {
+  const int quad = device::lane() % 4;
+  if constexpr (sizeof(Store) == 2) {
+    const uint32_t two = used >> (unit * 8 + quad * 2);
+    return ((two & 1) != 0 ? 0xffffu : 0u) | ((two & 2) != 0 ? 0xffff0000u : 0u);
+  } else {
+    return (used >> (unit * 4 + quad) & 1) != 0 ? 0xffffffffu : 0u;
+  }
+}
+
+constexpr int kWarpBlocks = 2;  // of 16 pixels, for each warp
+
+struct Sums {
+  float at[kWarpBlocks][kMaxOctets][4];
+};
+
+// The products of one tap and one chunk, by matrix instructions. rows: the halo rows that this lane's address
+// is for.
+template <typename E>
+DSP_DEVICE void multiply_tap(Sums& sums, const TableChunk& chunk, const int (&rows)[kWarpBlocks], int shift,
+                             uint32_t halo, uint32_t weights, int octets) {
+  using namespace device;
+  const uint32_t used = static_cast<uint32_t>(chunk.used);
+  const bool masked = chunk.full == 0 && DSP_FAULT(9, false, true);
+  for (int step = 0; step < chunk.steps; ++step) {
+    uint32_t a[kWarpBlocks][4];
+    for (int i = 0; i < kWarpBlocks; ++i) {
+      load_matrix<4, false>(
+          a[i], halo + place(rows[i] + shift, step * 2 + DSP_FAULT(3, lane() >> 3 & 1, lane() >> 4)));
+    }
+    if (masked) {
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t mask = read_mask<typename E::Store>(used, step * 2 + half);
+        for (int i = 0; i < kWarpBlocks; ++i) {
+          a[i][half * 2] &= mask;
+          a[i][half * 2 + 1] &= mask;
+        }
+      }
+    }
+    const int unit = step * 2 + (lane() >> 3 & 1);
+    const int row = (lane() >> 4) * 8 + lane() % 8;
+    DSP_UNROLL
+    for (int pair = 0; pair < kMaxOctets / 2; ++pair) {
+      if (pair * 2 + 1 < octets) {
+        uint32_t b[4];
+        load_matrix<4, false>(b, weights + place(pair * 16 + row, unit));
+        const uint32_t left[2] = {b[0], b[1]};
+        const uint32_t right[2] = {b[2], b[3]};
+        for (int i = 0; i < kWarpBlocks; ++i) {
+          E::multiply(sums.at[i][pair * 2], a[i], left);
+          E::multiply(sums.at[i][pair * 2 + 1], a[i], right);
+        }
+      } else if (pair * 2 < octets) {
+        uint32_t b[2];
+        load_matrix<2, false>(b, weights + place(pair * 16 + lane() % 8, unit));
+        for (int i = 0; i < kWarpBlocks; ++i) E::multiply(sums.at[i][pair * 2], a[i], b);
+      }
+    }
+  }
+}
+
+struct Four {
+  alignas(16) float v[4];
+};
+
+// The same by multiply-adds; rows: the halo rows of the pixels whose sums this lane holds.
+DSP_DEVICE void add_tap(Sums& sums, const TableChunk& chunk, const int (&rows)[kWarpBlocks][2], int shift,
+                        uint32_t halo, uint32_t weights, int octets) {
+  using namespace device;
+  const uint32_t used = static_cast<uint32_t>(chunk.used);
+  for (int unit = 0; unit < chunk.steps * 2; ++unit) {
+    Four a[kWarpBlocks][2];
+    for (int i = 0; i < kWarpBlocks; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        a[i][half] = load_shared<Four>(halo + place(rows[i][half] + shift, unit));
+        if (chunk.full == 0 && DSP_FAULT(9, false, true)) {
+          for (int k = 0; k < 4; ++k)
+            if ((used >> (unit * 4 + k) & 1) == 0) a[i][half].v[k] = 0.0f;
+        }
+      }
+    }
+    DSP_UNROLL
+    for (int octet = 0; octet < kMaxOctets; ++octet) {
+      if (octet >= octets) continue;
+      for (int column = 0; column < 2; ++column) {
+        const Four b = load_shared<Four>(weights + place(octet * 8 + lane() % 4 * 2 + column, unit));
+        for (int i = 0; i < kWarpBlocks; ++i) {
+          for (int half = 0; half < 2; ++half) {
+            float& sum = sums.at[i][octet][half * 2 + column];
+            for (int k = 0; k < 4; ++k) sum += a[i][half].v[k] * b.v[k];
+          }
+        }
+      }
+    }
+  }
+}
+
+// What a block works on.
+struct Work {
+  const TableClass* c;
+  const TableItem* item;
+  Box box;
+};
+
+DSP_DEVICE Work work_of(const ConvArguments& a) {
+  const TableHeader& header = header_of(a);
+  const auto block = static_cast<int32_t>(device::block_x());
+  int32_t index = 0;
+  while (index + 1 < header.n_classes &&
+         entry<TableClass>(a, header.classes_at, index + 1).first_block <= block)
+    ++index;
+  const TableClass& c = entry<TableClass>(a, header.classes_at, index);
+  // Blocks of the same pixels follow one another: they find them in the second-level cache.
+  const int32_t tile = (block - c.first_block) / c.n_items;
+  const int32_t item = block - c.first_block - tile * c.n_items;
+  return {&c, &entry<TableItem>(a, header.items_at, int64_t{c.items_at} + item), box_of(c, tile)};
+}
+
+DSP_DEVICE float activate(float value, int32_t activation) {
+  // Comparisons that are false for NaN let it through.
+  if (activation != 0 && value < 0.0f) value = 0.0f;
+  if (activation == 2 && value > 6.0f) value = 6.0f;
+  return value;
+}
+
+// Adds bias and residual, applies the activation, and stores each filter to its channel.
+template <typename E>
+DSP_DEVICE void finish(const ConvArguments& a, const Work& work, const Sums& sums) {
+  using namespace device;
+  using Store = typename E::Store;
+  const TableClass& c = *work.c;
+  const int64_t channels = header_of(a).out_channels;
+  const int32_t* filters = a.table + work.item->filters_at;
+  const auto* bias = static_cast<const Store*>(a.bias);
+  const auto* residual = static_cast<const Store*>(a.residual);
+  auto* out = static_cast<Store*>(a.out);
+  DSP_UNROLL
+  for (int i = 0; i < kWarpBlocks; ++i) {
+    DSP_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const Pixel p = pixel_of(c, warp() * 32 + i * 16 + half * 8 + lane() / 4);
+      if (!in_grid(c, work.box, p)) continue;
+      const int64_t pixel = out_pixel(c, work.box, p) * channels;
+      DSP_UNROLL
+      for (int octet = 0; octet < kMaxOctets; ++octet) {
+        if (octet >= work.item->octets) continue;
+        for (int column = 0; column < 2; ++column) {
+          const int32_t filter = load_global(filters + octet * 8 + lane() % 4 * 2 + column);
+          if (DSP_FAULT(6, filter < -1, filter < 0)) continue;
+          float value = sums.at[i][octet][half * 2 + column];
+          if (bias != nullptr) value += E::load(load_global(bias + filter));
+          // Not by way of the read-only cache: the residual may be the output.
+          if (residual != nullptr) value += E::load(residual[pixel + filter]);
+          out[pixel + filter] = E::store(activate(value, a.activation));
+        }
+      }
+    }
+  }
+}
+
+DSP_DEVICE int64_t sums_place(const TableHeader& header, int split, int i, int octet, int index) {
+  const int64_t each = int64_t{header.octets} * 8;
+  const int64_t block = static_cast<int64_t>(split) * header.blocks + device::block_x();
+  return (block * each + (i * header.octets + octet) * 4 + index) * kThreads + device::thread();
+}
+
+// Forward, and the gradient of the input: 128 pixels of up to 64 filters. With several splits each block sums
+// some of the phases and leaves its sums in the workspace.
+template <typename E>
+DSP_KERNEL(kThreads, 3)
+conv2d_kernel(ConvArguments a) {
+  using namespace device;
+  using Store = typename E::Store;
+  const TableHeader& header = header_of(a);
+  const Work work = work_of(a);
+  const TableClass& c = *work.c;
+  const TableItem& item = *work.item;
+  const auto* x = static_cast<const Store*>(a.x);
+  const int octets = item.octets;
+  const int chunks = item.n_chunks;
+  const int taps = c.phase_h * c.phase_w;
+  const int groups_w = c.taps_w / c.phase_w;
+  const int phases = chunks * (c.taps_h / c.phase_h) * groups_w;
+  const int split = block_y();
+  const int splits = blocks_y();
+  const int first_phase = static_cast<int>(static_cast<int64_t>(phases) * split / splits);
+  const int last_phase = static_cast<int>(static_cast<int64_t>(phases) * (split + 1) / splits);
+  const int halo_rows = c.tile_n * c.halo_h * c.halo_w;
+  const int buffers = taps == 1 ? kStages : 2;
+  const uint32_t weight_bytes = static_cast<uint32_t>(header.octets * 8 * kRowBytes);
+  const uint32_t halo_bytes = static_cast<uint32_t>(halo_rows * kRowBytes);
+  const auto weight_stage = [&](int step) { return static_cast<uint32_t>(step % kStages) * weight_bytes; };
+  const auto halo_buffer = [&](int phase) {
+    return kStages * weight_bytes + static_cast<uint32_t>(phase % buffers) * halo_bytes;
+  };
+  const auto chunk_of = [&](int phase) -> const TableChunk& {
+    return entry<TableChunk>(a, item.chunks_at, phase % chunks);
+  };
+  const char* laid_out = static_cast<const char*>(a.weight) + joined(item.weights) * kRowBytes;
+
+  // Starts the copies of a step: its weights, and with the first tap of a phase the halo.
+  const auto prefetch = [&](int phase, int tap) {
+    if (phase < last_phase) {
+      const TableChunk& chunk = chunk_of(phase);
+      const int step = phase * taps + tap;
+      const int unit = thread() % kUnits;
+      if (unit < chunk.steps * 2) {
+        const char* from = laid_out + (static_cast<int64_t>(step) * octets * 8) * kRowBytes + unit * 16;
+        const uint32_t to = weight_stage(step);
+        for (int row = thread() / kUnits; row < octets * 8; row += kThreads / kUnits)
+          copy_async16(to + place(row, unit), from + row * kRowBytes, true);
+      }
+      if (tap == 0) {
+        const int group = phase / chunks;
+        const int tap_h = group / groups_w * c.phase_h;
+        const int tap_w = group % groups_w * c.phase_w;
+        fill_rows(x, header.in_channels, chunk, halo_rows, halo_buffer(phase),
+                  [&](int row) { return halo_pixel(c, work.box, tap_h, tap_w, row); });
+      }
+    }
+    commit_copies();
+  };
+
+  Sums sums;
+  for (int i = 0; i < kWarpBlocks; ++i)
+    for (int octet = 0; octet < kMaxOctets; ++octet)
+      for (int k = 0; k < 4; ++k) sums.at[i][octet][k] = 0.0f;
+
+  // Pixels beyond the box read its first row; their sums are not stored.
+  const int pixels = c.tile_n * c.tile_h * c.tile_w;
+  const auto row_of = [&](int index) { return index < pixels ? halo_row(c, pixel_of(c, index)) : 0; };
+  int rows[kWarpBlocks];
+  int sum_rows[kWarpBlocks][2];
+  for (int i = 0; i < kWarpBlocks; ++i) {
+    if constexpr (E::kMatrix) {
+      rows[i] = row_of(warp() * 32 + i * 16 + lane() % 16);
+    } else {
+      for (int half = 0; half < 2; ++half)
+        sum_rows[i][half] = row_of(warp() * 32 + i * 16 + half * 8 + lane() / 4);
+    }
+  }
+
+  int ahead_phase = first_phase;
+  int ahead_tap = 0;
+  const auto advance = [&] {
+    if (++ahead_tap == taps) {
+      ahead_tap = 0;
+      ++ahead_phase;
+    }
+  };
+  for (int stage = 0; stage + 1 < kStages; ++stage) {
+    prefetch(ahead_phase, ahead_tap);
+    advance();
+  }
+  for (int phase = first_phase; phase < last_phase; ++phase) {
+    const TableChunk& chunk = chunk_of(phase);
+    for (int tap = 0; tap < taps; ++tap) {
+      if (DSP_FAULT(4, false, true)) wait_copies<kStages - 2>();
+      // All have the copies of this step, and nobody reads the buffers of the one before.
+      if (DSP_FAULT(5, tap == 0, true)) barrier();
+      prefetch(ahead_phase, ahead_tap);
+      advance();
+      const int tap_h = tap / c.phase_w;
+      const int tap_w = tap - tap_h * c.phase_w;
+      const int shift = tap_h * c.row_tap_h * c.halo_w + tap_w * c.row_tap_w;
+      const uint32_t weights = weight_stage(phase * taps + tap);
+      if constexpr (E::kMatrix) {
+        multiply_tap<E>(sums, chunk, rows, shift, halo_buffer(phase), weights, octets);
+      } else {
+        add_tap(sums, chunk, sum_rows, shift, halo_buffer(phase), weights, octets);
+      }
+    }
+  }
+  wait_copies<0>();
+
+  if (splits == 1) {
+    finish<E>(a, work, sums);
+    return;
+  }
+  DSP_UNROLL
+  for (int i = 0; i < kWarpBlocks; ++i) {
+    DSP_UNROLL
+    for (int octet = 0; octet < kMaxOctets; ++octet) {
+      if (octet >= octets) continue;
+      for (int k = 0; k < 4; ++k) a.workspace[sums_place(header, split, i, octet, k)] = sums.at[i][octet][k];
+    }
+  }
+}
+
+// Adds the splits' sums in their order.
+template <typename E>
+DSP_KERNEL(kThreads, 3)
+conv2d_finish_kernel(ConvArguments a) {
+  const TableHeader& header = header_of(a);
+  const Work work = work_of(a);
+  Sums sums;
+  DSP_UNROLL
+  for (int i = 0; i < kWarpBlocks; ++i) {
+    DSP_UNROLL
+    for (int octet = 0; octet < kMaxOctets; ++octet) {
+      for (int k = 0; k < 4; ++k) {
+        float sum = 0.0f;
+        if (octet < work.item->octets) {
+          for (int split = 0; split < header.splits - DSP_FAULT(8, 1, 0); ++split)
+            sum += a.workspace[sums_place(header, split, i, octet, k)];
+        }
+        sums.at[i][octet][k] = sum;
+      }
+    }
+  }
+  finish<E>(a, work, sums);
+}
+
+// Lays packed weights out in rows of 64 bytes: for each item its steps, for each step its filters' columns.
+template <typename E>
+DSP_KERNEL(kThreads, 4)
+conv2d_prepare_kernel(ConvArguments a) {
+  using namespace device;
+  using Store = typename E::Store;
+  constexpr int kEach = 16 / static_cast<int>(sizeof(Store));
+  struct Unit {
+    alignas(16) Store v[kEach];
+  };
+  const TableHeader& header = header_of(a);
+  const int64_t index = block_x();
+  const TableItem& item = entry<TableItem>(a, header.items_at, index);
+  int32_t of = 0;
+  while (of + 1 < header.n_classes && entry<TableClass>(a, header.classes_at, of + 1).items_at <= index) ++of;
+  const TableClass& c = entry<TableClass>(a, header.classes_at, of);
+  const auto* weight = static_cast<const Store*>(a.weight);
+  auto* to = static_cast<Unit*>(a.out) + joined(item.weights) * kUnits;
+  const int filters = item.octets * 8;
+  const int taps = c.phase_h * c.phase_w;
+  const int groups_w = c.taps_w / c.phase_w;
+  const int64_t rows = static_cast<int64_t>(item.n_chunks) * c.taps_h * c.taps_w * filters;
+  const int unit = thread() % kUnits;
+  // The kernel's width in taps: classes of the input's gradient have some of its taps.
+  const int kernel_w = header.kernel_w;
+  for (int64_t row = static_cast<int64_t>(block_y()) * (kThreads / kUnits) + thread() / kUnits; row < rows;
+       row += static_cast<int64_t>(blocks_y()) * (kThreads / kUnits)) {
+    const auto step = static_cast<int>(row / filters);
+    const auto filter = static_cast<int>(row - static_cast<int64_t>(step) * filters);
+    const int phase = step / taps;
+    const int group = phase / item.n_chunks;
+    const int chunk = phase - group * item.n_chunks;
+    const int tap_h = group / groups_w * c.phase_h + (step - phase * taps) / c.phase_w;
+    const int tap_w = group % groups_w * c.phase_w + (step - phase * taps) % c.phase_w;
+    const int tap = (c.tap_first_h + tap_h * c.tap_next_h) * kernel_w + c.tap_first_w + tap_w * c.tap_next_w;
+    const int32_t* pairs = a.table + item.pairs_at +
+                           (static_cast<int64_t>(chunk) * filters + filter) * (kRowBytes / sizeof(Store)) +
+                           unit * kEach;
+    Unit values;
+    for (int i = 0; i < kEach; ++i) {
+      const int32_t pair = pairs[i];
+      values.v[i] =
+          pair < 0 ? E::store(0.0f) : load_global(weight + static_cast<int64_t>(pair) * header.taps + tap);
+    }
+    to[row * kUnits + unit] = values;
+  }
+}
+
+// ---- the gradient of the weight ----
+
+// A block sums, over its share of the pixels, a chunk of channels times a chunk of output channels for up to
+// twelve taps; each warp has its taps, or with one or two taps its share of each box of pixels.
+template <typename E>
+struct WeightTile {
+  static constexpr int kColumns = kRowBytes / static_cast<int>(sizeof(typename E::Store));
+  static constexpr int kBlocks = kColumns / 16;  // of 16 channels
+  static constexpr int kOctets = kColumns / 8;   // of 8 output channels
+  static constexpr int kSlots = kMaxTaps / (kThreads / 32);
+  float at[kSlots][kBlocks][kOctets][4];
+};
+
+template <typename E>
+DSP_KERNEL(kThreads, 3)
+conv2d_grad_weight_kernel(ConvArguments a) {
+  using namespace device;
+  using Store = typename E::Store;
+  using Tile = WeightTile<E>;
+  constexpr int kWarps = kThreads / 32;
+  constexpr int kDepth = sizeof(Store) == 2 ? 16 : 8;  // pixels of a matrix instruction
+  const TableHeader& header = header_of(a);
+  const TableClass& c = entry<TableClass>(a, header.classes_at, 0);
+  const TableItem& item = entry<TableItem>(a, header.items_at, block_x());
+  const TableChunk& columns = entry<TableChunk>(a, item.chunks_at, 0);
+  const TableChunk& filters = entry<TableChunk>(a, item.grad_chunk_at, 0);
+  const auto* x = static_cast<const Store*>(a.x);
+  const auto* grad = static_cast<const Store*>(a.grad);
+  const int taps = item.taps_h * item.taps_w;
+  const int shares = header.partials;
+  const int share = warp() % shares;
+  const int first_tap = warp() / shares;
+  const int pixels = c.tile_n * c.tile_h * c.tile_w;
+  const int halo_rows = c.tile_n * c.halo_h * c.halo_w;
+  // One row more than the halo: zeros, for pixels beyond the image. 0 * NaN would be NaN.
+  const uint32_t halo_bytes = static_cast<uint32_t>((halo_rows + 1) * kRowBytes);
+  const uint32_t stage_bytes = halo_bytes + kTilePixels * kRowBytes;
+  const int first_tile = static_cast<int>(static_cast<int64_t>(c.pixel_tiles) * block_y() / blocks_y());
+  const int last_tile = static_cast<int>(static_cast<int64_t>(c.pixel_tiles) * (block_y() + 1) / blocks_y());
+
+  if (thread() < kWeightStages * kUnits) {
+    store_shared(static_cast<uint32_t>(thread() / kUnits) * stage_bytes + place(halo_rows, thread() % kUnits),
+                 Four{{0.0f, 0.0f, 0.0f, 0.0f}});
+  }
+  const auto prefetch = [&](int tile) {
+    if (tile < last_tile) {
+      const Box box = box_of(c, tile);
+      const uint32_t stage = static_cast<uint32_t>(tile % kWeightStages) * stage_bytes;
+      fill_rows(x, header.in_channels, columns, halo_rows, stage,
+                [&](int row) { return halo_pixel(c, box, item.tap_h, item.tap_w, row); });
+      fill_rows(grad, header.out_channels, filters, kTilePixels, stage + halo_bytes, [&](int row) {
+        const Pixel p = pixel_of(c, row);
+        return in_grid(c, box, p) ? out_pixel(c, box, p) : int64_t{-1};
+      });
+    }
+    commit_copies();
+  };
+
+  Tile sums;
+  for (int slot = 0; slot < Tile::kSlots; ++slot)
+    for (int i = 0; i < Tile::kBlocks; ++i)
+      for (int octet = 0; octet < Tile::kOctets; ++octet)
+        for (int k = 0; k < 4; ++k) sums.at[slot][i][octet][k] = 0.0f;
+
+  prefetch(first_tile);
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    prefetch(tile + 1);
+    wait_copies<1>();
+    barrier();
+    const Box box = box_of(c, tile);
+    const uint32_t halo = static_cast<uint32_t>(tile % kWeightStages) * stage_bytes;
+    const uint32_t out = halo + halo_bytes;
+    const auto row_of = [&](int index) {
+      const Pixel p = pixel_of(c, index);
+      return in_grid(c, box, p) ? halo_row(c, p) : halo_rows;
+    };
+    const int range = kTilePixels / shares;
+    for (int at = share * range; at < (share + 1) * range && at < pixels; at += kDepth) {
+      if constexpr (sizeof(Store) == 2) {
+        uint32_t b[Tile::kOctets / 2][4];
+        for (int pair = 0; pair < Tile::kOctets / 2; ++pair) {
+          if (pair < filters.steps)
+            load_matrix<4, true>(
+                b[pair], out + place(at + (lane() >> 3 & 1) * 8 + lane() % 8, pair * 2 + (lane() >> 4)));
+        }
+        const int row = row_of(at + (lane() >> 4) * 8 + lane() % 8);
+        DSP_UNROLL
+        for (int slot = 0; slot < Tile::kSlots; ++slot) {
+          const int tap = first_tap + slot * (kWarps / shares);
+          if (tap >= taps) continue;
+          const int shift = tap / item.taps_w * c.row_tap_h * c.halo_w + tap % item.taps_w * c.row_tap_w;
+          const int from = row == halo_rows ? row : row + shift;
+          for (int i = 0; i < Tile::kBlocks; ++i) {
+            if (i >= columns.steps) continue;
+            uint32_t left[4];
+            load_matrix<4, true>(left, halo + place(from, i * 2 + (lane() >> 3 & 1)));
+            for (int pair = 0; pair < Tile::kOctets / 2; ++pair) {
+              if (pair >= filters.steps) continue;
+              const uint32_t low[2] = {b[pair][0], b[pair][1]};
+              const uint32_t high[2] = {b[pair][2], b[pair][3]};
+              E::multiply(sums.at[slot][i][pair * 2], left, low);
+              E::multiply(sums.at[slot][i][pair * 2 + 1], left, high);
+            }
+          }
+        }
+      } else if constexpr (E::kMatrix) {
+        const int quad = lane() % 4;
+        const int column = lane() / 4;
+        uint32_t b[Tile::kOctets][2];
+        for (int octet = 0; octet < Tile::kOctets; ++octet) {
+          if (octet >= filters.steps) continue;
+          for (int k = 0; k < 2; ++k)
+            b[octet][k] =
+                load_shared<uint32_t>(out + element_place<Store>(at + quad + k * 4, octet * 8 + column));
+        }
+        const int rows[2] = {row_of(at + quad), row_of(at + quad + 4)};
+        DSP_UNROLL
+        for (int slot = 0; slot < Tile::kSlots; ++slot) {
+          const int tap = first_tap + slot * (kWarps / shares);
+          if (tap >= taps) continue;
+          const int shift = tap / item.taps_w * c.row_tap_h * c.halo_w + tap % item.taps_w * c.row_tap_w;
+          uint32_t left[4];
+          for (int k = 0; k < 4; ++k) {
+            const int row = rows[k / 2] == halo_rows ? halo_rows : rows[k / 2] + shift;
+            left[k] = k % 2 >= columns.steps
+                          ? 0u
+                          : load_shared<uint32_t>(halo + element_place<Store>(row, column + k % 2 * 8));
+          }
+          for (int octet = 0; octet < Tile::kOctets; ++octet)
+            if (octet < filters.steps) E::multiply(sums.at[slot][0][octet], left, b[octet]);
+        }
+      } else {
+        for (int k = 0; k < kDepth; ++k) {
+          const int row = row_of(at + k);
+          for (int slot = 0; slot < Tile::kSlots; ++slot) {
+            const int tap = first_tap + slot * (kWarps / shares);
+            if (tap >= taps) continue;
+            const int shift = tap / item.taps_w * c.row_tap_h * c.halo_w + tap % item.taps_w * c.row_tap_w;
+            const int from = row == halo_rows ? row : row + shift;
+            for (int half = 0; half < 2; ++half) {
+              if (half >= columns.steps) continue;
+              const float left = load_shared<float>(halo + element_place<float>(from, half * 8 + lane() / 4));
+              for (int octet = 0; octet < Tile::kOctets; ++octet) {
+                if (octet >= filters.steps) continue;
+                for (int i = 0; i < 2; ++i)
+                  sums.at[slot][0][octet][half * 2 + i] +=
+                      left *
+                      load_shared<float>(out + element_place<float>(at + k, octet * 8 + lane() % 4 * 2 + i));
+              }
+            }
+          }
+        }
+      }
+    }
+    barrier();
+  }
+  wait_copies<0>();
+
+  // (slice, share, item, tap) x output channels x channels
+  const int64_t part = static_cast<int64_t>(block_y()) * shares + share;
+  for (int slot = 0; slot < Tile::kSlots; ++slot) {
+    const int tap = first_tap + slot * (kWarps / shares);
+    if (tap >= taps) continue;
+    float* to =
+        a.workspace + ((part * blocks_x() + block_x()) * taps + tap) * Tile::kColumns * Tile::kColumns;
+    for (int i = 0; i < Tile::kBlocks; ++i)
+      for (int octet = 0; octet < Tile::kOctets; ++octet)
+        for (int k = 0; k < 4; ++k)
+          to[(octet * 8 + lane() % 4 * 2 + k % 2) * Tile::kColumns + i * 16 + k / 2 * 8 + lane() / 4] =
+              sums.at[slot][i][octet][k];
+  }
+}
+
+// Adds the shares in order and puts each weight in its place.
+template <typename E>
+DSP_KERNEL(kThreads, 4)
+conv2d_add_weight_kernel(ConvArguments a) {
+  using namespace device;
+  using Store = typename E::Store;
+  constexpr int kColumns = WeightTile<E>::kColumns;
+  const TableHeader& header = header_of(a);
+  const TableClass& c = entry<TableClass>(a, header.classes_at, 0);
+  const TableItem& item = entry<TableItem>(a, header.items_at, block_x());
+  const int taps = item.taps_h * item.taps_w;
+  const int64_t parts = static_cast<int64_t>(header.splits) * header.partials;
+  const int64_t each = static_cast<int64_t>(blocks_x()) * taps * kColumns * kColumns;
+  for (int at = block_y() * kThreads + thread(); at < taps * kColumns * kColumns;
+       at += blocks_y() * kThreads) {
+    const int tap = at / (kColumns * kColumns);
+    const int32_t pair = a.table[item.pairs_at + at % (kColumns * kColumns)];
+    if (pair < 0) continue;
+    const float* from = a.workspace + (block_x() * taps * kColumns * kColumns + at);
+    float sum = 0.0f;
+    for (int64_t part = 0; part < parts; ++part) sum += from[part * each];
+    const int kernel_tap = (item.tap_h + tap / item.taps_w) * c.taps_w + item.tap_w + tap % item.taps_w;
+    static_cast<Store*>(a.out)[static_cast<int64_t>(pair) * header.taps + kernel_tap] = E::store(sum);
+  }
+}
+
+}  // namespace cuda
+}  // namespace dsp

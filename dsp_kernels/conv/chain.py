@@ -15,8 +15,8 @@ or y reaches every filter, as in the dense network. W1's groups read their own c
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backends import interpreted
 from ..layout import GroupLayout
 from . import reference
 from .shapes import Pair, output_size
@@ -72,9 +73,9 @@ class ChainTables:
 
     ``steps``: int32 (steps, 2): first channel / 8 << 8 | bits of the chunks that are read, rows << 16 |
     columns from the output pixel's origin. ``valid``: int8 (steps, block_k), 1 where a channel is read.
-    ``ranges``: int32 (tiles, 3): first step, first with holes, end. ``index``: int64 (steps, block_k, tile_n),
-    positions in the packed weight, -1 for zero. ``filters``: int64 (tiles * tile_n,), the filter of each
-    column, -1 for none.
+    ``ranges``: int32 (tiles, 3): first step, first with holes, end. ``index``: int64 (steps, block_k,
+    tile_n), positions in the packed weight, -1 for zero. ``filters``: int64 (tiles * tile_n,), the filter
+    of each column, -1 for none.
     """
 
     steps: Tensor
@@ -335,7 +336,7 @@ class Chain:
 
     def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         images, height, width = self._check(x, residual)
-        if x.device.type != "cuda" and not _interpreted():
+        if x.device.type != "cuda" and not interpreted():
             return self.layers(x, residual)
         last = torch.channels_last
         x, residual = x.contiguous(memory_format=last), residual.contiguous(memory_format=last)
@@ -350,7 +351,7 @@ class Chain:
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments of the kernel, launch options apart."""
         config = self.config
-        tf32 = self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        tf32 = self.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return {
             "CS": config.stream,
             "C3": config.following,
@@ -362,7 +363,7 @@ class Chain:
             "BLOCK_K": config.block_k,
             "BLOCK_S": config.block_s,
             "PRECISION": "tf32" if tf32 else "ieee",
-            "UPCAST": self.dtype == torch.bfloat16 and _interpreted(),
+            "UPCAST": self.dtype == torch.bfloat16 and interpreted(),
         }
 
     def _launch(self, x: Tensor, residual: Tensor, stream: Tensor, following: Tensor) -> None:
@@ -373,7 +374,7 @@ class Chain:
         if pixels >= 2**31:
             raise ValueError(f"x: {pixels} output pixels are more than 32 bits count")
         grid = (math.ceil(pixels / self.config.block_m),)
-        with torch.cuda.device(x.device) if x.device.type == "cuda" else _nothing():
+        with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
             chain_forward[grid](
                 x, residual, stream, following, self.w1, self.w2, self.w3, self.b1, self.b2, self.b3,
                 self.steps, self.valid, self.ranges,
@@ -399,13 +400,3 @@ class Chain:
             one, one, none, one, "relu",
         )  # fmt: skip
         return y, z
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -399,8 +399,8 @@ class DenseConv2d(nn.Module):
     """A packed layer in the form ``torch``: torch's own convolution over the dense weight, zeros included,
     then residual and activation. ``forward`` takes and gives what the packed layer does.
 
-    On CUDA a float32 convolution is float32, unless ``torch.backends.cuda.matmul.allow_tf32`` says that TF32
-    is wanted. Its bits are cuDNN's.
+    On CUDA a float32 convolution is float32, unless ``torch.backends.cuda.matmul`` allows TF32. Its bits are
+    cuDNN's.
     """
 
     bias: nn.Parameter | None
@@ -419,7 +419,7 @@ class DenseConv2d(nn.Module):
         if self.outer is not None:
             x = F.pad(x, self.outer, mode="constant" if self.mode == "zeros" else self.mode)
         if x.dtype is torch.float32 and x.device.type == "cuda":
-            tf32 = torch.backends.cuda.matmul.allow_tf32
+            tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
             with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=tf32):
                 y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
         else:
@@ -635,9 +635,22 @@ _capturing = threading.Lock()  # one capture at a time in a process
 WARM_UP = 3
 
 
+def _prepared() -> list[Any]:
+    """The tables and laid out weights that the launchers keep at present. A graph knows their addresses
+    alone: they must outlive it, whatever the launchers forget.
+    """
+    from dsp_kernels.conv import triton
+
+    held: list[Any] = []
+    for kept in (triton._tables, triton._weights):
+        with kept._lock:
+            held += kept._values.values()
+    return held
+
+
 class _CudaReplay:
-    def __init__(self, graph: Any, buffer: torch.Tensor, outputs: Any) -> None:
-        self.graph, self.input, self.outputs = graph, buffer, outputs
+    def __init__(self, graph: Any, buffer: torch.Tensor, outputs: Any, held: list[Any]) -> None:
+        self.graph, self.input, self.outputs, self.held = graph, buffer, outputs, held
         self.done = torch.cuda.Event()
 
     def __call__(self) -> None:
@@ -653,7 +666,7 @@ class _CudaReplay:
 class CudaCapturer:
     """Captures on a CUDA device by ``torch.cuda.graph``, after warming up on a stream of its own."""
 
-    takes = ("triton",)
+    takes: tuple[str, ...] = ("triton",)
 
     def refuses(self, x: torch.Tensor) -> str | None:
         if x.device.type != "cuda":
@@ -680,7 +693,7 @@ class CudaCapturer:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = call(buffer)
-            return _CudaReplay(graph, buffer, outputs)
+            return _CudaReplay(graph, buffer, outputs, _prepared())
 
 
 @dataclass

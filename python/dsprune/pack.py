@@ -14,6 +14,7 @@ from torch import nn
 
 from dsp_kernels import GroupLayout, available_backends
 
+from .gpu import GraphCache
 from .graph import ExportError, Limits, as_inputs, clean_copy, evaluating, trace, unwrap
 from .lower import lower
 from .nn import PackedBatchNorm2d, PackedConv2d, PermutedGroupedConv2d
@@ -123,7 +124,7 @@ class PackedNetwork(nn.Module):
         # In a dictionary, so outside of the module tree: no part of the state dict, no memory to speak of.
         self._hidden: dict[str, nn.Module] = {"skeleton": skeleton}
         self._variants: dict[Any, nn.Module] = {}
-        self._caches: dict[nn.Module, ProgramCache] = {}
+        self._caches: dict[nn.Module, Any] = {}
         self._names = list(inspect.signature(skeleton.forward).parameters)
 
     @property
@@ -144,15 +145,18 @@ class PackedNetwork(nn.Module):
                 return cache.run(program, args[0])
         return network(*args)
 
-    def _programs(self, network: nn.Module) -> ProgramCache:
+    def _programs(self, network: nn.Module) -> Any:
+        """What runs a fused network in one call: native programs on the CPU, CUDA graphs on a GPU."""
         if network not in self._caches:
-            self._caches[network] = ProgramCache(network, self.backend)
+            first = next(network.parameters(), None)
+            kind = GraphCache if first is not None and first.is_cuda else ProgramCache
+            self._caches[network] = kind(network, self.backend)
         return self._caches[network]
 
     @property
     def program_reason(self) -> str | None:
-        """Why the last call of the fused network ran layer by layer; None where it was one native program, or
-        where there was none yet.
+        """Why the last call of the fused network ran layer by layer; None where it was one native program or
+        one CUDA graph, or where there was none yet.
         """
         if self._limits is None:
             return self.unfused_reason or "layers were replaced one by one"

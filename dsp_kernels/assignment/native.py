@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import choose, native_module
+from ..backends import native_module
 
 __all__ = [
     "Operation",
-    "backend_for",
     "group_lasso",
     "group_lasso_backward",
     "group_lasso_hessian",
@@ -33,20 +32,6 @@ class Operation(enum.IntEnum):
     SHRINK = 3
     PROXIMAL = 4
     STEP_GRADIENT = 5
-
-
-def backend_for(backend: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """The backend, reference or native, for group assignment on tensors of ``dtype``.
-
-    Raises ValueError for a wish that cannot be met.
-    """
-    # The choice is worded for the convolution, which is float32 only; this core takes both.
-    name = choose(backend, device_type, torch.float32 if dtype == torch.float64 else dtype)
-    if name in ("reference", "native"):
-        return name
-    if backend is not None:
-        raise ValueError(f"backend {backend!r} has no group assignment, accepted: ['reference', 'native']")
-    return "reference"
 
 
 def _tap_major(weight: Tensor) -> bool:

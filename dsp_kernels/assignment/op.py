@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._library import define, library
-from . import native, reference
+from . import reference
+from .rooms import backend_for, room
 
 __all__ = ["FORMS", "group_lasso", "sample_groups"]
 
@@ -46,32 +47,35 @@ _ops = torch.ops.dsp_kernels
 # ---- implementations
 
 
-def _implementation(backend: str) -> Any:
-    return native if backend == "native" else reference
-
-
 def _sample_groups(
     logits: Tensor, noise: Tensor, temperature: float, divide_noise: bool, backend: str
 ) -> Tensor:
-    return reference.sample_groups(logits, noise, temperature, divide_noise)
+    # The native core has no kernel of its own for the samples.
+    samples = room(backend) if backend == "triton" else reference
+    out: Tensor = samples.sample_groups(logits, noise, temperature, divide_noise)
+    return out
 
 
 def _sample_groups_backward(
     grad: Tensor, log_probabilities: Tensor, temperature: float, backend: str
 ) -> Tensor:
-    return reference.sample_groups_backward(grad, log_probabilities, temperature)
+    samples = room(backend) if backend == "triton" else reference
+    out: Tensor = samples.sample_groups_backward(grad, log_probabilities, temperature)
+    return out
 
 
 def _group_lasso(
     weights: list[Tensor], log_probabilities: list[Tensor], scales: list[float], backend: str
 ) -> Tensor:
-    return _implementation(backend).group_lasso(weights, log_probabilities, scales)
+    out: Tensor = room(backend).group_lasso(weights, log_probabilities, scales)
+    return out
 
 
 def _group_lasso_backward(
     grad: Tensor, weights: list[Tensor], log_probabilities: list[Tensor], scales: list[float], backend: str
 ) -> list[Tensor]:
-    return _implementation(backend).group_lasso_backward(grad, weights, log_probabilities, scales)
+    out: list[Tensor] = room(backend).group_lasso_backward(grad, weights, log_probabilities, scales)
+    return out
 
 
 def _group_lasso_hessian(
@@ -83,9 +87,10 @@ def _group_lasso_hessian(
     scales: list[float],
     backend: str,
 ) -> list[Tensor]:
-    return _implementation(backend).group_lasso_hessian(
+    out: list[Tensor] = room(backend).group_lasso_hessian(
         grad, weight_directions, log_directions, weights, log_probabilities, scales
     )
+    return out
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -364,7 +369,7 @@ def sample_groups(
         if noise.device != logits.device:
             raise ValueError(f"noise: expected the logits' device {logits.device}, got {noise.device}")
     soft = _ops.sample_groups(
-        logits, noise, value, divide, native.backend_for(backend, logits.device.type, logits.dtype)
+        logits, noise, value, divide, backend_for(backend, logits.device.type, logits.dtype)
     )
     return cast(Tensor, _ops.harden_groups(soft) if hard else soft)
 
@@ -394,7 +399,7 @@ def check_scales(scales: object, count: int) -> list[float]:
 
 def _shared_backend(backend: str | None, weights: Sequence[Tensor]) -> str:
     """The backend for a list of weights, which must run all of them."""
-    names = {native.backend_for(backend, weight.device.type, weight.dtype) for weight in weights}
+    names = {backend_for(backend, weight.device.type, weight.dtype) for weight in weights}
     return names.pop() if len(names) == 1 else "reference"
 
 

@@ -6,7 +6,6 @@ addresses. The words of its tables are described in ``triton_kernels.py``.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -49,6 +48,7 @@ class Tiling:
     A tile of the passes over the weights is ``rows`` filters and ``lanes`` elements of each; one of the
     passes over S and T is ``moved_rows`` by ``moved_lanes``. ``chunk`` filters share one partial sum.
     ``width`` and ``depth`` are those of the sums of partial sums. ``warps``: threads / 32 of a program.
+    ``most_groups``: how many groups' column sums are kept at a time at most.
     """
 
     rows: int
@@ -59,19 +59,20 @@ class Tiling:
     width: int = 256
     depth: int = 8
     warps: int = 4
+    most_groups: int = 8
 
     def block(self, groups: int) -> int:
         """How many groups' column sums are kept at a time."""
-        return min(8, 1 << (groups - 1).bit_length())
+        return min(self.most_groups, 1 << (groups - 1).bit_length())
 
 
 SHIPPED = {
-    2: Tiling(rows=8, lanes=512, moved_rows=32, moved_lanes=128, chunk=64),
-    4: Tiling(rows=16, lanes=256, moved_rows=32, moved_lanes=128, chunk=64),
-    8: Tiling(rows=16, lanes=128, moved_rows=16, moved_lanes=128, chunk=64),
+    2: Tiling(rows=4, lanes=512, moved_rows=16, moved_lanes=128, chunk=64, most_groups=4),
+    4: Tiling(rows=8, lanes=256, moved_rows=16, moved_lanes=128, chunk=64),
+    8: Tiling(rows=8, lanes=128, moved_rows=8, moved_lanes=128, chunk=64),
 }
-"""By the bytes of a weight's element. A tile is 4,096 elements, half of that for float64: 32 registers a
-thread."""
+"""By the bytes of a weight's element. A tile is 2,048 elements, half of that for float64: 16 registers a
+thread, of which the largest kernel holds six or seven at once."""
 
 INTERPRETED = Tiling(rows=4, lanes=64, moved_rows=4, moved_lanes=16, chunk=8, width=16, depth=2)
 """For Triton's interpreter, in which elements cost time and small layers should still have several tiles."""
@@ -137,7 +138,6 @@ def _tensor(rows: list[tuple[int, ...]], dtype: torch.dtype, device: torch.devic
     return torch.tensor(rows, dtype=dtype).to(device)
 
 
-@functools.lru_cache(maxsize=64)
 def make_plan(
     layers: tuple[Layer, ...], groups: int, vector: int, tiles: Tiling, device: torch.device
 ) -> Plan:

@@ -4,13 +4,13 @@ PyTorch.
 With W a layer's weights (O filters, C input channels, K taps), S = sum over taps of W^2 (O, C), and p the
 (G, O) probabilities that filter o belongs to group g:
 
-    L[g, c] = sqrt(sum_o p[g, o]^2 S[o, c]),   s[g] = (sum_o sqrt(p[g, o]))^2,   R = scale sum_g s[g] sum_c
-    L[g, c]
+    L[g, c] = sqrt(sum_o p[g, o]^2 S[o, c])
+    s[g]    = (sum_o sqrt(p[g, o]))^2
+    R       = scale sum_g s[g] sum_c L[g, c]
 
 (Park et al., "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023, arXiv 2303.09736). Everything is
 a function of l = log p, in which every derivative stays finite at p = 0 (l = -inf); 1/L is 0 where L is 0.
-A norm below
-``NORM_FLOOR`` counts as 0: its reciprocals would overflow in the second order.
+A norm below ``NORM_FLOOR`` counts as 0: its reciprocals would overflow in the second order.
 
 The closed forms see the weights only through S, through T = sum over taps of W D for a direction D of the
 weights, and through one factor for each (filter, channel) that multiplies all taps.
@@ -93,8 +93,7 @@ class LassoTerms:
     """What one layer's derivatives share, of S (O, C) and l (G, O); scale 1. Methods return new tensors.
 
     ``square_probabilities`` p^2 and ``root_probabilities`` sqrt(p) are (G, O); ``root_sum`` q and ``size``
-    s are (G,);
-    ``norm`` L and ``inverse`` 1/L are (G, C).
+    s are (G,); ``norm`` L and ``inverse`` 1/L are (G, C).
     """
 
     square: Tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from . import native
 from .native import Operation
 from .op import check_scales
 from .reference import accumulation_dtype, lasso_terms, spread, square_sum, tap_product
+from .rooms import backend_for, room
 
 __all__ = ["LassoTable"]
 
@@ -26,11 +28,15 @@ class LassoTable:
 
     ``weights``: tensors (O, C, ...taps) on one device and of one accumulation dtype, which the methods
     change in place. ``groups``: G. ``scales``: one finite number a layer, 1 if None. ``backend``:
-    "reference", "native" or None for the best that runs; weights that are neither contiguous nor channels
-    last always take the reference.
+    "reference", "native", "triton" or None for the best that runs; weights that are neither contiguous nor
+    channels last, or of several dtypes, always take the reference.
 
-    ``rates`` are one number a layer: the step length that multiplies the scaled gradient dR/dW. Everything
-    runs under ``torch.no_grad``.
+    ``rates`` are one number a layer: the step length that multiplies the scaled gradient dR/dW. They may be a
+    tensor (L,) of the accumulation dtype on the weights' device, which "triton" reads there. Everything runs
+    under ``torch.no_grad``. Methods of a "triton" table launch a fixed number of kernels, whatever the number
+    of layers, do not wait for the device, and can be captured in a CUDA graph once they have run.
+
+    Methods raise ValueError where a weight's shape, dtype or device is no longer that of the table.
     """
 
     def __init__(
@@ -64,8 +70,12 @@ class LassoTable:
                 )
             if weight.device != self.device:
                 raise ValueError(f"weights[{index}]: expected device {self.device}, got {weight.device}")
-        names = {native.backend_for(backend, self.device.type, weight.dtype) for weight in self.weights}
+        names = {backend_for(backend, self.device.type, weight.dtype) for weight in self.weights}
         self.backend = names.pop() if len(names) == 1 else "reference"
+        if len({weight.dtype for weight in self.weights}) > 1:
+            self.backend = "reference"
+        self._network: Any = None
+        self._strides: list[tuple[int, ...]] = []
         self.offsets = [0, *accumulate(weight.shape[0] for weight in self.weights)]
         self._shapes = [(weight.shape, weight.dtype) for weight in self.weights]
 
@@ -93,9 +103,63 @@ class LassoTable:
     def _runs_native(self) -> bool:
         return self.backend == "native" and all(map(native.is_plain, self.weights))
 
+    def _runs_triton(self) -> bool:
+        """Whether the kernels run; what they know of the weights is made again where their order changed."""
+        if self.backend != "triton":
+            return False
+        index = self.stale()
+        if index is not None:
+            raise ValueError(
+                f"weights[{index}]: expected {self._shapes[index]}, got "
+                f"{(self.weights[index].shape, self.weights[index].dtype)} on {self.weights[index].device}"
+            )
+        strides = [weight.stride() for weight in self.weights]
+        if strides != self._strides:
+            module = room("triton")
+            plain = all(map(module.is_plain, self.weights))
+            self._network = module.Network(self.weights, self.groups, self.scales) if plain else None
+            self._strides = strides
+        return self._network is not None
+
+    def _logs(self, matrix: Tensor) -> Tensor:
+        """The (G, N) matrix with the rows contiguous, after checking it."""
+        self.split(matrix)
+        return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+    @staticmethod
+    def _numbers(rates: Sequence[float] | Tensor) -> Sequence[float]:
+        return rates.tolist() if isinstance(rates, Tensor) else rates
+
+    def _ordered(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors have the dtype and the memory order of the weights."""
+        return all(
+            tensor.stride() == weight.stride() and tensor.dtype == weight.dtype
+            for tensor, weight in zip(tensors, self.weights, strict=True)
+        )
+
+    @torch.no_grad()
+    def copy_to(self, targets: Sequence[Tensor]) -> None:
+        """targets <- weights, bit for bit."""
+        self._copy(list(targets), self.weights)
+
+    @torch.no_grad()
+    def copy_from(self, sources: Sequence[Tensor]) -> None:
+        """weights <- sources, bit for bit."""
+        self._copy(self.weights, list(sources))
+
+    def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        if self._runs_triton() and self._ordered(targets) and self._ordered(sources):
+            self._network.copy(targets, sources)
+            torch.autograd.graph.increment_version(targets)
+        else:
+            torch._foreach_copy_(targets, sources)
+
     @torch.no_grad()
     def penalties(self, log_probabilities: Tensor) -> Tensor:
         """The scaled penalty of each layer, (L,)."""
+        if self._runs_triton():
+            out: Tensor = self._network.penalties(self.weights, self._logs(log_probabilities))
+            return out
         if self._runs_native():
             logs = self.split(log_probabilities)
             return native.group_lasso(self.weights, logs, self.scales)
@@ -106,7 +170,7 @@ class LassoTable:
     def shrink(
         self,
         log_probabilities: Tensor,
-        rates: Sequence[float],
+        rates: Sequence[float] | Tensor,
         *,
         proximal: bool = False,
         keep: Sequence[Tensor] | None = None,
@@ -117,6 +181,20 @@ class LassoTable:
         (log-probabilities 0 and -inf), which shrinks each (group, channel) block by rate * s in norm and
         gives exact zeros. ``keep``: tensors shaped as the weights that receive the weights as they were.
         """
+        if self._runs_triton():
+            fused = keep is not None and self._ordered(keep)
+            if keep is not None and not fused:
+                torch._foreach_copy_(list(keep), self.weights)
+            self._network.shrink(
+                self.weights,
+                self._logs(log_probabilities),
+                rates,
+                proximal=proximal,
+                keeps=keep if fused else None,
+            )
+            torch.autograd.graph.increment_version([*self.weights, *(keep or ())])
+            return
+        rates = self._numbers(rates)
         if self._runs_native():
             self._shrink_native(self.split(log_probabilities), rates, proximal, keep)
             return
@@ -136,10 +214,7 @@ class LassoTable:
     def _shrink_native(
         self, logs: Sequence[Tensor], rates: Sequence[float], proximal: bool, keep: Sequence[Tensor] | None
     ) -> None:
-        fused = keep is not None and all(
-            kept.stride() == weight.stride() and kept.dtype == weight.dtype
-            for kept, weight in zip(keep, self.weights, strict=True)
-        )
+        fused = keep is not None and self._ordered(keep)
         if keep is not None and not fused:
             for kept, weight in zip(keep, self.weights, strict=True):
                 kept.copy_(weight)
@@ -160,7 +235,10 @@ class LassoTable:
 
     @torch.no_grad()
     def log_gradient(
-        self, log_probabilities: Tensor, rates: Sequence[float], displacements: Sequence[Tensor] | None = None
+        self,
+        log_probabilities: Tensor,
+        rates: Sequence[float] | Tensor,
+        displacements: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """The gradient (G, N) for the log-probabilities after one penalty step, the weights being still
         those before it.
@@ -169,6 +247,11 @@ class LassoTable:
         layer, shaped as the weights), the mixed product d<dR/dW(W), D - rate dR/dW(W')>/dl. D is the move
         that the optimizer would make at W'; the penalty's own move at W' is added here.
         """
+        if self._runs_triton():
+            logs = self._logs(log_probabilities)
+            found: Tensor = self._network.log_gradient(self.weights, logs, rates, displacements)
+            return found
+        rates = self._numbers(rates)
         out = torch.empty(log_probabilities.shape, dtype=self.dtype, device=self.device)
         if self._runs_native():
             native.run(

@@ -8,8 +8,9 @@ changed, else what is on the device is used again.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,11 @@ __all__ = [
     "update_logits",
 ]
 
-_REMEMBERED = 8
+_REMEMBERED = 16
+_lock = threading.Lock()
+_networks: dict[Any, Any] = {}
+_plans: dict[Any, Any] = {}
+_temperatures: dict[Any, Any] = {}
 _WIDTH = 128  # columns of a program of the kernels on (G, N) matrices
 _ELEMENTS = {
     torch.float64: kernels.tl.float64,
@@ -90,18 +95,29 @@ def upload(values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: 
     if device.type != "cuda":
         return host.to(device)
     host = host.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing():
         _captured.append(host)  # every replay of the graph reads it
     return host.to(device, non_blocking=True)
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _remembered(store: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-    value = store.pop(key, None)
-    if value is None:
-        value = make()
-        while len(store) >= _REMEMBERED:
-            del store[next(iter(store))]
-    store[key] = value
+    """``store[key]``, made where it is missing; the least recently used of ``_REMEMBERED`` goes."""
+    with _lock:
+        value = store.pop(key, None)
+        if value is not None:
+            store[key] = value
+            return value
+    value = make()
+    # What is made while a graph is captured gets its contents only when the graph runs.
+    if not _capturing():
+        with _lock:
+            store[key] = value
+            while len(store) > _REMEMBERED:
+                del store[next(iter(store))]
     return value
 
 
@@ -139,9 +155,7 @@ class Network:
         self.dtype = accumulation_dtype(self.element)
         self.layers = tuple(map(Layer.of, weights))
         self.tiles = tiling(weights[0].element_size(), interpreted())
-        self.offsets = (0,)
-        for layer in self.layers:
-            self.offsets += (self.offsets[-1] + layer.filters,)
+        self.offsets = (0, *accumulate(layer.filters for layer in self.layers))
         self._scales = tuple(scales)
         self._numbers: dict[tuple[float, ...], Tensor] = {}
         self._bound: dict[tuple[int, ...], tuple[Plan, Tensor]] = {}
@@ -176,7 +190,8 @@ class Network:
         def make() -> tuple[Plan, Tensor]:
             size = weights[0].element_size()
             vector = vector_width(self.layers, size, key)
-            plan = make_plan(self.layers, self.groups, vector, self.tiles, self.device)
+            shape = (self.layers, self.groups, vector, self.tiles, self.device)
+            plan = _remembered(_plans, shape, lambda: make_plan(*shape))
             table = upload(key, torch.int64, self.device).view(-1, ADDRESSES)
             return plan, table
 
@@ -407,9 +422,9 @@ class Network:
         mode = "proximal" if proximal else "shrink"
         self._apply(plan, table, mode, logs, lengths, work, columns, keeping=keeps is not None)
 
-    def restore(self, weights: Sequence[Tensor], keeps: Sequence[Tensor]) -> None:
-        """weights <- keeps, bit for bit."""
-        plan, table = self.bind(weights, outs=weights, keeps=keeps)
+    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """targets <- sources, bit for bit; both have the order of the weights."""
+        plan, table = self.bind(targets, keeps=sources)
         constants = self._common(plan)
         del constants["ACC"]
         self._start(
@@ -432,6 +447,8 @@ class Network:
     ) -> Tensor:
         """The gradient (G, N) after one penalty step; see ``LassoTable.log_gradient``."""
         mixed = moves is not None
+        if moves is not None:
+            moves = [_like(move, weight) for move, weight in zip(moves, weights, strict=True)]
         plan, table = self.bind(weights, moves)
         lengths = self.numbers(rates)
         work = self._work(plan, "inverses", "moved", *(("changes",) if mixed else ()))
@@ -527,14 +544,18 @@ def _network(
     weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Sequence[float], picked: Sequence[int]
 ) -> tuple[Network, list[Tensor], Tensor]:
     own = [weights[index] for index in picked]
-    network = Network(own, logs[picked[0]].shape[0], [scales[index] for index in picked])
+    groups, factors = logs[picked[0]].shape[0], [scales[index] for index in picked]
+    key = (tuple(map(Layer.of, own)), groups, own[0].dtype, own[0].device, tuple(factors))
+    network = _remembered(_networks, key, lambda: Network(own, groups, factors))
     return network, own, torch.cat([logs[index] for index in picked], 1)
 
 
 def _split(matrix: Tensor, offsets: Sequence[int]) -> list[Tensor]:
     """The columns of each layer, copied: an operator's results share no memory."""
     sizes = [end - begin for begin, end in pairwise(offsets)]
-    return [part.contiguous() for part in torch.split_with_sizes_copy(matrix, sizes, dim=1)]
+    copied: Any = torch.split_with_sizes_copy
+    parts = copied(matrix, sizes, dim=1)
+    return [part.contiguous() for part in parts]
 
 
 def _index(picked: Sequence[int], total: int, values: Tensor) -> Tensor:
@@ -616,10 +637,11 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _full(value: float, like: Tensor) -> Tensor:
-    # A fill, which is a launch of its own but no copy from the host.
-    _note("fill")
-    return torch.full((1,), value, dtype=like.dtype, device=like.device)
+def _temperature(value: float, like: Tensor) -> Tensor:
+    """The temperature on the device, in the precision of the rest."""
+    key = (value, like.dtype, like.device)
+    found: Tensor = _remembered(_temperatures, key, lambda: upload([value], like.dtype, like.device))
+    return found
 
 
 def sample_groups(logits: Tensor, noise: Tensor, temperature: float, divide_noise: bool) -> Tensor:
@@ -633,7 +655,7 @@ def sample_groups(logits: Tensor, noise: Tensor, temperature: float, divide_nois
         _grid(count),
         logits,
         noise,
-        _full(temperature, logits),
+        _temperature(temperature, logits),
         out,
         count,
         logits.stride(0),
@@ -658,7 +680,7 @@ def sample_groups_backward(grad: Tensor, log_probabilities: Tensor, temperature:
         _grid(count),
         grad,
         logs,
-        _full(temperature, logs),
+        _temperature(temperature, logs),
         out,
         count,
         grad.stride(0),

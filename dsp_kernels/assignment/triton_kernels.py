@@ -641,7 +641,7 @@ def copy_forward(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """KEEP back to the weights."""
+    """WEIGHT <- KEEP."""
     tile = tiles + tl.program_id(0) * TILE
     layer = tl.load(tile)
     start = tl.load(tile + 2) * VEC

@@ -20,6 +20,7 @@ from torch.optim import optimizer as optimizer_module
 from dsp_kernels.assignment import LassoTable, sample_groups
 from dsp_kernels.assignment.op import FORMS, check_form, check_temperature, standard_gumbel
 from dsp_kernels.assignment.reference import harden, sample_groups_backward, spread, square_sum, tap_product
+from dsp_kernels.assignment.rooms import room
 
 from .graph import as_inputs, prunable_convs, unwrap
 
@@ -566,16 +567,16 @@ class GroupLearner:
         rates = [ramp * float(group["lr"]) for group in groups]
 
         noise = standard_gumbel(self._alpha.shape, generator=self._generator, dtype=self._alpha.dtype)
-        noise = noise.to(self._alpha.device)
+        if self._alpha.is_cuda:
+            noise = noise.pin_memory()
+        noise = noise.to(self._alpha.device, non_blocking=True)
         self._soft = sample_groups(self._alpha, self._temperature, noise=noise, form=self._form)
         if self._order == "first":
             self._clear_gradients(optimizer)
             log_gradient: Tensor | None = self._table.log_gradient(self._soft, rates)
         else:
             log_gradient = self._look_ahead(closures, optimizer, groups, rates, before, scaler, grad_hook)
-        if log_gradient is not None:
-            self._update_logits(log_gradient)
-        hard = harden(self._alpha)
+        hard = harden(self._alpha) if log_gradient is None else self._update_logits(log_gradient)
         if self._order == "released" and self._update == "subgradient":
             _ReleasedForm(self._table, hard, rates).shrink()
         else:
@@ -663,13 +664,11 @@ class GroupLearner:
 
     @contextmanager
     def _weights_kept(self) -> Iterator[None]:
-        with torch.no_grad():
-            torch._foreach_copy_(self._kept, self._weights)
+        self._table.copy_to(self._kept)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._weights, self._kept)
+            self._table.copy_from(self._kept)
 
     def _unscale(self, optimizer: torch.optim.Optimizer, scale: float) -> bool:
         """Divides all gradients by the loss scale; whether those of the weights are finite."""
@@ -706,17 +705,32 @@ class GroupLearner:
         return start
 
     @torch.no_grad()
-    def _update_logits(self, log_gradient: Tensor) -> None:
-        """One step of Adam on the logits."""
-        self._gradient.copy_(sample_groups_backward(log_gradient, self._soft, self._temperature))
+    def _update_logits(self, log_gradient: Tensor) -> Tensor:
+        """One step of Adam on the logits; returns the hard assignment's log-probabilities (G, N)."""
         for logits, gradient in zip(self._logits.values(), self._table.split(self._gradient), strict=True):
             logits.grad = gradient
         self._updates += 1
         first, second = _BETAS
+        correction = math.sqrt(1 - second**self._updates)
+        rate = self._alpha_lr / (1 - first**self._updates)
+        if self._table.backend == "triton":
+            numbers = (self._temperature, 1 - first, second, 1 - second, self._alpha_eps, correction, rate)
+            hard: Tensor = room("triton").update_logits(
+                log_gradient,
+                self._soft,
+                numbers,
+                self._gradient,
+                self._moment,
+                self._square_moment,
+                self._alpha,
+            )
+            return hard
+        self._gradient.copy_(sample_groups_backward(log_gradient, self._soft, self._temperature))
         self._moment.lerp_(self._gradient, 1 - first)
         self._square_moment.mul_(second).addcmul_(self._gradient, self._gradient, value=1 - second)
-        scale = self._square_moment.sqrt().div_(math.sqrt(1 - second**self._updates)).add_(self._alpha_eps)
-        self._alpha.addcdiv_(self._moment, scale, value=-self._alpha_lr / (1 - first**self._updates))
+        scale = self._square_moment.sqrt().div_(correction).add_(self._alpha_eps)
+        self._alpha.addcdiv_(self._moment, scale, value=-rate)
+        return harden(self._alpha)
 
     # ---- saving
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -162,7 +163,7 @@ def match_device(name: str, arch: str) -> Device:
     """The table's entry for the name that a driver gives and an architecture like "sm_90"."""
     table = list(devices().values())
     for entry in table:
-        if entry.arch == arch and any(part in name for part in entry.match):
+        if entry.arch == arch and any(re.search(rf"\b{re.escape(part)}\b", name) for part in entry.match):
             return entry
 
     def number(entry: Device) -> int:
@@ -282,8 +283,7 @@ class Padding:
 @lru_cache(maxsize=4096)
 def padding(layout: GroupLayout, taps: int = 1, *, block_k: int = BLOCK_K) -> Padding:
     """The extents of a layout as :mod:`dsp_kernels.conv.tiles` cuts it: chunks of 8 channels at each tap
-    packed into steps of ``block_k``, full chunks apart from those with holes; tiles of filters of the one
-    width that pads least.
+    packed into steps of ``block_k``; tiles of filters of the one width that pads least.
     """
     align = next(a for a in (8, 4, 2, 1) if layout.in_channels % a == 0)
     groups, stretches = [], 0
@@ -291,8 +291,7 @@ def padding(layout: GroupLayout, taps: int = 1, *, block_k: int = BLOCK_K) -> Pa
         if not filters:
             continue
         chunks = cover(sorted(channels), layout.in_channels, align)
-        full = sum(all(valid) for _, valid in chunks)
-        steps = sum(math.ceil(CHUNK * n * taps / block_k) for n in (full, len(chunks) - full))
+        steps = math.ceil(CHUNK * len(chunks) * taps / block_k)
         stretches += len(aligned_runs(channels, layout.in_channels, align))
         groups.append((len(channels) * taps, len(filters), steps * block_k))
 

@@ -1,0 +1,324 @@
+"""The cost model: devices, floors, forms, and the predictions of whole networks."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conv_cases import random_layout
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import dsprune
+from dsp_kernels import GroupLayout, cost
+from dsp_kernels.conv import tiles
+from dsp_kernels.plan import gray_order, runs
+from dsprune import gpu
+from dsprune.models import cifar_resnet, resnet50
+
+H200 = cost.device("H200")
+HALF = torch.bfloat16
+ONE = GroupLayout(64, 64, [(range(64), range(64))])
+
+
+def full(channels: int, filters: int) -> GroupLayout:
+    return GroupLayout(channels, filters, [(range(channels), range(filters))])
+
+
+# ---- devices ----
+
+
+def test_the_table_names_its_sources() -> None:
+    table = cost.devices()
+    assert {"H200", "H100", "A100", "RTX 3090", "L4", "RTX 4090", "B200"} <= set(table)
+    for entry in table.values():
+        assert entry.source and entry.bandwidth > 1e11 and entry.shared_memory >= 99 * 1024
+        assert entry.matrix["bfloat16"] >= entry.matrix["tf32"] >= 0.4 * entry.matrix["float32"]
+        assert 0 < entry.share_bandwidth < 1 and 0 < entry.share_matrix < 1
+
+
+def test_devices_by_name_and_architecture() -> None:
+    assert cost.device("sm_80").name == "A100" and cost.device("H100").arch == "sm_90"
+    with pytest.raises(ValueError, match="device must be one of H200"):
+        cost.device("H300")
+    with pytest.raises(ValueError, match="must be a CUDA device"):
+        cost.device(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "like"),
+    [
+        ("NVIDIA H200", "sm_90", "H200"),
+        ("NVIDIA H100 80GB HBM3", "sm_90", "H100"),
+        ("NVIDIA L40S", "sm_89", "RTX 4090"),
+        ("NVIDIA L4", "sm_89", "L4"),
+        ("NVIDIA RTX PRO 6000", "sm_120", "B200"),
+        ("Tesla T4", "sm_75", "A100"),
+    ],
+)
+def test_a_driver_s_name(name: str, arch: str, like: str) -> None:
+    found = cost.match_device(name, arch)
+    assert found.arch == arch and found.bandwidth == cost.device(like).bandwidth
+
+
+def test_measured_ceilings_replace_shares() -> None:
+    mine = H200.measured(4e12, {"bfloat16": 7e14})
+    assert mine.bytes_per_second() == 4e12 and mine.flops_per_second(torch.bfloat16) == 7e14
+    assert mine.flops_per_second(torch.float16) == pytest.approx(H200.flops_per_second(torch.float16))
+
+
+def test_float32_is_not_tf32() -> None:
+    assert H200.flops_per_second(torch.float32) < H200.flops_per_second(torch.float32, tf32=True)
+    with pytest.raises(ValueError, match="float64"):
+        H200.flops_per_second(torch.float64)
+
+
+# ---- bytes, FLOPs, padding ----
+
+
+def test_floor_of_a_dense_convolution_by_hand() -> None:
+    conv = cost.Conv(ONE, 256, (56, 56), (3, 3), padding=(1, 1), residual=True)
+    pixels = 256 * 56 * 56
+    assert conv.pixels == conv.pixels_read == pixels
+    assert conv.flops == 2 * 64 * 64 * 9 * pixels
+    assert cost.moved(conv, 2) == 2 * (3 * 64 * pixels + 64 * 64 * 9)
+    by_hand = max(conv.flops / (0.8 * 989e12), cost.moved(conv, 2) / (0.895 * 4.8e12))
+    assert cost.floor(conv, H200, HALF) == pytest.approx(by_hand)
+
+
+def test_a_strided_pointwise_reads_a_quarter() -> None:
+    conv = cost.Conv(ONE, 2, (56, 56), stride=(2, 2))
+    assert conv.pixels_read == 2 * 28 * 28
+    assert cost.Conv(ONE, 2, (56, 56), (3, 3), (2, 2), (1, 1)).pixels_read == 2 * 56 * 56
+    assert cost.Conv(ONE, 1, (4, 4), (1, 1), padding=(1, 1)).pixels_read == 16
+
+
+def test_memory_comes_in_sectors() -> None:
+    layout = GroupLayout(64, 8, [([0, 1, 40], range(8))])
+    conv = cost.Conv(layout, 1, (10, 10))
+    # In half precision a sector is 16 channels: two of them are read.
+    assert cost.moved(conv, 2) == 100 * (32 * 2 + 8 * 2) + 3 * 8 * 2
+    assert cost.moved(conv, 2, whole=True) == 100 * (64 * 2 + 8 * 2) + 3 * 8 * 2
+    odd = cost.Conv(GroupLayout(13, 8, [([0], range(8))]), 1, (10, 10))
+    assert cost.moved(odd, 2) == 100 * (13 * 2 + 8 * 2) + 8 * 2
+
+
+@given(seed=st.integers(0, 10_000), groups=st.integers(1, 6), taps=st.sampled_from([1, 9]))
+def test_padding_is_what_the_kernel_s_tables_hold(seed: int, groups: int, taps: int) -> None:
+    rng = random.Random(seed)
+    layout = random_layout(rng, rng.randrange(1, 70), rng.randrange(1, 90), groups)
+    mine = cost.padding(layout, taps)
+    kernel = (3, 3) if taps == 9 else (1, 1)
+    align = math.gcd(8, layout.in_channels)
+    table = tiles.forward_tiles(
+        layout, kernel, (0, 0), (1, 1), block_n=mine.block_n, block_k=cost.BLOCK_K, align=align
+    )
+    assert mine.macs == table.figures.padded_macs
+    assert mine.runs == table.figures.aligned_runs
+    if mine.macs:
+        assert mine.waste == pytest.approx(1 - table.figures.macs / table.figures.padded_macs)
+
+
+@given(seed=st.integers(0, 10_000), batch=st.sampled_from([1, 32, 256]), form=st.sampled_from(cost.FORMS))
+def test_no_form_beats_the_floor(seed: int, batch: int, form: str) -> None:
+    rng = random.Random(seed)
+    layout = random_layout(rng, rng.randrange(1, 70), rng.randrange(1, 90), 3)
+    conv = cost.Conv(
+        layout, batch, (14, 14), (3, 3), padding=(1, 1), residual=bool(seed % 2), activation="relu"
+    )
+    for where in cost.devices().values():
+        found = cost.estimate(conv, where, HALF, form)
+        assert found.seconds > cost.floor(conv, where, HALF)
+        assert found.flops >= conv.flops and 0 <= found.waste <= 1
+        assert found.bound in ("compute", "memory", "launch")
+
+
+def test_torch_s_form_pays_for_its_passes() -> None:
+    plain = cost.Conv(ONE, 256, (56, 56))
+    rest = cost.Conv(ONE, 256, (56, 56), residual=True, activation="relu")
+    out = 256 * 56 * 56 * 64 * 2
+    a, b = (cost.estimate(c, H200, HALF, "torch") for c in (plain, rest))
+    assert b.bytes - a.bytes == 5 * out and (a.launches, b.launches) == (1, 3)
+    assert (
+        cost.estimate(rest, H200, HALF, "grouped").bytes - cost.estimate(plain, H200, HALF, "grouped").bytes
+        == out
+    )
+
+
+def test_arguments_are_refused_by_name() -> None:
+    conv = cost.Conv(ONE, 1, (4, 4))
+    with pytest.raises(ValueError, match="form must be one of grouped, merged, torch"):
+        cost.estimate(conv, H200, HALF, "dense")
+    with pytest.raises(ValueError, match="forms must name"):
+        cost.choose_form(conv, H200, HALF, forms=())
+    with pytest.raises(ValueError, match="kept must say"):
+        cost.chain_estimate([conv], (), H200, HALF)
+
+
+# ---- choosing ----
+
+
+def disjoint(groups: int, each: int) -> GroupLayout:
+    return GroupLayout(
+        groups * each,
+        groups * each,
+        [(range(g * each, (g + 1) * each), range(g * each, (g + 1) * each)) for g in range(groups)],
+    )
+
+
+def test_disjoint_groups_run_grouped_and_near_dense_ones_merged() -> None:
+    apart = cost.Conv(disjoint(4, 64), 256, (28, 28), (3, 3), padding=(1, 1))
+    chosen = cost.choose_form(apart, H200, HALF)
+    assert chosen.form == "grouped" and chosen.estimates["grouped"].bound == "compute"
+    assert chosen.estimates["merged"].seconds > 3 * chosen.seconds
+    # Thirty-two groups of two filters that read nearly everything: tiles of 16 would be mostly empty.
+    near = GroupLayout(64, 64, [([c for c in range(64) if c != g], [2 * g, 2 * g + 1]) for g in range(32)])
+    chosen = cost.choose_form(cost.Conv(near, 256, (28, 28), (3, 3), padding=(1, 1)), H200, HALF)
+    assert chosen.form != "grouped" and "predicted" in chosen.reason and not chosen.measured
+
+
+def test_measurement_overrules_the_model(tmp_path: Path) -> None:
+    conv = cost.Conv(disjoint(4, 64), 256, (28, 28), (3, 3), padding=(1, 1))
+    table = cost.FormTable()
+    table.add("sm_90", conv.key(HALF), "grouped", 50.0)
+    assert (
+        cost.choose_form(conv, H200, HALF, table=table).form == "grouped"
+    )  # one alone compares with nothing
+    table.add("sm_90", conv.key(HALF), "torch", 40.0)
+    path = tmp_path / "forms.json"
+    path.write_text(table.to_json())
+    loaded = cost.FormTable.load(path)
+    chosen = cost.choose_form(conv, H200, HALF, table=loaded)
+    assert chosen.form == "torch" and chosen.measured and "measured: torch 40.0 us" in chosen.reason
+    assert cost.choose_form(conv, cost.device("A100"), HALF, table=loaded).form == "grouped"
+    assert cost.choose_form(conv, H200, torch.float16, table=loaded).form == "grouped"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"sm_90": {"k": {"grouped": -1}}}', '{"sm_90": {"k": 3}}'])
+def test_a_broken_table_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "forms.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"forms\.json: not a table of measured forms"):
+        cost.FormTable.load(path)
+
+
+def test_the_key_tells_convolutions_apart() -> None:
+    conv = cost.Conv(ONE, 1, (4, 4))
+    other = GroupLayout(64, 64, [(range(64), range(63))])
+    keys = {
+        cost.Conv(ONE, 1, (4, 4), residual=True).key(HALF),
+        cost.Conv(ONE, 2, (4, 4)).key(HALF),
+        cost.Conv(ONE, 1, (4, 4), stride=(2, 2)).key(HALF),
+        cost.Conv(other, 1, (4, 4)).key(HALF),
+        conv.key(torch.float32),
+        conv.key(HALF),
+    }
+    assert len(keys) == 6 and conv.key(HALF) == cost.Conv(full(64, 64), 1, (4, 4)).key(HALF)
+
+
+def test_merging() -> None:
+    layout = GroupLayout(6, 8, [([0, 2], [0, 1]), ([2, 5], [4]), ([1], [])])
+    assert cost.merged_layout(layout).groups == (((0, 2, 5), (0, 1, 4)),)
+    dead = GroupLayout(6, 8, [])
+    assert cost.merged_layout(dead) is dead
+
+
+# ---- run counts ----
+
+
+@given(seed=st.integers(0, 100_000), groups=st.integers(2, 4))
+def test_runs_of_random_layouts(seed: int, groups: int) -> None:
+    rng = random.Random(seed)
+    membership = [rng.randrange(2**groups) for _ in range(rng.randrange(1, 120))]
+    order = gray_order(membership)
+    count = sum(len(runs(i for i, c in enumerate(order) if membership[c] >> g & 1)) for g in range(groups))
+    assert count <= {2: 2, 3: 4, 4: 8}[groups]
+
+
+@pytest.fixture(scope="module")
+def authors_packed(authors_data: Path) -> dict[int, dsprune.PackedNetwork]:
+    out = {}
+    for groups in (2, 3, 4):
+        model = cifar_resnet(20)
+        model.load_state_dict(load_file(authors_data / f"resnet20_g{groups}.safetensors"))
+        out[groups] = dsprune.pack(model.eval(), torch.randn(1, 3, 32, 32))
+    return out
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_runs_of_the_authors_networks(
+    authors_data: Path, authors_packed: dict[int, dsprune.PackedNetwork], groups: int
+) -> None:
+    """Inside a block the order is the packer's: few runs a layer, and fewer than in the released order."""
+    stored = json.loads((authors_data / f"resnet20_g{groups}.json").read_text())["groups"]
+    ours = theirs = 0
+    for name, layer in authors_packed[groups].layers():
+        if not name.endswith("conv_b"):
+            continue
+        count = sum(len(runs(sorted(c))) for c, f in layer.layout.groups if f)
+        assert count <= {2: 2, 3: 4, 4: 8}[groups], name
+        ours += count
+        theirs += sum(len(runs(sorted(c))) for c, f in stored[name] if f)
+    assert 0 < ours < 0.5 * theirs
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_report_of_the_authors_networks(
+    authors_packed: dict[int, dsprune.PackedNetwork], groups: int
+) -> None:
+    packed = authors_packed[groups]
+    found = gpu.predict(packed, (256, 3, 32, 32))
+    assert found.floor < found.seconds < 20e-3
+    text = str(found)
+    assert text.startswith("predicted for H200") and "stage1.0.conv_a" in text
+    for row in found.rows:
+        assert row.floor <= row.seconds and row.form in (*cost.FORMS, "chain") and row.reason
+    one = gpu.predict(packed, (1, 3, 32, 32))
+    assert sum(row.bound == "launch" for row in one.rows) > len(one.rows) / 2
+
+
+# ---- the roofline of ResNet-50 ----
+
+
+@pytest.fixture(scope="module")
+def dense50() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return dsprune.pack(resnet50().eval(), torch.randn(1, 3, 32, 32))
+
+
+def test_dense_resnet50(dense50: torch.nn.Module) -> None:
+    """The design's figure for one kernel a convolution at batch 256 in bfloat16: 4249 us."""
+    found = gpu.predict(dense50, (256, 3, 224, 224), chain="off")
+    assert 1e6 * found.floor == pytest.approx(4249, abs=1)
+    assert 1.0 < found.seconds / found.floor < 1.1
+    assert sum(row.form != "torch" for row in found.rows) == 53
+
+
+def test_chains_lower_the_floor(dense50: torch.nn.Module) -> None:
+    shape = (256, 3, 224, 224)
+    off = gpu.predict(dense50, shape, chain="off")
+    first = gpu.predict(dense50, shape, chain="unlimited", within="layer1")
+    two = gpu.predict(dense50, shape, chain="unlimited", within="layer1,layer2")
+    everywhere = gpu.predict(dense50, shape, chain="unlimited")
+    assert off.floor > first.floor > two.floor > everywhere.floor
+    chains = [row for row in everywhere.rows if row.form == "chain"]
+    assert len(chains) == 15 and all(len(row.names) == 3 for row in chains)
+    # One chain by hand: x, residual, stream, next and weights once; no inner activation.
+    row = next(r for r in first.rows if r.names[0] == "layer1.1.conv2")
+    pixels = 256 * 56 * 56
+    moved = 2 * (pixels * (64 + 256 + 256 + 64) + 9 * 64 * 64 + 2 * 64 * 256)
+    flops = 2 * pixels * (9 * 64 * 64 + 2 * 64 * 256)
+    assert row.floor == pytest.approx(max(moved / (0.895 * 4.8e12), flops / (0.8 * 989e12)))
+
+
+def test_only_a_fused_network_is_predicted() -> None:
+    with pytest.raises(TypeError, match="packed: expected a fused PackedNetwork"):
+        gpu.predict(torch.nn.Conv2d(3, 3, 1), (1, 3, 4, 4))
+    packed = dsprune.pack(torch.nn.Conv2d(3, 3, 1), torch.randn(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="chain: expected"):
+        gpu.predict(packed, (1, 3, 4, 4), chain="all")

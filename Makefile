@@ -56,8 +56,10 @@ bench: $(NATIVE)
 
 test: lint $(CHECKED) sanitize pytest
 
+# Whether Triton interprets or compiles is settled at import, so its interpreter has a run of its own.
 pytest: $(CHECKED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 lint: $(VENV)
 	$(BIN)/ruff check .

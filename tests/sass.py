@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,11 @@ TENSOR_COPY = re.compile(r"^UTMALDG\b")
 
 @dataclass(frozen=True)
 class Sass:
-    """A kernel's machine code: its resources, its instructions in order, and its loops."""
+    """A kernel's machine code: its resources, its instructions in order, and its loops.
+
+    A loop is what can be reached from itself, wherever it lies: waits are often moved to the kernel's end.
+    Loops inside loops count with the outermost.
+    """
 
     registers: int
     stack: int
@@ -28,17 +32,12 @@ class Sass:
     loops: tuple[tuple[str, ...], ...]
 
     def matrix_loops(self) -> list[tuple[str, ...]]:
-        """The loops that hold matrix instructions (or, failing those, multiply-adds), without loops inside."""
+        """The loops that hold matrix instructions or, where there are none, many multiply-adds."""
         found = [loop for loop in self.loops if any(MATRIX.match(i) for i in loop)]
-        found = found or [loop for loop in self.loops if sum(i.startswith("FFMA") for i in loop) >= 16]
-        return [a for a in found if not any(set_of(b) < set_of(a) for b in found)]
+        return found or [loop for loop in self.loops if sum(i.startswith("FFMA") for i in loop) >= 16]
 
     def count(self, pattern: re.Pattern[str]) -> int:
         return sum(bool(pattern.match(i)) for i in self.instructions)
-
-
-def set_of(loop: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(loop)
 
 
 def is_narrow_load(instruction: str) -> bool:
@@ -76,7 +75,7 @@ def faults(sass: Sass, *, matrix: bool, wide: bool = True) -> list[str]:
     return out
 
 
-def cubin(
+def compiled(
     kernel: Any,
     types: Mapping[str, str],
     constants: Mapping[str, Any],
@@ -84,8 +83,8 @@ def cubin(
     *,
     warps: int,
     stages: int,
-) -> bytes:
-    """``kernel`` compiled for compute capability ``capability`` (80 for 8.0), with all pointers aligned to 16.
+) -> Any:
+    """``kernel`` compiled for compute capability ``capability`` (80: 8.0), with all pointers aligned to 16.
 
     ``types``: Triton's names of the arguments' types ("*fp16", "i32"); ``constants``: the other arguments.
     """
@@ -101,18 +100,39 @@ def cubin(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"},
     )
-    compiled = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "num_stages": stages},
     )
-    return compiled.asm["cubin"]
 
 
-def _tool(name: str) -> str:
+def cubin(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, **options: int
+) -> bytes:
+    """The binary of :func:`compiled`."""
+    return compiled(kernel, types, constants, capability, **options).asm["cubin"]
+
+
+def _run(tool: str, *arguments: str) -> str:
     import triton.backends.nvidia
 
-    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / name)
+    path = Path(triton.backends.nvidia.__file__).parent / "bin" / tool
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _loops(blocks: list[list[int]], successors: list[set[int]]) -> list[list[int]]:
+    """The strongly connected parts of a flow graph that hold a cycle, each as instructions in order."""
+    reach = [set(s) for s in successors]
+    changed = True
+    while changed:
+        changed = False
+        for r in reach:
+            more = set().union(*(reach[b] for b in r)) - r
+            changed |= bool(more)
+            r |= more
+    parts = {frozenset(b for b in reach[a] if a in reach[b]) for a in range(len(blocks)) if a in reach[a]}
+    return sorted([i for b in sorted(part) for i in blocks[b]] for part in parts)
 
 
 def inspect(binary: bytes) -> Sass:
@@ -120,27 +140,37 @@ def inspect(binary: bytes) -> Sass:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        run: Callable[..., str] = lambda *command: subprocess.run(  # noqa: E731
-            command, check=True, capture_output=True, text=True
-        ).stdout
-        usage = run(_tool("cuobjdump"), "--dump-resource-usage", file.name)
-        listing = run(_tool("nvdisasm"), "-c", file.name)
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        listing = _run("nvdisasm", "-c", file.name)
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert resources is not None, usage
     instructions: list[str] = []
+    blocks: list[list[int]] = [[]]
     labels: dict[str, int] = {}
-    branches: list[tuple[int, str]] = []
+    jumps: dict[int, str] = {}  # block -> label
+    falls: set[int] = set()  # blocks that go on to the next one
     for line in listing.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*[^;]*)", line):
-            text = found[1].strip()
-            if target := re.search(r"`\((\.L_x_\d+)\)", text):
-                branches.append((len(instructions), target[1]))
+            if blocks[-1]:
+                falls.add(len(blocks) - 1)
+                blocks.append([])
+            labels[label[1]] = len(blocks) - 1
+        elif found := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*[^;]*)", line):
+            text = found[2].strip()
+            blocks[-1].append(len(instructions))
             instructions.append(text)
-    loops = tuple(
-        tuple(instructions[labels[target] : at + 1])
-        for at, target in branches
-        if labels.get(target, at + 1) <= at
-    )
+            target = re.search(r"`\((\.L_x_\d+)\)", text)
+            if target and text.startswith("BRA"):
+                jumps[len(blocks) - 1] = target[1]
+            if target or text.startswith("EXIT"):
+                if found[1] or not (text.startswith("BRA `") or text.startswith("EXIT")):
+                    falls.add(len(blocks) - 1)
+                blocks.append([])
+    successors: list[set[int]] = [set() for _ in blocks]
+    for i in range(len(blocks)):
+        if i in falls and i + 1 < len(blocks):
+            successors[i].add(i + 1)
+        if i in jumps and jumps[i] in labels:
+            successors[i].add(labels[jumps[i]])
+    loops = tuple(tuple(instructions[i] for i in loop) for loop in _loops(blocks, successors))
     return Sass(int(resources[1]), int(resources[2]), tuple(instructions), loops)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dsp_kernels import GroupLayout, backends, permuted_grouped_conv2d
 from dsp_kernels.conv import conv2d_from_plan, reference, tiles
@@ -26,7 +27,7 @@ DTYPES = [torch.float32, torch.float16]
 # Few, large programs: each operation of the interpreter costs the same whatever its size.
 LAUNCHES = {
     "one tile": room.Launch(256, 32, 64, 4, 2, 1),
-    "many tiles": room.Launch(32, 16, 16, 4, 2, 1),
+    "many tiles": room.Launch(64, 16, 32, 4, 2, 1),
     "split": room.Launch(128, 16, 16, 4, 2, 3),
 }
 LAYOUT = GroupLayout(5, 6, [([4, 0, 2], [1, 4]), (range(5), [0]), ([3], []), ([1, 4], [5])])
@@ -53,7 +54,7 @@ def small_cases(draw: st.DrawFn) -> Case:
         out_channels=draw(st.one_of(st.integers(1, 20), st.sampled_from([8, 16, 24, 32]))),
         n_groups=draw(st.integers(1, 8)),
         batch=draw(st.integers(1, 2)),
-        size=(draw(st.integers(least[0], least[0] + 5)), draw(st.integers(least[1], least[1] + 5))),
+        size=(draw(st.integers(least[0], least[0] + 3)), draw(st.integers(least[1], least[1] + 4))),
         kernel=kernel,
         stride=draw(_pairs([1, 1, 2, 3])),
         padding=padding,
@@ -68,7 +69,7 @@ def small_cases(draw: st.DrawFn) -> Case:
 # ---- values ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(small_cases(), st.sampled_from(sorted(LAUNCHES)), st.sampled_from(DTYPES))
 def test_forward(case: Case, launch: str, dtype: torch.dtype) -> None:
     with room.launching(LAUNCHES[launch]):
@@ -77,14 +78,14 @@ def test_forward(case: Case, launch: str, dtype: torch.dtype) -> None:
     assert out.stride() == dense(x.float(), case.tensors(torch.float32)[1], case).stride()
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(small_cases(), st.sampled_from(sorted(LAUNCHES)), st.sampled_from(DTYPES))
 def test_gradients(case: Case, launch: str, dtype: torch.dtype) -> None:
     with room.launching(LAUNCHES[launch]):
         check_gradients(case, dtype, "triton")
 
 
-SHAPES = ["padding wider than the image", "stride beyond the kernel", "7x7 stem", "many channels", "dilated"]
+SHAPES = ["padding wider than the image", "stride beyond the kernel", "7x7 stem", "dilated"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,6 +162,7 @@ def test_batch_zero(backward: bool) -> None:
 # ---- NaN and infinity --------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in (matmul|add):RuntimeWarning")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("launch", sorted(LAUNCHES))
 def test_an_unread_channel_reaches_nothing(launch: str, bad: float) -> None:
@@ -213,55 +215,100 @@ def test_activations_let_nan_through() -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Every tensor that an operator makes, but for views."""
+    """Every tensor that an operator makes, but for views: (operator, shape)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, tuple[int, ...]]] = []
-        self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            a.untyped_storage()._cdata for a in torch.utils._pytree.tree_leaves((args, kwargs))
-            if isinstance(a, Tensor)
-        }  # fmt: skip
+        given = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
         out = func(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves(out):
+        for value in tree_leaves(out):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in given:
                 self.made.append((func.overloadpacket.__name__, tuple(value.shape)))
         return out
 
 
+class Launches:
+    """In place of the kernels' module: notes what would be launched, and does nothing."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def at(grid: tuple[int, ...]) -> Any:
+            assert all(0 < size < 2**31 for size in grid)
+            return lambda *args, **kwargs: self.names.append(name)
+
+        return type("Kernel", (), {"__getitem__": lambda self, grid: at(grid)})()
+
+
 @pytest.mark.parametrize("split", [1, 2])
-def test_a_forward_pass_allocates_its_output_and_named_workspaces(split: int) -> None:
+def test_a_forward_pass_allocates_its_output_and_named_workspaces(
+    split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = Launches()
+    monkeypatch.setattr(room, "_kernels", lambda: launches)
     layout = GroupLayout(16, 24, [(range(0, 12), range(10)), (range(5, 16), range(10, 20))])
     weight = torch.randn(layout.weight_numel(3))
     x = torch.randn(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
     residual = torch.randn(2, 24, 5, 5).contiguous(memory_format=torch.channels_last)
+    bias = torch.ones(24)
     launch = room.Launch(64, 16, 32, 4, 2, split)
     tables = tiles.forward_tiles(layout, (3, 3), (1, 1), (1, 1), block_n=16, block_k=32, align=4)
-    tiled, sums = (tables.weight_index.numel(),), (split * tables.n_items * 64 * 16,)
+    out = ("empty", (2, 24, 5, 5))
+    tiled = ("empty", (tables.weight_index.numel(),))
+    sums = [("empty", (split * tables.n_items * 64 * 16,))] if split > 1 else []
+    kernels = ["conv_kernel"] if split == 1 else ["conv_kernel", "conv_reduce_kernel"]
 
     def run(x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+        launches.names.clear()
         with Allocations() as seen, room.launching(launch):
-            room.forward(
-                x, weight, layout.plan(), torch.ones(24), residual, 24, (3, 3), (1, 1), (1, 1), (1, 1), "relu"
-            )
-        return [a for a in seen.made if a[0] in ("empty", "new_empty", "clone", "contiguous", "_to_copy")
-                or a[1] not in ((24,),)]  # fmt: skip
+            room.forward(x, weight, layout.plan(), bias, residual, 24, (3, 3), (1, 1), (1, 1), (1, 1), "relu")
+        return seen.made
 
-    first = run(x)
-    partial = [("empty", sums)] if split > 1 else []
-    assert first[0] == ("empty", (2, 24, 5, 5))
-    again = run(x)  # the weight's tiles are kept
-    assert again == [("empty", (2, 24, 5, 5)), *partial]
+    first = run(x)  # the plan is read and its tables are made
+    assert first[0] == out and first[-1 - len(sums)] == tiled
+    assert not any(shape in (tuple(x.shape), (2, 16, 7, 7)) for _, shape in first)
+    assert launches.names == ["prepare_weight_kernel", *kernels]
+    assert run(x) == [out, *sums]  # the weight's tiles are kept
+    assert launches.names == kernels
     weight.requires_grad_()  # in training they are made each time
-    assert run(x) == [("empty", (2, 24, 5, 5)), ("empty", tiled), *partial]
+    assert run(x) == [out, tiled, *sums]
+    assert launches.names == ["prepare_weight_kernel", *kernels]
     weight.requires_grad_(False)
-    from_nchw = run(x.contiguous())
-    assert [shape for _, shape in from_nchw if shape == x.shape] == [x.shape]
     sliced = torch.randn(2, 32, 5, 5).contiguous(memory_format=torch.channels_last)[:, 8:24]
-    assert [a for a in run(sliced) if a[1] == x.shape] == []
+    assert run(sliced) == [out, *sums]
+    copied = run(x.contiguous())
+    assert copied == [out, ("clone", tuple(x.shape)), *sums]
+
+
+def test_the_gradients_allocate_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches()
+    monkeypatch.setattr(room, "_kernels", lambda: launches)
+    layout = GroupLayout(16, 24, [(range(0, 12), range(10)), (range(5, 16), range(10, 20))])
+    weight = torch.randn(layout.weight_numel(3), requires_grad=True)
+    x = torch.randn(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(2, 24, 3, 3).contiguous(memory_format=torch.channels_last)
+    shape = ((3, 3), (2, 2), (1, 1), (1, 1))
+    for _ in range(2):
+        with Allocations() as of_x:
+            room.grad_input(grad, weight, layout.plan(), x.shape, *shape)
+        with Allocations() as of_w:
+            room.grad_weight(grad, x, layout.plan(), weight.numel(), *shape)
+    names = [name for name, _ in of_x.made]
+    assert names == ["empty", "empty"] and of_x.made[0][1] == tuple(x.shape)
+    assert [name for name, _ in of_w.made] == ["empty", "empty"] or [n for n, _ in of_w.made] == [
+        "new_empty",
+        "empty",
+    ]
+    assert launches.names[-4:] == [
+        "prepare_weight_kernel",
+        "conv_kernel",
+        "grad_weight_kernel",
+        "grad_weight_reduce_kernel",
+    ]
 
 
 def test_channels_that_are_neighbours_are_read_where_they_are() -> None:
@@ -284,25 +331,39 @@ def test_channels_that_are_neighbours_are_read_where_they_are() -> None:
     assert run(flat, residual).equal(run(flat.contiguous(), residual))
 
 
-def test_same_bits_each_time_and_from_several_threads() -> None:
+def test_same_bits_each_time() -> None:
     case = Case(5, 20, 18, 4, 2, (5, 5), (3, 3), (2, 1), (1, 1), (1, 1))
-    x, dense_weight, bias, _ = case.tensors(torch.float32)
-    weight = case.layout.pack(dense_weight)
-    outs: list[Tensor] = []
+    with room.launching(LAUNCHES["split"]):
+        outs = [
+            (check_forward(case, torch.float16, "triton"), *check_gradients(case, torch.float16, "triton"))
+            for _ in range(2)
+        ]
+    assert all(a.equal(b) for a, b in zip(*outs, strict=True))
 
-    def work() -> None:
-        x_, w_ = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = permuted_grouped_conv2d(x_, w_, case.layout, bias, backend="triton", **case.geometry)
-        grads = torch.autograd.grad(out.square().sum(), (x_, w_))
-        outs.append(torch.cat([t.detach().flatten() for t in (out, *grads)]))
 
-    workers = [threading.Thread(target=work) for _ in range(2)]
+def test_calls_from_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's part: the interpreter itself runs one kernel at a time."""
+    monkeypatch.setattr(room, "_kernels", Launches)
+    monkeypatch.setattr(room, "_tables", room._Kept(2))
+    x, weight = torch.randn(1, 5, 9, 9), torch.randn(LAYOUT.weight_numel(1))
+    failed: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(60):
+                permuted_grouped_conv2d(
+                    x, weight, LAYOUT, kernel_size=1, padding=rng.randrange(4), backend="triton"
+                )
+        except BaseException as error:
+            failed.append(error)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    work()
-    assert len(outs) == 3 and all(o.equal(outs[0]) for o in outs)
+    assert failed == [] and len(room._tables) <= 2
 
 
 # ---- caches ------------------------------------------------------------------------------------------------
@@ -335,7 +396,7 @@ def test_memory_that_is_used_again_is_not_mistaken_for_what_it_held() -> None:
     """Plans and weights of one size, one after the other in the same memory."""
     x = torch.randn(1, 4, 2, 2)
     rng = random.Random(0)
-    for _ in range(30):
+    for _ in range(8):
         channels = rng.sample(range(4), 2)
         layout = GroupLayout(4, 2, [(channels, [0, 1])])
         plan = layout.plan().clone()
@@ -352,7 +413,7 @@ def test_memory_that_is_used_again_is_not_mistaken_for_what_it_held() -> None:
 def test_tables_are_dropped_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_tables", room._Kept(3))
     x, weight = torch.randn(1, 5, 9, 9), torch.randn(LAYOUT.weight_numel(1))
-    for padding in range(5):
+    for padding in range(4):
         permuted_grouped_conv2d(x, weight, LAYOUT, kernel_size=1, padding=padding, backend="triton")
         assert len(room._tables) <= 3
 
@@ -417,10 +478,11 @@ def test_the_rule_does_not_choose_interpreted_kernels() -> None:
 # ---- the operators' registration ---------------------------------------------------------------------------
 
 
-def example(grad: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def example() -> tuple[Tensor, ...]:
+    """x, packed weight, bias, residual for :func:`call`."""
     g = torch.Generator().manual_seed(5)
-    shapes = ((1, 5, 4, 4), (LAYOUT.weight_numel((3, 2)),), (6,), (1, 6, 2, 4))
-    return tuple(torch.randn(s, generator=g).requires_grad_(grad) for s in shapes)  # type: ignore[return-value]
+    shapes = ((1, 5, 4, 4), (LAYOUT.weight_numel((3, 2)),), (6,), (1, 6, 2, 3))
+    return tuple(torch.randn(s, generator=g).requires_grad_() for s in shapes)
 
 
 def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, backend: str = "triton") -> Tensor:
@@ -430,13 +492,8 @@ def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, backend: str
     )  # fmt: skip
 
 
-def example_for(call_: Any) -> tuple[Tensor, ...]:
-    x, weight, bias, _ = example()
-    return x, weight, bias, torch.randn(1, 6, 2, 3, requires_grad=True)
-
-
 def test_compiled_gradients_equal_eager_ones() -> None:
-    arguments = example_for(call)
+    arguments = example()
 
     def loss(*tensors: Tensor) -> Tensor:
         return call(*tensors).square().sum()
@@ -448,7 +505,7 @@ def test_compiled_gradients_equal_eager_ones() -> None:
 
 
 def test_second_order() -> None:
-    arguments = example_for(call)
+    arguments = example()
 
     def second(backend: str) -> tuple[Tensor, ...]:
         out = call(*arguments, backend=backend)
@@ -460,7 +517,7 @@ def test_second_order() -> None:
 
 
 def test_opcheck() -> None:
-    x, weight, bias, residual = example_for(call)
+    x, weight, bias, residual = example()
     ops, plan, shape = torch.ops.dsp_kernels, LAYOUT.plan(), ((3, 2), (2, 1), (1, 0), (1, 1))
     calls = [
         (ops.permuted_grouped_conv2d.default, (x, weight, plan, bias, residual, 6, *shape, "relu", "triton")),

@@ -1,0 +1,242 @@
+"""Every shipped configuration of the Triton convolution, compiled for GPUs that are not here, and its machine
+code read: no stack, no local memory, matrix instructions, 16-byte copies, no narrow loads in the K loop.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sass
+
+from dsp_kernels import backends
+from dsp_kernels.conv import triton as room
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(backends.interpreted(), reason="Triton interprets: nothing is compiled"),
+    pytest.mark.timeout(600),
+]
+
+CAPABILITIES = (80, 86, 89, 90, 100)
+# Shared memory that one block may have.
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+_POINTERS = {
+    **{"items": "*i32", "entries": "*i32", "valid": "*i8", "outputs": "*i32", "filter_chunks": "*i32"},
+    **{"index": "*i32", "position": "*i32", "sums": "*fp32"},
+    **dict.fromkeys(("x", "weight", "bias", "residual", "out", "grad", "packed", "tiles"), "{dtype}"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel by name, the data's type, the compile-time arguments, and how it is launched."""
+
+    kernel: str
+    dtype: str
+    constants: tuple[tuple[str, Any], ...]
+    capability: int
+    warps: int = 4
+    stages: int = 3
+
+
+def compile_and_read(job: Job, module: str = "dsp_kernels.conv.triton_kernels") -> tuple[sass.Sass, int]:
+    """In a process of its own: the machine code, and the shared memory in bytes."""
+    import importlib
+
+    kernel = getattr(importlib.import_module(module), job.kernel)
+    types = {name: _POINTERS.get(name, "i32").format(dtype=f"*{job.dtype}") for name in kernel.arg_names}
+    built = sass.compiled(
+        kernel, types, dict(job.constants), job.capability, warps=job.warps, stages=job.stages
+    )
+    return sass.inspect(built.asm["cubin"]), built.metadata.shared
+
+
+def conv_job(
+    launch: room.Launch, precision: str, capability: int, dtype: str | None = None, **changes: Any
+) -> Job:
+    align = 8 if precision == "half" else 4
+    constants: dict[str, Any] = {
+        "BLOCK_M": launch.BLOCK_M,
+        "BLOCK_N": launch.BLOCK_N,
+        "BLOCK_K": launch.BLOCK_K,
+        "SPLIT": 1,
+        "ALIGN": align,
+        "TAIL": False,
+        "POINTWISE": False,
+        "PARTIAL": True,
+        "ACTIVATION": 1,
+        "HAS_BIAS": True,
+        "HAS_RESIDUAL": True,
+        "OUT_ALIGN": 8,
+        "RESIDUAL_ALIGN": 8,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "WIDE": False,
+        "UPCAST": False,
+    } | changes
+    if constants["SPLIT"] == 1:
+        constants["sums"] = None
+    for name, flag in (("bias", "HAS_BIAS"), ("residual", "HAS_RESIDUAL")):
+        if not constants[flag]:
+            constants[name] = None
+    dtype = dtype or ("fp16" if precision == "half" else "fp32")
+    return Job("conv_kernel", dtype, tuple(constants.items()), capability, launch.warps, launch.stages)
+
+
+def grad_weight_job(launch: room.Launch, precision: str, capability: int) -> Job:
+    align = 8 if precision == "half" else 4
+    constants = {
+        "BLOCK_M": launch.BLOCK_M,
+        "BLOCK_N": launch.BLOCK_N,
+        "BLOCK_K": launch.BLOCK_K,
+        "ALIGN": align,
+        "TAIL": False,
+        "GRAD_ALIGN": align,
+        "GRAD_TAIL": False,
+        "POINTWISE": False,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "WIDE": False,
+        "UPCAST": False,
+    }
+    dtype = "fp16" if precision == "half" else "fp32"
+    return Job("grad_weight_kernel", dtype, tuple(constants.items()), capability, launch.warps, launch.stages)
+
+
+def shipped() -> dict[str, Job]:
+    """By name, every configuration of the launch table that a device of each capability may get."""
+    jobs: dict[str, Job] = {}
+    table = json.loads(room._TABLE.read_text(encoding="utf-8"))
+    for capability in CAPABILITIES:
+        for arch in ("default", f"sm_{capability}"):
+            for key, value in table.get(arch, {}).items():
+                launch = room.Launch(**value)
+                op, precision = key.split("/")[:2]
+                make = grad_weight_job if op == "grad_weight" else conv_job
+                job = make(launch, precision, capability)
+                if job not in jobs.values():
+                    jobs[f"sm_{capability}-{key}"] = job
+    return jobs
+
+
+NARROW = room.Launch(64, 64, 64, 4, 4, 0)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pointwise": {"POINTWISE": True},
+    "without holes": {"PARTIAL": False},
+    "bfloat16": {"dtype": "bf16"},
+    "split": {"SPLIT": 4, "HAS_BIAS": False, "HAS_RESIDUAL": False},
+    "2^31 pixels": {"WIDE": True},
+    "scattered filters": {"OUT_ALIGN": 1, "RESIDUAL_ALIGN": 1},
+    "NCHW output": {"OUT_ALIGN": 0, "RESIDUAL_ALIGN": 0},
+    "pixels aligned to 4 channels": {"ALIGN": 4},
+    "pixels aligned to 2 channels": {"ALIGN": 2},
+}
+SHIPPED = shipped()
+EXTRA = {
+    f"sm_{capability}-{name}": conv_job(NARROW, "half", capability, **changes)
+    for capability in (80, 90, 100)
+    for name, changes in VARIANTS.items()
+}
+HELPERS = {
+    f"sm_{capability}-{name}": Job(name, "fp16", tuple(constants.items()), capability)
+    for capability in (80, 90, 100)
+    for name, constants in {
+        "conv_reduce_kernel": {
+            "BLOCK_M": 64, "BLOCK_N": 64, "SPLIT": 4, "ACTIVATION": 2, "HAS_BIAS": True, "HAS_RESIDUAL": True,
+            "OUT_ALIGN": 8, "RESIDUAL_ALIGN": 8, "WIDE": False, "UPCAST": False,
+        },
+        "prepare_weight_kernel": {"BLOCK": 1024},
+        "grad_weight_reduce_kernel": {"BLOCK": 1024, "ROUND": False},
+    }.items()
+}  # fmt: skip
+Futures = dict[Job, "Future[tuple[sass.Sass, int]]"]
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Iterator[Futures]:
+    """Everything that this run's tests ask for, compiled by two processes while the tests wait in turn."""
+    wanted = [
+        item.callspec.params["job"]
+        for item in request.session.items
+        if item.path == Path(__file__) and hasattr(item, "callspec") and "job" in item.callspec.params
+    ]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield {job: pool.submit(compile_and_read, job) for job in dict.fromkeys(wanted)}
+        pool.shutdown(cancel_futures=True)
+
+
+def by_name(jobs: dict[str, Job]) -> list[Any]:
+    return [pytest.param(job, id=name) for name, job in jobs.items()]
+
+
+@pytest.mark.parametrize("job", by_name(SHIPPED))
+def test_shipped_configuration(job: Job, results: Futures) -> None:
+    code, shared = results[job].result()
+    exact = dict(job.constants)["PRECISION"] == "ieee" and job.dtype == "fp32"
+    # The weight's gradient turns both its operands round, and TF32 from sm_90 on does that word by word.
+    words = job.kernel == "grad_weight_kernel" and job.dtype == "fp32" and not exact
+    wide = not (words and job.capability >= 90)
+    assert sass.faults(code, matrix=not exact, wide=wide) == []
+    # With holes, two loops: steps without holes, and steps with.
+    assert len(code.matrix_loops()) >= (2 if job.kernel == "conv_kernel" else 1)
+    assert shared <= SHARED[job.capability]
+
+
+@pytest.mark.parametrize("job", by_name(EXTRA))
+def test_variant(job: Job, results: Futures) -> None:
+    code, _ = results[job].result()
+    assert sass.faults(code, matrix=True, wide=dict(job.constants)["ALIGN"] == 8) == []
+
+
+@pytest.mark.parametrize("job", by_name(HELPERS))
+def test_helper_kernel(job: Job, results: Futures) -> None:
+    code, _ = results[job].result()
+    assert code.stack == 0 and code.count(sass.LOCAL) == 0
+
+
+def test_the_gate_fails_for_an_index_list_in_the_k_loop(tmp_path: Path) -> None:
+    """The kernel with its chunks' hints taken away: channels by a list, as nothing but a list."""
+    import importlib.util
+    import sys
+
+    from dsp_kernels.conv import triton_kernels
+
+    text = Path(triton_kernels.__file__).read_text(encoding="utf-8")
+    chunks = "offset = tl.max_contiguous(tl.multiple_of(dy * x_h + dx * x_w + start + k % 8, ALIGN), ALIGN)"
+    assert text.count(f"            {chunks}\n") == 1
+    listed = text.replace(f"            {chunks}\n", "            offset = dy * x_h + dx * x_w + start\n")
+    listed = listed.replace("entry = entries + (step * (BLOCK_K // 8) + k // 8) * 2",
+                            "entry = entries + (step * BLOCK_K + k) * 2")  # fmt: skip
+    assert listed.count("step * BLOCK_K + k) * 2") == 1
+    path = tmp_path / "listed_kernels.py"
+    path.write_text(listed, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("listed_kernels", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["listed_kernels"] = module
+    try:
+        spec.loader.exec_module(module)
+        job = conv_job(NARROW, "half", 80, PARTIAL=False)
+        good, _ = compile_and_read(job)
+        bad, _ = compile_and_read(job, "listed_kernels")
+    finally:
+        del sys.modules["listed_kernels"]
+    assert sass.faults(good, matrix=True) == []
+    found = sass.faults(bad, matrix=True)
+    assert any("one or two bytes" in fault for fault in found), found
+
+
+def test_a_new_image_size_compiles_nothing() -> None:
+    """No size is a compile-time constant or specialised on."""
+    from dsp_kernels.conv import triton_kernels
+
+    for name in triton_kernels.__all__:
+        kernel = getattr(triton_kernels, name)
+        runtime = [p for p in kernel.params if not p.is_constexpr and p.name not in _POINTERS]
+        assert all(p.do_not_specialize for p in runtime), [p.name for p in runtime if not p.do_not_specialize]

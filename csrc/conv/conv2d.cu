@@ -74,10 +74,9 @@ dsp_status dsp_cuda_conv2d_prepare(const dsp_cuda_call* call, const void* weight
     a.out = prepared;
     // Rows of the largest item, 32 to a block.
     const int64_t share = wide(header.prepared_rows) / std::max(header.n_items, 1) / 32;
-    with_precision(header.precision, [&](auto element) {
-      launch(conv2d_prepare_kernel<decltype(element)>, header.n_items, std::min<int64_t>(share + 1, 1024),
-             kThreads, 0, call->stream, a);
-    });
+    const auto kernel = element_bytes(header.precision) == 2 ? conv2d_prepare_kernel<uint16_t>
+                                                             : conv2d_prepare_kernel<uint32_t>;
+    launch(kernel, header.n_items, std::min<int64_t>(share + 1, 1024), kThreads, 0, call->stream, a);
   });
 }
 
@@ -113,7 +112,8 @@ dsp_status dsp_cuda_conv2d_run(const dsp_cuda_call* call, const void* x, int64_t
     with_precision(header.precision, [&](auto element) {
       using E = decltype(element);
       launch(conv2d_kernel<E>, header.blocks, header.splits, kThreads, header.shared_bytes, call->stream, a);
-      if (header.splits > 1) launch(conv2d_finish_kernel<E>, header.blocks, 1, kThreads, 0, call->stream, a);
+      if (header.splits > 1)
+        launch(conv2d_finish_kernel<typename E::Stored>, header.blocks, 1, kThreads, 0, call->stream, a);
     });
   });
 }
@@ -143,7 +143,7 @@ dsp_status dsp_cuda_conv2d_grad_weight(const dsp_cuda_call* call, const void* gr
       using E = decltype(element);
       launch(conv2d_grad_weight_kernel<E>, header.blocks, header.splits, kThreads, header.shared_bytes,
              call->stream, a);
-      launch(conv2d_add_weight_kernel<E>, header.blocks, 8, kThreads, 0, call->stream, a);
+      launch(conv2d_add_weight_kernel<typename E::Stored>, header.blocks, 8, kThreads, 0, call->stream, a);
     });
   });
 }

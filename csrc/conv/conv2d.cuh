@@ -73,7 +73,7 @@ DSP_DEVICE bool in_grid(const TableClass& c, const Box& box, const Pixel& p) {
 
 // The pixel's place in the tensor that is written.
 DSP_DEVICE int64_t out_pixel(const TableClass& c, const Box& box, const Pixel& p) {
-  const int y = (box.y + p.y) * c.out_step_h + c.out_offset_h;
+  const int y = (box.y + p.y) * c.out_step_h + c.out_offset_h + DSP_FAULT(12, c.out_step_h - 1, 0);
   const int x = (box.x + p.x) * c.out_step_w + c.out_offset_w;
   return (static_cast<int64_t>(box.n + p.n) * c.out_h + y) * c.out_w + x;
 }
@@ -128,7 +128,7 @@ DSP_DEVICE void fill_rows(const Store* tensor, int32_t channels, const TableChun
   int32_t channel[kEach];
   for (int i = 0; i < kEach; ++i) channel[i] = chunk.channel[word * kEach + i];
   const uint32_t column = static_cast<uint32_t>(word % 4) * 4;
-  DSP_UNROLL_4
+  DSP_UNROLL_2
   for (int row = thread() / kWords; row < rows + DSP_FAULT(1, 1, 0); row += kThreads / kWords) {
     const int64_t pixel = find(row);
     uint32_t bits = 0;
@@ -158,6 +158,16 @@ constexpr int kWarpBlocks = 2;  // of 16 pixels, for each warp
 struct Sums {
   float at[kWarpBlocks][kMaxOctets][4];
 };
+
+DSP_DEVICE void clear(Sums& sums) {
+  DSP_UNROLL
+  for (int i = 0; i < kWarpBlocks; ++i) {
+    DSP_UNROLL
+    for (int octet = 0; octet < kMaxOctets; ++octet) {
+      for (int k = 0; k < 4; ++k) sums.at[i][octet][k] = 0.0f;
+    }
+  }
+}
 
 // The products of one tap and one chunk, by matrix instructions. rows: the halo rows that this lane's address
 // is for.
@@ -279,24 +289,31 @@ DSP_DEVICE void finish(const ConvArguments& a, const Work& work, const Sums& sum
   const auto* bias = static_cast<const Store*>(a.bias);
   const auto* residual = static_cast<const Store*>(a.residual);
   auto* out = static_cast<Store*>(a.out);
-  DSP_UNROLL
+  int64_t pixels[kWarpBlocks][2];
   for (int i = 0; i < kWarpBlocks; ++i) {
-    DSP_UNROLL
     for (int half = 0; half < 2; ++half) {
       const Pixel p = pixel_of(c, warp() * 32 + i * 16 + half * 8 + lane() / 4);
-      if (!in_grid(c, work.box, p)) continue;
-      const int64_t pixel = out_pixel(c, work.box, p) * channels;
+      pixels[i][half] = in_grid(c, work.box, p) ? out_pixel(c, work.box, p) * channels : -1;
+    }
+  }
+  DSP_UNROLL
+  for (int octet = 0; octet < kMaxOctets; ++octet) {
+    if (octet >= work.item->octets) continue;
+    DSP_UNROLL
+    for (int column = 0; column < 2; ++column) {
+      const int32_t filter = load_global(filters + octet * 8 + lane() % 4 * 2 + column);
+      if (DSP_FAULT(6, filter < -1, filter < 0)) continue;
+      const float added = bias == nullptr ? 0.0f : E::load(load_global(bias + filter));
       DSP_UNROLL
-      for (int octet = 0; octet < kMaxOctets; ++octet) {
-        if (octet >= work.item->octets) continue;
-        for (int column = 0; column < 2; ++column) {
-          const int32_t filter = load_global(filters + octet * 8 + lane() % 4 * 2 + column);
-          if (DSP_FAULT(6, filter < -1, filter < 0)) continue;
-          float value = sums.at[i][octet][half * 2 + column];
-          if (bias != nullptr) value += E::load(load_global(bias + filter));
+      for (int i = 0; i < kWarpBlocks; ++i) {
+        DSP_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          if (pixels[i][half] < 0) continue;
+          const int64_t at = pixels[i][half] + filter;
+          float value = sums.at[i][octet][half * 2 + column] + added;
           // Not by way of the read-only cache: the residual may be the output.
-          if (residual != nullptr) value += E::load(residual[pixel + filter]);
-          out[pixel + filter] = E::store(activate(value, a.activation));
+          if (residual != nullptr) value += E::load(residual[at]);
+          out[at] = E::store(activate(value, a.activation));
         }
       }
     }
@@ -316,6 +333,7 @@ DSP_KERNEL(kThreads, 3)
 conv2d_kernel(ConvArguments a) {
   using namespace device;
   using Store = typename E::Store;
+  if (DSP_FAULT(10, thread() == 37, false)) return;
   const TableHeader& header = header_of(a);
   const Work work = work_of(a);
   const TableClass& c = *work.c;
@@ -367,9 +385,7 @@ conv2d_kernel(ConvArguments a) {
   };
 
   Sums sums;
-  for (int i = 0; i < kWarpBlocks; ++i)
-    for (int octet = 0; octet < kMaxOctets; ++octet)
-      for (int k = 0; k < 4; ++k) sums.at[i][octet][k] = 0.0f;
+  clear(sums);
 
   // Pixels beyond the box read its first row; their sums are not stored.
   const int pixels = c.tile_n * c.tile_h * c.tile_w;
@@ -385,35 +401,38 @@ conv2d_kernel(ConvArguments a) {
     }
   }
 
+  // The copies run kStages - 1 steps ahead of the products; one loop for both, so that the code is there
+  // once.
+  const int steps = (last_phase - first_phase) * taps;
   int ahead_phase = first_phase;
   int ahead_tap = 0;
-  const auto advance = [&] {
+  int phase = first_phase;
+  int tap = 0;
+  DSP_UNROLL_1
+  for (int step = 1 - kStages; step < steps; ++step) {
+    if (step >= 0) {
+      if (DSP_FAULT(4, false, true)) wait_copies<kStages - 2>();
+      // All have the copies of this step, and nobody reads the buffers of the one before.
+      if (DSP_FAULT(5, tap == 0, true)) barrier();
+    }
+    prefetch(ahead_phase, ahead_tap);
     if (++ahead_tap == taps) {
       ahead_tap = 0;
       ++ahead_phase;
     }
-  };
-  for (int stage = 0; stage + 1 < kStages; ++stage) {
-    prefetch(ahead_phase, ahead_tap);
-    advance();
-  }
-  for (int phase = first_phase; phase < last_phase; ++phase) {
-    const TableChunk& chunk = chunk_of(phase);
-    for (int tap = 0; tap < taps; ++tap) {
-      if (DSP_FAULT(4, false, true)) wait_copies<kStages - 2>();
-      // All have the copies of this step, and nobody reads the buffers of the one before.
-      if (DSP_FAULT(5, tap == 0, true)) barrier();
-      prefetch(ahead_phase, ahead_tap);
-      advance();
-      const int tap_h = tap / c.phase_w;
-      const int tap_w = tap - tap_h * c.phase_w;
-      const int shift = tap_h * c.row_tap_h * c.halo_w + tap_w * c.row_tap_w;
-      const uint32_t weights = weight_stage(phase * taps + tap);
-      if constexpr (E::kMatrix) {
-        multiply_tap<E>(sums, chunk, rows, shift, halo_buffer(phase), weights, octets);
-      } else {
-        add_tap(sums, chunk, sum_rows, shift, halo_buffer(phase), weights, octets);
-      }
+    if (step < 0) continue;
+    const int tap_h = tap / c.phase_w;
+    const int tap_w = tap - tap_h * c.phase_w;
+    const int shift = tap_h * c.row_tap_h * c.halo_w + tap_w * c.row_tap_w;
+    const uint32_t weights = weight_stage(phase * taps + tap);
+    if constexpr (E::kMatrix) {
+      multiply_tap<E>(sums, chunk_of(phase), rows, shift, halo_buffer(phase), weights, octets);
+    } else {
+      add_tap(sums, chunk_of(phase), sum_rows, shift, halo_buffer(phase), weights, octets);
+    }
+    if (++tap == taps) {
+      tap = 0;
+      ++phase;
     }
   }
   wait_copies<0>();
@@ -439,17 +458,16 @@ conv2d_finish_kernel(ConvArguments a) {
   const TableHeader& header = header_of(a);
   const Work work = work_of(a);
   Sums sums;
-  DSP_UNROLL
-  for (int i = 0; i < kWarpBlocks; ++i) {
+  clear(sums);
+  DSP_UNROLL_1
+  for (int split = 0; split < header.splits - DSP_FAULT(8, 1, 0); ++split) {
     DSP_UNROLL
-    for (int octet = 0; octet < kMaxOctets; ++octet) {
-      for (int k = 0; k < 4; ++k) {
-        float sum = 0.0f;
-        if (octet < work.item->octets) {
-          for (int split = 0; split < header.splits - DSP_FAULT(8, 1, 0); ++split)
-            sum += a.workspace[sums_place(header, split, i, octet, k)];
-        }
-        sums.at[i][octet][k] = sum;
+    for (int i = 0; i < kWarpBlocks; ++i) {
+      DSP_UNROLL
+      for (int octet = 0; octet < kMaxOctets; ++octet) {
+        if (octet >= work.item->octets) continue;
+        for (int k = 0; k < 4; ++k)
+          sums.at[i][octet][k] += a.workspace[sums_place(header, split, i, octet, k)];
       }
     }
   }
@@ -457,11 +475,11 @@ conv2d_finish_kernel(ConvArguments a) {
 }
 
 // Lays packed weights out in rows of 64 bytes: for each item its steps, for each step its filters' columns.
-template <typename E>
+// Only bits are moved: one instance for each size of element.
+template <typename Store>
 DSP_KERNEL(kThreads, 4)
 conv2d_prepare_kernel(ConvArguments a) {
   using namespace device;
-  using Store = typename E::Store;
   constexpr int kEach = 16 / static_cast<int>(sizeof(Store));
   struct Unit {
     alignas(16) Store v[kEach];
@@ -498,7 +516,7 @@ conv2d_prepare_kernel(ConvArguments a) {
     for (int i = 0; i < kEach; ++i) {
       const int32_t pair = pairs[i];
       values.v[i] =
-          pair < 0 ? E::store(0.0f) : load_global(weight + static_cast<int64_t>(pair) * header.taps + tap);
+          pair < 0 ? Store{0} : load_global(weight + static_cast<int64_t>(pair) * header.taps + tap);
     }
     to[row * kUnits + unit] = values;
   }
@@ -568,9 +586,10 @@ conv2d_grad_weight_kernel(ConvArguments a) {
       for (int octet = 0; octet < Tile::kOctets; ++octet)
         for (int k = 0; k < 4; ++k) sums.at[slot][i][octet][k] = 0.0f;
 
-  prefetch(first_tile);
-  for (int tile = first_tile; tile < last_tile; ++tile) {
+  DSP_UNROLL_1
+  for (int tile = first_tile - 1; tile < last_tile; ++tile) {
     prefetch(tile + 1);
+    if (tile < first_tile) continue;
     wait_copies<1>();
     barrier();
     const Box box = box_of(c, tile);
@@ -599,7 +618,12 @@ conv2d_grad_weight_kernel(ConvArguments a) {
           for (int i = 0; i < Tile::kBlocks; ++i) {
             if (i >= columns.steps) continue;
             uint32_t left[4];
-            load_matrix<4, true>(left, halo + place(from, i * 2 + (lane() >> 3 & 1)));
+            const uint32_t address = halo + place(from, i * 2 + (lane() >> 3 & 1));
+            if (DSP_FAULT(11, true, false)) {
+              load_matrix<4, false>(left, address);
+            } else {
+              load_matrix<4, true>(left, address);
+            }
             for (int pair = 0; pair < Tile::kOctets / 2; ++pair) {
               if (pair >= filters.steps) continue;
               const uint32_t low[2] = {b[pair][0], b[pair][1]};

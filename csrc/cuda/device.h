@@ -11,14 +11,16 @@
 #define DSP_DEVICE inline
 #define DSP_KERNEL(threads, blocks) void
 #define DSP_UNROLL
-#define DSP_UNROLL_4
+#define DSP_UNROLL_1
+#define DSP_UNROLL_2
 // A deliberate fault, switched on by number in the emulation's own tests; no code elsewhere.
 #define DSP_FAULT(number, wrong, right) (::emulation::fault() == (number) ? (wrong) : (right))
 #else
 #define DSP_DEVICE __device__ __forceinline__
 #define DSP_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define DSP_UNROLL _Pragma("unroll")
-#define DSP_UNROLL_4 _Pragma("unroll 4")
+#define DSP_UNROLL_1 _Pragma("unroll 1")
+#define DSP_UNROLL_2 _Pragma("unroll 2")
 #define DSP_FAULT(number, wrong, right) (right)
 #endif
 
@@ -219,9 +221,11 @@ DSP_DEVICE float from_bf16(uint16_t bits) { return as_float(static_cast<uint32_t
 
 }  // namespace device
 
-// The element types of tensors: how one is stored, and how two fragments are multiplied.
+// The element types of tensors: how one is stored, and how two fragments are multiplied. Stored is the type
+// that stands for all that are stored alike.
 struct F16 {
   using Store = uint16_t;
+  using Stored = F16;
   static constexpr bool kMatrix = true;
   static DSP_DEVICE float load(Store value) { return device::from_f16(value); }
   static DSP_DEVICE Store store(float value) { return device::to_f16(value); }
@@ -231,6 +235,7 @@ struct F16 {
 };
 struct Bf16 {
   using Store = uint16_t;
+  using Stored = Bf16;
   static constexpr bool kMatrix = true;
   static DSP_DEVICE float load(Store value) { return device::from_bf16(value); }
   static DSP_DEVICE Store store(float value) { return device::to_bf16(value); }
@@ -238,8 +243,10 @@ struct Bf16 {
     device::multiply_bf16(sum, a, b);
   }
 };
+struct F32;
 struct Tf32 {
   using Store = float;
+  using Stored = F32;
   static constexpr bool kMatrix = true;
   static DSP_DEVICE float load(Store value) { return value; }
   static DSP_DEVICE Store store(float value) { return value; }
@@ -249,6 +256,7 @@ struct Tf32 {
 };
 struct F32 {
   using Store = float;
+  using Stored = F32;
   static constexpr bool kMatrix = false;  // multiply-adds, not matrix instructions
   static DSP_DEVICE float load(Store value) { return value; }
   static DSP_DEVICE Store store(float value) { return value; }

@@ -403,19 +403,22 @@ Case random_case() {
   return t;
 }
 
-// A 3 x 3 convolution and a pointwise one of every precision, in both ways of reading channels.
+// A 3 x 3 convolution, the same with a stride, and a pointwise one, of every precision, in both ways of
+// reading channels, with sums in one piece and split.
 void fixed_cases() {
+  Layout layout{48, 30, {}, {}};
+  layout.channels = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 18, 19, 20, 40}, {}};
+  for (int32_t c = 5; c < 45; ++c) layout.channels[1].push_back(c);
+  layout.filters = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 29, 27, 25, 23, 21},
+                    {1, 3, 5, 7}};
   for (int p = kF16; p <= kF32; ++p) {
     for (const Fill fill : {kRuns, kGather}) {
-      for (const int64_t kernel : {3, 1}) {
-        dsp_conv2d_shape s{2, 9, 8, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1};
-        Layout layout{48, 30, {}, {}};
-        layout.channels = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 18, 19, 20, 40}, {}};
-        for (int32_t c = 5; c < 45; ++c) layout.channels[1].push_back(c);
-        layout.filters = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 29, 27, 25, 23, 21},
-                          {1, 3, 5, 7}};
-        test_case({s, layout, static_cast<Precision>(p), fill, kernel == 3 ? 64 : 1}, true, true);
+      for (const int64_t stride : {1, 2}) {
+        const dsp_conv2d_shape s{2, 9, 8, 3, 3, stride, stride, 1, 1, 1, 1};
+        test_case({s, layout, static_cast<Precision>(p), fill, 64}, true, true);
       }
+      const dsp_conv2d_shape s{2, 9, 8, 1, 1, 1, 1, 0, 0, 1, 1};
+      test_case({s, layout, static_cast<Precision>(p), fill, 1}, true, true);
     }
   }
 }

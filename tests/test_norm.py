@@ -230,6 +230,14 @@ def test_layer_trains_as_torchs(momentum, tracked):
     assert layer.train()(last).is_contiguous(memory_format=torch.channels_last)
 
 
+def test_the_output_may_be_written_to():
+    """As models do that call relu in place."""
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    layer = PackedBatchNorm2d.from_norm(nn.BatchNorm2d(3))
+    torch.relu_(layer(x)).sum().backward()
+    assert x.grad is not None
+
+
 def test_norm_act_is_its_parts():
     torch.manual_seed(0)
     norm, x, other = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)

@@ -25,7 +25,7 @@ define(
     "-> (Tensor, Tensor, Tensor)"
 )
 define(
-    f"{BACKWARD}(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor mean, "
+    f"{BACKWARD}(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, "
     "Tensor variance, float eps, str activation, bool residual) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -52,7 +52,7 @@ def _forward(
 def _backward(
     grad: Tensor,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -92,7 +92,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Te
     x, weight, bias, residual, eps, activation = inputs
     y, mean, variance = output
     ctx.mark_non_differentiable(mean, variance)
-    ctx.save_for_backward(x, y, weight, bias, mean, variance)
+    # Without an activation the output is the caller's, who may write into it.
+    ctx.save_for_backward(x, None if activation == "none" else y, weight, bias, mean, variance)
     ctx.rest = (eps, activation, residual is not None)
 
 

@@ -47,19 +47,20 @@ def forward(
 def backward(
     grad: Tensor,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     weight: Tensor | None,
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of sum(grad * out) for x, residual, weight and bias; differentiable once more.
 
-    ``y`` is the forward's output: it says where the activation let the gradient through.
+    ``y`` is the forward's output, which says where the activation let the gradient through; None without one.
     """
     mean, variance = _statistics(x)
     inverse = torch.rsqrt(variance + eps)
     g = grad.to(mean.dtype)
     if activation == "relu":
+        assert y is not None
         g = g * (y.detach() > 0)
     normal = (x.to(mean.dtype) - _rows(mean)) * _rows(inverse)
     of_bias = g.sum((0, 2, 3))

@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def peak_gflops(seconds: float = 0.5) -> float:
-    """What one core can do in float32, in GFLOP/s: multiply-adds on registers alone, the best of many runs."""
+    """What one core can do in float32, in GFLOP/s: multiply-adds on registers, the best of many."""
     native = native_module()
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:

@@ -229,8 +229,8 @@ def run(
     memory: bool,
     only: str = "",
 ) -> dict[str, Any]:
-    """Runs the suites' networks whose name holds ``only``; writes networks.json, networks.md and networks.png into ``out`` after each
-    network.
+    """Runs the suites' networks whose name holds ``only``; writes networks.json, networks.md and networks.png
+    into ``out`` after each network.
     """
     console = Console(stderr=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,8 @@ gpu:
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "make gpu: no CUDA device: torch.cuda.is_available() is False in $(GPU_PYTHON)"; exit 1; }
 	mkdir -p "$(OUT)"
-	DSP_KERNELS_NATIVE=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	DSP_KERNELS_NATIVE=1 DSP_KERNELS_CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native $(DSP_KERNELS_CMAKE_ARGS)" \
+		$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" DSP_TEST_REPORT="$(abspath $(OUT))/gpu-tests.json" \
 		$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(GPU_PYTHON) -m bench --device cuda --out "$(abspath $(OUT))/bench"

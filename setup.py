@@ -3,6 +3,7 @@
 Environment:
     DSP_KERNELS_NATIVE      unset: build the native core if the tools are there, else install pure Python and
                             record the reason; "0": never build it; "1": fail where it cannot be built.
+    DSP_KERNELS_CUDA        unset: CUDA kernels where nvcc is found; "0": never; "1": fail without nvcc.
     DSP_KERNELS_CMAKE_ARGS  further arguments for CMake, split as a shell would.
     CXX                     the C++ compiler, as CMake reads it.
 
@@ -28,6 +29,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 BUILD_INFO = "_build_info.json"
+CUDA = {"": "AUTO", "0": "OFF", "1": "ON"}  # DSP_KERNELS_CUDA -> CMake's DSP_CUDA
 
 
 class ToolMissing(Exception):
@@ -81,6 +83,10 @@ class CMakeBuild(build_ext):
         wanted = os.environ.get("DSP_KERNELS_NATIVE", "")
         if wanted not in ("", "0", "1"):
             raise SystemExit(f"DSP_KERNELS_NATIVE={wanted!r} must be 0 (off), 1 (required) or unset")
+        if os.environ.get("DSP_KERNELS_CUDA", "") not in CUDA:
+            raise SystemExit(
+                f"DSP_KERNELS_CUDA={os.environ['DSP_KERNELS_CUDA']!r} must be 0 (off), 1 (required) or unset"
+            )
         name = "dsp_kernels._native"
         target = Path(self.get_ext_fullpath(name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,11 +127,12 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11_dir}",
+            f"-DDSP_CUDA={CUDA[os.environ.get('DSP_KERNELS_CUDA', '')]}",
             *shlex.split(os.environ.get("DSP_KERNELS_CMAKE_ARGS", "")),
         ]
         folder = Path(self.build_temp).resolve() / "cmake"
         # A cache written with other tools (an earlier isolated build, say) or options is not to be trusted.
-        compilers = [os.environ.get(k, "") for k in ("CXX", "CXXFLAGS", "LDFLAGS")]
+        compilers = [os.environ.get(k, "") for k in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS")]
         key = hashlib.sha256(json.dumps([configure, compilers]).encode()).hexdigest()
         stamp = folder / "configured-with"
         if folder.exists() and (not stamp.exists() or stamp.read_text() != key):

@@ -116,10 +116,76 @@ int lasso(int32_t operation, int32_t element, Address words, int64_t words_numel
                    numbers_numel, groups, at<double>(penalties), threads);
 }
 
+py::tuple cuda_device_count() {
+  int32_t count = 0;
+  const int status = dsp_cuda_device_count(&count);
+  return py::make_tuple(status, count);
+}
+
+// (status, number of words); writes them where `words` is not 0.
+py::tuple cuda_conv2d_table(int32_t operation, int32_t precision, int64_t batch, int64_t height,
+                            int64_t width, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph,
+                            int64_t pw, int64_t dh, int64_t dw, Address plan, int64_t plan_numel,
+                            int32_t fill, int32_t blocks_wanted, Address words, int64_t words_numel) {
+  const dsp_conv2d_shape shape{batch, height, width, kh, kw, sh, sw, ph, pw, dh, dw};
+  int64_t needed = 0;
+  int status = 0;
+  {
+    py::gil_scoped_release release;
+    status = dsp_cuda_conv2d_table(operation, precision, &shape, at<const int32_t>(plan), plan_numel, fill,
+                                   blocks_wanted, at<int32_t>(words), words_numel, &needed);
+  }
+  return py::make_tuple(status, needed);
+}
+
+// (status, prepared bytes, workspace floats, blocks, splits, shared bytes, multiply-adds)
+py::tuple cuda_conv2d_sizes(Address table, int64_t table_numel) {
+  dsp_cuda_sizes sizes{};
+  const int status = dsp_cuda_conv2d_sizes(at<const int32_t>(table), table_numel, &sizes);
+  return py::make_tuple(status, sizes.prepared_bytes, sizes.workspace_floats, sizes.blocks, sizes.splits,
+                        sizes.shared_bytes, sizes.multiply_adds);
+}
+
+int cuda_conv2d_prepare(int32_t device, Address stream, Address table, int64_t table_numel,
+                        Address device_table, Address weight, int64_t weight_numel, Address prepared,
+                        int64_t prepared_bytes) {
+  const dsp_cuda_call call{device, at<void>(stream), at<const int32_t>(table), table_numel,
+                           at<const int32_t>(device_table)};
+  return dsp_cuda_conv2d_prepare(&call, at<const void>(weight), weight_numel, at<void>(prepared),
+                                 prepared_bytes);
+}
+
+int cuda_conv2d_run(int32_t device, Address stream, Address table, int64_t table_numel, Address device_table,
+                    Address x, int64_t x_numel, Address prepared, int64_t prepared_bytes, Address bias,
+                    Address residual, Address out, int64_t out_numel, Address workspace,
+                    int64_t workspace_numel, int32_t activation) {
+  const dsp_cuda_call call{device, at<void>(stream), at<const int32_t>(table), table_numel,
+                           at<const int32_t>(device_table)};
+  return dsp_cuda_conv2d_run(&call, at<const void>(x), x_numel, at<const void>(prepared), prepared_bytes,
+                             at<const void>(bias), at<const void>(residual), at<void>(out), out_numel,
+                             at<float>(workspace), workspace_numel, activation);
+}
+
+int cuda_conv2d_grad_weight(int32_t device, Address stream, Address table, int64_t table_numel,
+                            Address device_table, Address grad, int64_t grad_numel, Address x,
+                            int64_t x_numel, Address grad_weight, int64_t weight_numel, Address workspace,
+                            int64_t workspace_numel) {
+  const dsp_cuda_call call{device, at<void>(stream), at<const int32_t>(table), table_numel,
+                           at<const int32_t>(device_table)};
+  return dsp_cuda_conv2d_grad_weight(&call, at<const void>(grad), grad_numel, at<const void>(x), x_numel,
+                                     at<void>(grad_weight), weight_numel, at<float>(workspace),
+                                     workspace_numel);
+}
+
 py::dict build_info() {
   py::dict info;
   info["abi_version"] = dsp_abi_version();
   info["cpu_isa"] = dsp_cpu_isa();
+#if defined(DSP_CUDA_ARCHITECTURES)
+  info["cuda_architectures"] = DSP_CUDA_ARCHITECTURES;
+#else
+  info["cuda_architectures"] = py::none();
+#endif
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #else
@@ -176,4 +242,21 @@ PYBIND11_MODULE(_native, m) {
   m.def("lasso", &lasso, nogil, py::arg("operation"), py::arg("element"), py::arg("words"),
         py::arg("words_numel"), py::arg("numbers"), py::arg("numbers_numel"), py::arg("groups"),
         py::arg("penalties"), py::arg("threads"));
+  m.def("cuda_device_count", &cuda_device_count);
+  m.def("cuda_conv2d_table", &cuda_conv2d_table, py::arg("operation"), py::arg("precision"), py::arg("batch"),
+        py::arg("height"), py::arg("width"), py::arg("kh"), py::arg("kw"), py::arg("sh"), py::arg("sw"),
+        py::arg("ph"), py::arg("pw"), py::arg("dh"), py::arg("dw"), py::arg("plan"), py::arg("plan_numel"),
+        py::arg("fill"), py::arg("blocks_wanted"), py::arg("words"), py::arg("words_numel"));
+  m.def("cuda_conv2d_sizes", &cuda_conv2d_sizes, py::arg("table"), py::arg("table_numel"));
+  m.def("cuda_conv2d_prepare", &cuda_conv2d_prepare, nogil, py::arg("device"), py::arg("stream"),
+        py::arg("table"), py::arg("table_numel"), py::arg("device_table"), py::arg("weight"),
+        py::arg("weight_numel"), py::arg("prepared"), py::arg("prepared_bytes"));
+  m.def("cuda_conv2d_run", &cuda_conv2d_run, nogil, py::arg("device"), py::arg("stream"), py::arg("table"),
+        py::arg("table_numel"), py::arg("device_table"), py::arg("x"), py::arg("x_numel"),
+        py::arg("prepared"), py::arg("prepared_bytes"), py::arg("bias"), py::arg("residual"), py::arg("out"),
+        py::arg("out_numel"), py::arg("workspace"), py::arg("workspace_numel"), py::arg("activation"));
+  m.def("cuda_conv2d_grad_weight", &cuda_conv2d_grad_weight, nogil, py::arg("device"), py::arg("stream"),
+        py::arg("table"), py::arg("table_numel"), py::arg("device_table"), py::arg("grad"),
+        py::arg("grad_numel"), py::arg("x"), py::arg("x_numel"), py::arg("grad_weight"),
+        py::arg("weight_numel"), py::arg("workspace"), py::arg("workspace_numel"));
 }

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define DSP_ABI_VERSION 1
+#define DSP_ABI_VERSION 2
 
 typedef enum dsp_status {
   DSP_OK = 0,

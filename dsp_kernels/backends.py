@@ -21,7 +21,7 @@ __all__ = ["ENVIRONMENT", "NAMES", "available_backends", "can_run", "choose", "n
 ENVIRONMENT = "DSP_KERNELS_BACKEND"
 NAMES = ("reference", "native", "triton")
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _RULE = ("native", "triton", "reference")
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_CAPABILITY = (8, 0)

@@ -19,6 +19,10 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Tests that build the package want it without nvcc, which takes a minute for all devices; test_cuda_build.py has
+# its own build.
+os.environ.setdefault("DSP_KERNELS_CUDA", "0")
+
 # The same examples on every machine and in every run; "explore" looks for new ones.
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -19,12 +19,13 @@ import torch
 __all__ = ["ENVIRONMENT", "NAMES", "available_backends", "can_run", "choose", "native_module"]
 
 ENVIRONMENT = "DSP_KERNELS_BACKEND"
-NAMES = ("reference", "native", "triton")
+NAMES = ("reference", "native", "triton", "cuda")
 
 _ABI_VERSION = 2
+# "cuda" runs where it is asked for, until it has been measured against "triton" on a device.
 _RULE = ("native", "triton", "reference")
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_TRITON_CAPABILITY = (8, 0)
+_GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CAPABILITY = (8, 0)
 _BUILD_INFO = Path(__file__).with_name("_build_info.json")
 _log = logging.getLogger("dsp_kernels")
 _logged: set[tuple[str, str]] = set()
@@ -94,17 +95,37 @@ def _triton_reason() -> str | None:
     return _triton[0]
 
 
+def _device_reason() -> str | None:
+    """Why no kernel of ours runs on the current CUDA device, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    found = torch.cuda.get_device_capability()
+    if found < _CAPABILITY:
+        return f"needs compute capability 8.0, the device has {found[0]}.{found[1]}"
+    return None
+
+
+def _cuda_build_reason(module: ModuleType) -> str | None:
+    if module.build_info().get("cuda_architectures") is None:
+        return "built without CUDA kernels: no nvcc was found, or DSP_KERNELS_CUDA=0"
+    status, _ = module.cuda_device_count()
+    return None if status == 0 else str(module.last_error())
+
+
 def _available(name: str) -> str | None:
     if name == "native":
         return _load_native()[1]
     if name == "triton":
         if not interpreted():
-            if not torch.cuda.is_available():
-                return "no CUDA device"
-            found = torch.cuda.get_device_capability()
-            if found < _TRITON_CAPABILITY:
-                return f"needs compute capability 8.0, the device has {found[0]}.{found[1]}"
+            reason = _device_reason()
+            if reason is not None:
+                return reason
         return _triton_reason()
+    if name == "cuda":
+        module, reason = _load_native()
+        if module is None:
+            return reason
+        return _device_reason() or _cuda_build_reason(module)
     return None
 
 
@@ -126,8 +147,13 @@ def can_run(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     if name == "triton":
         if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
             return f"runs on cuda, not on {device_type}"
-        if dtype not in _TRITON_DTYPES:
-            return f"takes {', '.join(map(str, _TRITON_DTYPES))}, not {dtype}"
+        if dtype not in _GPU_DTYPES:
+            return f"takes {', '.join(map(str, _GPU_DTYPES))}, not {dtype}"
+    if name == "cuda":
+        if device_type != "cuda":
+            return f"runs on cuda, not on {device_type}"
+        if dtype not in _GPU_DTYPES:
+            return f"takes {', '.join(map(str, _GPU_DTYPES))}, not {dtype}"
     return None
 
 

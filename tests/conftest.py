@@ -19,8 +19,7 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Tests that build the package want it without nvcc, which takes a minute for all devices; test_cuda_build.py has
-# its own build.
+# Tests that build the package want it without nvcc, which takes a minute for all devices.
 os.environ.setdefault("DSP_KERNELS_CUDA", "0")
 
 # The same examples on every machine and in every run; "explore" looks for new ones.

@@ -153,7 +153,7 @@ def test_an_unknown_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("name", "error"), [("cudnn", ValueError), ("", ValueError), (3, TypeError)])
 def test_an_unknown_argument_is_an_error(name: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="backend must be one of reference, native, triton, got"):
+    with pytest.raises(error, match="backend must be one of reference, native, triton, cuda, got"):
         backends.choose(name, "cpu", torch.float32)
 
 

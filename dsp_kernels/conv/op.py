@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .._library import NAMESPACE, define, library
 from ..backends import choose
 from ..layout import GroupLayout
-from . import native, reference, triton
+from . import cuda, native, reference, triton
 from .shapes import Pair, empty_output, output_size
 
 __all__ = ["conv2d_from_plan", "permuted_grouped_conv2d"]
@@ -30,7 +30,7 @@ GRAD_WEIGHT = "permuted_grouped_conv2d_grad_weight"
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ACTIVATIONS = {None: "none", "none": "none", "relu": "relu", "relu6": "relu6"}
-_ROOMS = {"reference": reference, "native": native, "triton": triton}
+_ROOMS = {"reference": reference, "native": native, "triton": triton, "cuda": cuda}
 
 define(
     f"{FORWARD}(Tensor x, Tensor weight, Tensor plan, Tensor? bias, Tensor? residual, SymInt out_channels, "
@@ -404,7 +404,8 @@ def permuted_grouped_conv2d(
     0. ``weight``: ``layout.pack(dense)``, 1-D of ``layout.weight_numel(kernel_size)`` elements. ``bias``:
     (layout.out_channels,). ``residual``: the output's shape. All of the dtype and device of ``x``.
     ``kernel_size``, ``stride``, ``padding``, ``dilation``: an int or (vertical, horizontal), in pixels.
-    ``activation``: None, "relu" or "relu6". ``backend``: None (choose), "reference", "native" or "triton".
+    ``activation``: None, "relu" or "relu6". ``backend``: None (choose), "reference", "native",
+    "triton" or "cuda".
 
     Returns (batch, layout.out_channels, h, w) with h = (height + 2 padding - dilation (kernel - 1) - 1) //
     stride + 1, in the dtype and memory format of ``x``. A dead filter gives activation(bias + residual).

@@ -90,8 +90,7 @@ class Plan:
     ``layers`` int64 (L, fields); tiles int32 (tiles, 5): ``squares`` for the pass over W and D, ``flat`` for
     the pass that applies factors, ``moved`` and ``moved_rows`` for those over S and T, ``flat_sums`` and
     ``moved_sums`` for the sums of the row sums of the two. ``pitch``: channels of all layers, the row
-    length of the (G, channels) matrices. The sizes of the work space are in elements, for one group those
-    of columns and rows.
+    length of the (G, channels) matrices. The sizes of the work space are in elements.
     """
 
     tiles: Tiling
@@ -171,6 +170,7 @@ def make_plan(
             (
                 layer.filters, layer.channels // vector, layer.taps, inner, outer, jump // vector, step,
                 offsets[index], channel_at, columns_at, len(chunks), rows_at, squares_at // vector,
+                layer.channels, 1 if layer.channels_last else layer.taps,
             )
         )  # fmt: skip
         held = tiles.lanes if by_tap else _channels_of_a_tile(layer, tiles.lanes, vector)
@@ -190,7 +190,7 @@ def make_plan(
             moved_sums.append((index, row, 0, len(channel_blocks), 0))
         channel_at += layer.channels
         columns_at += 3 * groups * len(chunks) * layer.channels
-        rows_at += 2 * groups * len(flat_blocks) * layer.filters
+        rows_at += max(2 * len(flat_blocks), len(channel_blocks)) * groups * layer.filters
         if layer.taps > 1:
             # Rows of S begin where vectors of them do.
             squares_at += -(-layer.filters * layer.channels // 8) * 8

@@ -8,7 +8,8 @@ atomics, the same bits in each run.
 The symbols are those of ``reference.py``. In memory a weight is O rows of J = C K elements. *Lanes* are
 neighbouring elements of a row. In contiguous weights a channel is ``inner`` = K neighbouring lanes, and
 ``outer`` = 1; in channels-last ones ``inner`` = 1, and the ``outer`` = K taps of a channel lie ``jump`` = C
-apart. Everything is computed in ``ACC``, float32 or float64.
+apart. (FLAT_INNER is ``inner`` where the first pass walks contiguous weights tap by tap all the same.)
+Everything is computed in ``ACC``, float32 or float64.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ COLUMNS_AT = tl.constexpr(9)
 CHUNKS = tl.constexpr(10)
 ROWS_AT = tl.constexpr(11)
 SQUARES_AT_V = tl.constexpr(12)
-FIELDS = tl.constexpr(13)
+CHANNELS = tl.constexpr(13)
+FLAT_INNER = tl.constexpr(14)
+FIELDS = tl.constexpr(15)
 
 # Columns of the table of addresses.
 WEIGHT = tl.constexpr(0)
@@ -245,7 +248,7 @@ def columns_forward(
     layer = tl.program_id(0)
     group = tl.program_id(1)
     filters = _field(layers, layer, FILTERS).to(tl.int32)
-    channels = _field(layers, layer, CHANNELS_V).to(tl.int32)
+    channels = _field(layers, layer, CHANNELS).to(tl.int32)
     chunks = _field(layers, layer, CHUNKS).to(tl.int32)
     first = _field(layers, layer, FILTER_AT)
     source = columns + _field(layers, layer, COLUMNS_AT) + group * channels
@@ -355,7 +358,7 @@ def apply_forward(
     filters = _field(layers, layer, FILTERS).to(tl.int32)
     channels = _field(layers, layer, CHANNELS_V).to(tl.int32) * VEC
     width = channels * _field(layers, layer, TAPS)
-    inner = _field(layers, layer, INNER).to(tl.int32)
+    inner = _field(layers, layer, FLAT_INNER).to(tl.int32)
     first = _field(layers, layer, FILTER_AT)
     column_at = _field(layers, layer, CHANNEL_AT)
     weight = _weights(pointers, layer, WEIGHT, ELEMENT, ALIGN)

@@ -37,7 +37,7 @@ __all__ = ["Chain", "ChainConfig", "ChainTables", "config_of", "padded_macs", "r
 
 MOST_TILES = 4
 WIDEST_NEXT = 128
-RESERVED = 4096  # bytes of shared memory beside the pipelined tiles: tables, barriers, a layout's exchange
+RESERVED = 12288  # bytes of shared memory beside the pipelined tiles: tables, barriers, exchanges of layout
 REACH = 2**15  # rows or columns that a tap may be away
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -178,8 +178,8 @@ def config_of(
     tile_n = _tile_n(first)
     if tile_n is None:
         raise ValueError(
-            f"the first convolution has {first.out_channels} filters in {len(first.groups)} groups: more "
-            f"than {MOST_TILES} tiles of 64"
+            f"the first convolution has {first.out_channels} filters in {len(first.groups)} groups and "
+            f"{len(first.dead_filters)} dead ones: more than {MOST_TILES} tiles"
         )
     tiles = len(_jobs(first, tile_n))
     n3 = _power(third.out_channels)
@@ -228,7 +228,7 @@ def refuses(convs: Sequence[Conv], dtype: torch.dtype, shared_memory: int) -> st
     if c.out_channels > WIDEST_NEXT:
         return f"the third convolution has {c.out_channels} filters, more than {WIDEST_NEXT}"
     if _tile_n(a) is None:
-        return f"the first convolution takes more than {MOST_TILES} tiles of 64 filters"
+        return f"the first convolution takes more than {MOST_TILES} tiles of filters"
     if any((k - 1) * d >= REACH for k, d in zip(first.kernel, first.dilation, strict=True)):
         return "the first convolution's taps are too far apart"
     if first.pixels >= 2**31:

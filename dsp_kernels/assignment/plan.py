@@ -67,12 +67,12 @@ class Tiling:
 
 
 SHIPPED = {
-    2: Tiling(rows=4, lanes=512, moved_rows=16, moved_lanes=128, chunk=64, most_groups=4),
+    2: Tiling(rows=2, lanes=512, moved_rows=16, moved_lanes=128, chunk=64, most_groups=4),
     4: Tiling(rows=8, lanes=256, moved_rows=16, moved_lanes=128, chunk=64),
     8: Tiling(rows=8, lanes=128, moved_rows=8, moved_lanes=128, chunk=64),
 }
-"""By the bytes of a weight's element. A tile is 2,048 elements, half of that for float64: 16 registers a
-thread, of which the largest kernel holds six or seven at once."""
+"""By the bytes of a weight's element. A tile is 2,048 elements of float32, 1,024 of the others: 16 registers
+a thread, or 8 beside the wider sums of half floats. The largest kernel holds six or seven tiles at once."""
 
 INTERPRETED = Tiling(rows=4, lanes=64, moved_rows=4, moved_lanes=16, chunk=8, width=16, depth=2)
 """For Triton's interpreter, in which elements cost time and small layers should still have several tiles."""

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,11 +43,21 @@ from dsprune.nn import PermutedGroupedConv2d
 from dsprune.pack import TOLERANCE
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny() -> nn.Module:
+    """Three narrow bottlenecks, for trying the whole path."""
+    stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+    return nn.Sequential(stem, *(Bottleneck(32, 8, 1) for _ in range(3)), head)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet50": (resnet50, 224),
     "resnet18": (resnet18, 224),
     "resnet20": (lambda: cifar_resnet(20), 32),
     "resnet56": (lambda: cifar_resnet(56), 32),
+    "tiny": (tiny, 8),
 }
 
 
@@ -186,7 +196,7 @@ def _macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
-        copy.deepcopy(model).to("meta")(torch.empty(shape))
+        copy.deepcopy(model).to("meta").eval()(torch.empty(shape))
     return counter.get_total_flops() // 2
 
 
@@ -306,6 +316,18 @@ class Bench:
     results: dict[str, Any]
     table: cost.FormTable
     compile_seconds: float = 60.0
+    packed: dict[Any, tuple[dsprune.PackedNetwork, int, int]] = field(default_factory=dict)
+
+    def packed_of(self, cell: Cell, model: nn.Module, size: int) -> tuple[dsprune.PackedNetwork, int, int]:
+        """The packed network on the device in the cell's dtype, with its and the dense multiply-adds."""
+        key = (cell.network, cell.cut, cell.dtype)
+        if key not in self.packed:
+            example = torch.randn(1, 3, size, size)
+            packed = dsprune.pack(model, example)
+            counted = dsprune.summary(packed, example)
+            on_device = packed.to(device=self.device, dtype=cell.dtype)
+            self.packed[key] = (on_device, counted.macs, counted.dense_macs)
+        return self.packed[key]
 
     def write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -335,8 +357,7 @@ def network_row(bench: Bench, cell: Cell, model: nn.Module, size: int, *, compil
     """
     device, dtype, last = bench.device, cell.dtype, torch.channels_last
     make = NETWORKS[cell.network][0]
-    packed = dsprune.pack(model, torch.randn(1, 3, size, size))
-    macs = dsprune.summary(packed, torch.randn(1, 3, size, size))
+    on_device, macs, dense_macs = bench.packed_of(cell, model, size)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(cell.batch, 3, size, size, generator=generator).to(device)
     x = images.to(dtype).contiguous(memory_format=last)
@@ -387,8 +408,6 @@ def network_row(bench: Bench, cell: Cell, model: nn.Module, size: int, *, compil
         bench.compile_seconds = time.monotonic() - start
         return lambda: mine(x)
 
-    on_device = packed.to(device=device, dtype=dtype)
-
     def ours(chain: str) -> Callable[[], Any]:
         network = cast(fx.GraphModule, on_device.network)
         cache = gpu.GraphCache(network, None, capturer=capturer(device), chain=chain)
@@ -408,7 +427,7 @@ def network_row(bench: Bench, cell: Cell, model: nn.Module, size: int, *, compil
         add("max-autotune", lambda: inductor(model))
         add(
             "channel-pruned, max-autotune",
-            lambda: inductor(channel_pruned(make, size, macs.macs)),
+            lambda: inductor(channel_pruned(make, size, macs)),
             compare=False,
         )
     times = interleaved(calls, device, bench.seconds)
@@ -425,8 +444,8 @@ def network_row(bench: Bench, cell: Cell, model: nn.Module, size: int, *, compil
         "cut": cell.cut,
         "batch": cell.batch,
         "dtype": str(dtype).removeprefix("torch."),
-        "macs": macs.macs,
-        "dense_macs": macs.dense_macs,
+        "macs": macs,
+        "dense_macs": dense_macs,
         "times_ms": times,
         "differences": differences,
         "failed": failed,
@@ -473,8 +492,8 @@ def repeated(bench: Bench, make: Callable[[Tensor], Any], inputs: list[Tensor]) 
 
 def layer_rows(bench: Bench, cell: Cell, model: nn.Module, size: int) -> Iterator[dict[str, Any]]:
     """The packed layers of a network, one of each kind, and its chains: every form timed and compared."""
-    device, dtype = bench.device, cell.dtype
-    packed = dsprune.pack(model, torch.randn(1, 3, size, size)).to(device=device, dtype=dtype)
+    dtype = cell.dtype
+    packed, _, _ = bench.packed_of(cell, model, size)
     network = gpu.pad_channels(cast(fx.GraphModule, packed.network))
     shape = (cell.batch, 3, size, size)
     steps = gpu.trace_steps(network, shape, dtype)
@@ -761,8 +780,8 @@ def run(
 ) -> dict[str, Any]:
     """Measures within ``minutes``, writes gpu.json, gpu.md and forms.json into ``out`` after each row."""
     deadline = Deadline(60 * minutes)
-    wanted = wanted or ([Cell("resnet20", 60, 2, torch.float32)] if quick else cells())
-    sizes = {cell.network: 8 if quick else NETWORKS[cell.network][1] for cell in wanted}
+    wanted = wanted or ([Cell("tiny", 40, 2, torch.float32)] if quick else cells())
+    sizes = {cell.network: NETWORKS[cell.network][1] for cell in wanted}
     kinds = list(dict.fromkeys((cell.network, cell.cut) for cell in wanted))
     models: dict[tuple[str, int], nn.Module] = {}
     pool: ProcessPoolExecutor | None = None
@@ -797,7 +816,7 @@ def run(
         "left_out": [],
     }
     table = cost.FormTable()
-    bench = Bench(out, device, where, deadline, 0.05 if quick else 1.0, quick, results, table)
+    bench = Bench(out, device, where, deadline, 0.01 if quick else 1.0, quick, results, table)
     bench.write()
 
     def network(cell: Cell, compiled: bool) -> None:

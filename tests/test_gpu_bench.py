@@ -1,0 +1,169 @@
+"""The GPU benchmarks' whole path, on the CPU with tiny networks; no time is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsprune
+from bench import gpu as bench
+from dsp_kernels import GroupLayout, cost
+from dsprune.models import cifar_resnet, resnet18
+from dsprune.models.resnet import Bottleneck
+from dsprune.nn import PermutedGroupedConv2d
+
+FORMS = {
+    "eager",
+    "eager, graph",
+    "max-autotune",
+    "multi-branch, graph",
+    "channel-pruned, max-autotune",
+    "packed",
+    "packed without chains",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("bench")
+    found = bench.run(out, torch.device("cpu"), quick=True)
+    torch.set_num_threads(threads)
+    return out, found
+
+
+def test_networks(results: tuple[Path, dict]) -> None:
+    out, found = results
+    first, again = found["networks"]
+    assert set(first["times_ms"]) == FORMS and not first["failed"] and not found["left_out"]
+    assert set(first["differences"]) == FORMS - {"channel-pruned, max-autotune"}
+    assert all(value < 1e-4 for value in first["differences"].values())
+    assert first["forms"]["chain"] == 2 and first["predicted_ms"] > 0
+    assert first["speed_up"] == first["times_ms"][first["best_dense"]] / first["times_ms"]["packed"]
+    assert first["share_of_floor"] == first["floor_ms"] / first["times_ms"]["packed"]
+    assert not first["measured_forms"] and again["measured_forms"]
+    assert json.loads((out / "gpu.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_layers_and_the_table_that_packing_reads(results: tuple[Path, dict]) -> None:
+    out, found = results
+    table = cost.FormTable.load(out / "forms.json")
+    chains = [row for row in found["layers"] if " + " in row["layer"]]
+    single = [row for row in found["layers"] if " + " not in row["layer"]]
+    assert len(chains) == 2 and len(single) == 10
+    for row in single:
+        assert set(row["times_ms"]) == {"grouped", "merged", "torch", "multi-branch"} and not row["failed"]
+        kept = table.find("sm_90", row["convolution"])
+        assert kept == pytest.approx({f: 1e3 * row["times_ms"][f] for f in cost.FORMS})
+        assert row["floor_ms"] > 0
+    for row in chains:
+        assert set(table.find("sm_90", row["convolution"])) == {"chain", "layers"}
+        assert row["speed_up"] == row["times_ms"]["best of each layer"] / row["times_ms"]["chain"]
+
+
+def test_the_page(results: tuple[Path, dict]) -> None:
+    out, found = results
+    text = (out / "gpu.md").read_text()
+    row = found["networks"][0]
+    assert f"| {row['speed_up']:.2f}x |" in text and "tiny, 40%, forms measured" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {13, 11}
+    assert found["environment"]["torch"] == torch.__version__
+
+
+def test_what_fails_and_what_is_left_out_is_told(
+    tmp_path: Path, results: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, _ = bench.measured_device(torch.device("cpu"), True)
+    cell = bench.Cell("tiny", 40, 1, torch.float32)
+    model = bench.tiny().eval()
+    lines: dict = {"environment": results[1]["environment"], "networks": [], "layers": [], "left_out": []}
+    mine = bench.Bench(
+        tmp_path, torch.device("cpu"), where, bench.Deadline(60), 0.01, True, lines, cost.FormTable()
+    )
+
+    def wrong(network: object) -> object:
+        return lambda x: model(x) + 1
+
+    def broken(self: object, call: object, x: object) -> object:
+        raise RuntimeError("out of memory\nin a graph")
+
+    monkeypatch.setattr(bench, "branches", wrong)
+    row = bench.network_row(mine, cell, model, 8, compiled=False)
+    assert row["failed"] == {"multi-branch, graph": "outputs differ by 1"} or "differ by" in str(
+        row["failed"]
+    )
+    assert "multi-branch, graph" not in row["times_ms"]
+    monkeypatch.setattr(bench.HostCapturer, "capture", broken)
+    row = bench.network_row(mine, cell, model, 8, compiled=False)
+    assert row["failed"]["eager, graph"] == "RuntimeError: out of memory"
+    assert "no graph could be made: out of memory" in row["failed"]["packed"] and row["speed_up"] is None
+    lines["networks"].append(row)
+    mine.skip("resnet50", "no time left")
+    mine.write()
+    text = (tmp_path / "gpu.md").read_text()
+    assert "- tiny, 40%, batch 1, eager, graph: RuntimeError: out of memory" in text
+    assert "- resnet50: no time left" in text
+
+
+def test_multi_branch_form() -> None:
+    torch.manual_seed(0)
+    layout = GroupLayout(6, 8, [([0, 2, 3], [5, 0, 1]), ([1, 2, 4, 5], [7, 2])])
+    for activation in (None, "relu", "relu6"):
+        layer = PermutedGroupedConv2d(layout, 3, stride=2, padding=1, activation=activation)
+        torch.nn.init.normal_(layer.bias)
+        layer.requires_grad_(False)
+        x, residual = torch.randn(2, 6, 9, 7), torch.randn(2, 8, 5, 4)
+        apart = bench.Branches(layer)
+        torch.testing.assert_close(apart(x), layer(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(apart(x, residual), layer(x, residual), rtol=1e-5, atol=1e-5)
+
+
+def test_channel_pruned_network_has_the_cost() -> None:
+    for make in (resnet18, lambda: cifar_resnet(20)):
+        full = bench._macs(make(), (1, 3, 32, 32))
+        narrow = bench.channel_pruned(make, 32, full // 2)
+        assert full // 2 <= bench._macs(narrow, (1, 3, 32, 32)) < 0.75 * full
+    # Bottlenecks: both inner convolutions.
+    block = bench.narrowed(bench.tiny, 0.25)
+    assert bench._macs(block, (1, 3, 8, 8)) == bench._macs(bench.tiny(), (1, 3, 8, 8)), "eight is the least"
+    wide = bench.narrowed(lambda: torch.nn.Sequential(Bottleneck(64, 64, 1)), 0.5)
+    assert wide[0].conv1.out_channels == wide[0].conv2.out_channels == wide[0].conv3.in_channels == 32  # type: ignore
+    assert wide(torch.randn(1, 64, 4, 4)).shape == (1, 256, 4, 4)
+
+
+def test_rows_come_in_order_of_importance() -> None:
+    wanted = bench.cells()
+    assert wanted[0] == bench.Cell("resnet50", 72, 256, torch.bfloat16)
+    assert len(wanted) == len(set(wanted))
+    for network in ("resnet18", "resnet50"):
+        for cut in (50, 70, 72, 90):
+            for batch in (1, 32, 256):
+                for dtype in (torch.bfloat16, torch.float16):
+                    assert bench.Cell(network, cut, batch, dtype) in wanted
+
+
+def test_the_command_needs_a_device_or_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not torch.cuda.is_available():
+        assert bench.main(["--out", str(tmp_path)]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main([])
+    assert "--out: a folder is needed" in capsys.readouterr().err
+
+
+def test_prediction_of_whole_blocks() -> None:
+    """One kernel a block reads the stream once: by hand for a block with an identity shortcut."""
+    torch.manual_seed(0)
+    packed = dsprune.pack(bench.tiny().eval(), torch.randn(1, 3, 8, 8))
+    shape = (64, 3, 8, 8)
+    blocks = bench.whole_blocks(packed, shape)
+    apart = dsprune.gpu.predict(packed, shape, chain="off")
+    bandwidth, pixels = cost.device("H200").bytes_per_second(), 64 * 64
+    rest = sum(row.floor for row in apart.rows if ".conv" not in row.names[0])
+    weights = 32 * 8 + 9 * 8 * 8 + 8 * 32
+    assert blocks == pytest.approx(rest + 3 * 2 * (pixels * 64 + weights) / bandwidth, rel=1e-6)

@@ -9,8 +9,8 @@ settings are constants of this file, so validation images are only watched, and 
 once, when everything else is done.
 
 FOLDER holds a run folder for each network and one JSON for each finished piece of work; a run that was
-interrupted goes on from there. ``--report`` only writes the files that are published: the figures
-(``bench/results/digits-experiment.json``), the picture and the table.
+interrupted goes on from there. ``--report`` then looks at the test images, prints the table, and writes
+``bench/results/digits-experiment.json`` and ``docs/images/digits-experiment.png``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import argparse
 import dataclasses
 import math
 import shutil
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,11 @@ from dsp_kernels.assignment import LassoTable
 from dsp_kernels.assignment.reference import harden
 from dsprune import GroupLearner, find_structure, summary
 from dsprune.recipes import stages, training
-from dsprune.recipes.checkpoint import write_json
+from dsprune.recipes.checkpoint import read_json, write_json
 from dsprune.recipes.data import ImageData, batches, load_data
 from dsprune.recipes.runs import Config, Run
 
+ROOT = Path(__file__).resolve().parent.parent
 LEARNING_STEPS = 200
 GROUPS = 4
 CUTS = (0.62, 0.85)
@@ -69,7 +71,7 @@ VARIANTS = (
 # ---- learning
 
 
-def endless(data: ImageData, batch: int, generator: torch.Generator) -> Any:
+def endless(data: ImageData, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches, epoch after epoch."""
     while True:
         yield from batches(data.train, batch, data.shift, generator)
@@ -260,11 +262,204 @@ def one(
         )
 
 
+# ---- the report
+
+
+def on_test_images(folder: Path, seeds: int, data: ImageData) -> dict[str, Any]:
+    """Accuracy and loss on the test images of every finished network and of the dense ones. Evaluated once:
+    what is in ``test.json`` is not evaluated again."""
+    path = folder / "test.json"
+    if path.exists():
+        return read_json(path)
+    scores: dict[str, Any] = {}
+    for seed in range(seeds):
+        runs = {f"seed{seed}-dense": "dense"}
+        runs |= {f"seed{seed}-{v.name}-{round(100 * cut)}": "finetuned" for v in VARIANTS for cut in CUTS}
+        for name, stage in runs.items():
+            score = training.evaluate(Run.open(folder / name).read(stage, data)[0], data.test)
+            scores[name] = {"accuracy": score.accuracy, "loss": score.loss}
+    write_json(path, scores)
+    return scores
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a sample."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def groups_of(content: dict[str, Any]) -> dict[str, float]:
+    """Of one network: groups in use and the share of the largest, on average over the layers."""
+    used, largest = [], []
+    for assignment in content["assignment"].values():
+        counts = torch.bincount(torch.tensor(assignment))
+        used.append(int((counts > 0).sum()))
+        largest.append(counts.max().item() / len(assignment))
+    return {"used": statistics.fmean(used), "largest": statistics.fmean(largest)}
+
+
+def agreement_of(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The adjusted Rand index of two networks' groupings, on average over the layers."""
+    pairs = [(ours["assignment"][name], theirs["assignment"][name]) for name in ours["assignment"]]
+    return statistics.fmean(agreement(torch.tensor(a), torch.tensor(b)) for a, b in pairs)
+
+
+def summarise(folder: Path, seeds: int, data: ImageData) -> dict[str, Any]:
+    """All figures of the report."""
+    test = on_test_images(folder, seeds, data)
+    runs = {
+        (v.name, cut, seed): read_json(folder / f"seed{seed}-{v.name}-{round(100 * cut)}.json")
+        for v in VARIANTS
+        for cut in CUTS
+        for seed in range(seeds)
+    }
+    rows = []
+    for variant in VARIANTS:
+        for cut in CUTS:
+            own = [runs[variant.name, cut, seed] for seed in range(seeds)]
+            scores = [test[f"seed{seed}-{variant.name}-{round(100 * cut)}"] for seed in range(seeds)]
+            exact = [test[f"seed{seed}-exact-{round(100 * cut)}"] for seed in range(seeds)]
+            differences = [a["accuracy"] - b["accuracy"] for a, b in zip(scores, exact, strict=True)]
+            rows.append(
+                {
+                    "variant": variant.name,
+                    "title": variant.title,
+                    "cut": cut,
+                    "flops_cut": statistics.fmean(run["flops_cut"] for run in own),
+                    "params_cut": statistics.fmean(run["params_cut"] for run in own),
+                    "test_accuracy_by_seed": [score["accuracy"] for score in scores],
+                    "test_accuracy": mean_sd([score["accuracy"] for score in scores]),
+                    "test_loss": mean_sd([score["loss"] for score in scores]),
+                    "minus_exact": mean_sd(differences),
+                    "pruned_validation_accuracy": mean_sd(
+                        [r["validation"]["pruned"]["accuracy"] for r in own]
+                    ),
+                    "learned_validation_accuracy": mean_sd(
+                        [r["validation"]["learned"]["accuracy"] for r in own]
+                    ),
+                    "last_losses": mean_sd([statistics.fmean(r["curve"]["loss"][-20:]) for r in own]),
+                    "last_penalty": mean_sd([r["curve"]["penalty"][-1] for r in own]),
+                    "filters_moved_last_50_steps": mean_sd([sum(r["curve"]["moved"][-50:]) for r in own]),
+                    "groups_used": statistics.fmean(groups_of(r)["used"] for r in own),
+                    "largest_group": statistics.fmean(groups_of(r)["largest"] for r in own),
+                }
+            )
+    agreements = {
+        f"exact and {other}, same seed": mean_sd(
+            [agreement_of(runs["exact", CUTS[0], s], runs[other, CUTS[0], s]) for s in range(seeds)]
+        )
+        for other in ("released", "released-scale", "first", "random")
+    }
+    return {
+        "network": "ResNet-20",
+        "data": f"digits, {data.size} x {data.size}",
+        "seeds": seeds,
+        "groups": GROUPS,
+        "learning_steps": LEARNING_STEPS,
+        "settings": {"learn": dataclasses.asdict(LEARN), "finetune": dataclasses.asdict(FINETUNE)},
+        "test_images": len(data.test),
+        "dense_test_accuracy": mean_sd([test[f"seed{seed}-dense"]["accuracy"] for seed in range(seeds)]),
+        "rows": rows,
+        "agreement": agreements,
+        "curves": {
+            v.name: {
+                key: [
+                    [round(x, 5) for x in runs[v.name, CUTS[0], seed]["curve"][key]] for seed in range(seeds)
+                ]
+                for key in ("loss", "penalty")
+            }
+            for v in VARIANTS
+            if v.name in ("exact", "released")
+        },
+        "structures": {
+            v.name: {name: layer["groups"] for name, layer in runs[v.name, CUTS[0], 0]["structure"].items()}
+            for v in VARIANTS
+        },
+        "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| groups | FLOPs cut | parameters cut | test accuracy, % | less exact | test loss | not finetuned |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cut in CUTS:
+        for row in (row for row in found["rows"] if row["cut"] == cut):
+            accuracy, loss, less = row["test_accuracy"], row["test_loss"], row["minus_exact"]
+            lines.append(
+                f"| {row['title']} | {100 * row['flops_cut']:.2f}% | {100 * row['params_cut']:.2f}% | "
+                f"{accuracy[0]:.2f} ± {accuracy[1]:.2f} | {less[0]:+.2f} ± {less[1]:.2f} | "
+                f"{loss[0]:.4f} ± {loss[1]:.4f} | {row['pruned_validation_accuracy'][0]:.1f}% |"
+            )
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """The curves, the structures of the first seed, and the accuracies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    colours = {"exact": "tab:blue", "released": "tab:orange"}
+    for place, key in enumerate(("loss", "penalty")):
+        axis = axes[0, place]
+        for name, colour in colours.items():
+            values = torch.tensor(found["curves"][name][key])
+            if key == "loss":  # averages of five steps
+                values = values.unfold(1, 5, 1).mean(2)
+            steps = range(found["learning_steps"] - values.shape[1] + 1, found["learning_steps"] + 1)
+            for curve in values:
+                axis.plot(steps, curve, color=colour, alpha=0.25, linewidth=0.8)
+            axis.plot(steps, values.mean(0), color=colour, label=f"{name} formulas")
+        axis.set_yscale("log")
+        axis.set_xlabel("learning step")
+        axis.set_title("training loss, 5 steps averaged" if key == "loss" else "penalty, hard assignment")
+        axis.legend(frameon=False)
+    axis = axes[1, 0]
+    names = list(found["structures"]["exact"])
+    shades = {"exact": ("tab:blue", "lightsteelblue"), "released": ("tab:orange", "bisque")}
+    for side, name in enumerate(("exact", "released")):
+        for index, layer in enumerate(names):
+            bottom = 0.0
+            sizes = found["structures"][name][layer]
+            total = sum(filters for filters, _ in sizes) or 1
+            for group, (filters, _) in enumerate(sorted(sizes, reverse=True)):
+                axis.bar(
+                    index + 0.42 * side - 0.21, filters / total, 0.38, bottom=bottom,
+                    color=shades[name][group % 2], edgecolor="white", linewidth=0.6,
+                )  # fmt: skip
+                bottom += filters / total
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axis.set_title(f"groups' shares of the filters, {100 * CUTS[0]:.0f}% cut, seed 0: exact and released")
+    axis = axes[1, 1]
+    titles = [variant.title for variant in VARIANTS]
+    for cut, marker in zip(CUTS, "os", strict=True):
+        rows = [row for row in found["rows"] if row["cut"] == cut]
+        shift = -0.12 if cut == CUTS[0] else 0.12
+        for index, row in enumerate(rows):
+            y = row["test_accuracy_by_seed"]
+            axis.plot([index + shift] * len(y), y, marker, color="0.6", markersize=4)
+            axis.plot(index + shift, row["test_accuracy"][0], marker, color="tab:red", markersize=7)
+        axis.plot([], [], marker, color="tab:red", label=f"{100 * cut:.0f}% of the FLOPs cut")
+    axis.set_xticks(range(len(titles)), titles, rotation=20, ha="right", fontsize=8)
+    axis.set_title("test accuracy after finetuning, % (red: mean)")
+    axis.legend(frameon=False, loc="lower left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--report", action="store_true", help="also look at the test images and write what is published"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -277,6 +472,11 @@ def main() -> int:
     for seed in range(options.seeds):
         for variant in VARIANTS:
             one(options.out, seed, variant, options.threads, data, say)
+    if options.report:
+        found = summarise(options.out, options.seeds, data)
+        write_json(ROOT / "bench" / "results" / "digits-experiment.json", found)
+        draw(found, ROOT / "docs" / "images" / "digits-experiment.png")
+        print(table(found))
     return 0
 
 

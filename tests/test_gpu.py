@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+from collections.abc import Iterator
+from typing import Any
+
 import nets
 import pytest
 import torch
+from conv_cases import CORNERS, Case, _terms, activate, assert_within, dense
+from torch import nn
 
 import dsp_kernels
 import dsprune
-from dsp_kernels import GroupLayout, permuted_grouped_conv2d
+from dsp_kernels import GroupLayout, cost, permuted_grouped_conv2d
+from dsp_kernels.conv.chain import Chain
+from dsprune import gpu
+from dsprune.models.resnet import Bottleneck
+from dsprune.nn import PermutedGroupedConv2d
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 
+TRITON = dsp_kernels.available_backends()["triton"] is None
+needs_triton = pytest.mark.skipif(
+    not TRITON, reason=f"triton backend: {dsp_kernels.available_backends()['triton']}"
+)
+HALF = [torch.float16, torch.bfloat16]
+
 LAYOUT = GroupLayout(6, 8, [([0, 2, 3], [0, 1, 5]), ([1, 2, 4, 5], [2, 7]), ([5], [3, 4])])
 
 
 @pytest.fixture(autouse=True)
-def _exact_float32() -> None:
+def _exact_float32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -84,7 +104,7 @@ def test_packed_network() -> None:
     x = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(packed(x.to(DEVICE)).cpu(), model(x), rtol=1e-3, atol=1e-4)
-    assert packed.program_reason is not None and "cpu" in packed.program_reason
+    assert (packed.program_reason is None) == TRITON, packed.program_reason
 
 
 def test_packing_on_the_device() -> None:
@@ -105,3 +125,264 @@ def test_group_learner() -> None:
     ]
     assert all(bool(loss.isfinite()) for loss in losses)
     assert all(bool((groups < 3).all()) for groups in learner.assignment().values())
+
+
+# ---- the Triton convolution ----
+
+GRADIENTS = ["3x3 stride 2", "1x1", "eight groups", "dilated", "channels last", "many channels"]
+CHAINS = [(40, 40, 256, 40), (64, 64, 256, 64), (80, 88, 512, 80), (128, 128, 512, 128)]
+
+
+def on_device(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor | None], torch.Tensor, torch.Tensor]:
+    """x, packed weight, bias and residual there; float64 result and magnitude here."""
+    x, weight, bias, residual = case.tensors(dtype)
+    wide = [None if t is None else t.double() for t in (x, weight, bias, residual)]
+    assert wide[0] is not None and wide[1] is not None
+    exact = dense(wide[0], wide[1], case, wide[2])
+    size = dense(wide[0].abs(), wide[1].abs(), case, None if wide[2] is None else wide[2].abs())
+    if wide[3] is not None:
+        exact, size = exact + wide[3], size + wide[3].abs()
+    there = [None if t is None else t.to(DEVICE) for t in (x, case.layout.pack(weight), bias, residual)]
+    return there, activate(exact, case.activation), size
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("name", CORNERS)
+def test_triton_convolution(name: str, dtype: torch.dtype) -> None:
+    case = CORNERS[name]
+    (x, weight, bias, residual), exact, size = on_device(case, dtype)
+    assert x is not None and weight is not None
+
+    def run() -> torch.Tensor:
+        return permuted_grouped_conv2d(
+            x, weight, case.layout, bias, residual=residual, activation=case.activation,
+            backend="triton", **case.geometry,
+        )  # fmt: skip
+
+    out = run()
+    assert_within(out.cpu(), exact, size, _terms(case))
+    assert all(torch.equal(run(), out) for _ in range(3)), "not the same bits"
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_triton_gradients(name: str, dtype: torch.dtype) -> None:
+    case = CORNERS[name]
+    x, weight, _, _ = case.tensors(dtype)
+    layout = case.layout
+    grad = torch.randn(case.batch, case.out_channels, *case.out_size).to(dtype)
+    leaves = [x.to(DEVICE).requires_grad_(), layout.pack(weight).to(DEVICE).requires_grad_()]
+
+    def run() -> tuple[torch.Tensor, ...]:
+        out = permuted_grouped_conv2d(leaves[0], leaves[1], layout, backend="triton", **case.geometry)
+        return torch.autograd.grad(out, leaves, grad.to(DEVICE))
+
+    def exact(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, b = a.double().requires_grad_(), b.double().requires_grad_()
+        of_x, of_w = torch.autograd.grad(dense(a, b, case), (a, b), c.double())
+        return of_x, layout.pack(of_w)
+
+    found = run()
+    taps = case.kernel[0] * case.kernel[1]
+    terms = (len(layout.live_filters) * taps, case.batch * case.out_size[0] * case.out_size[1])
+    for got, want, size, k in zip(
+        found, exact(x, weight, grad), exact(x.abs(), weight.abs(), grad.abs()), terms, strict=True
+    ):
+        assert_within(got.cpu(), want, size, k)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(run(), found, strict=True)), "not the same bits"
+
+
+@needs_triton
+def test_compiled_layer_and_its_gradients() -> None:
+    torch.manual_seed(0)
+    layer = PermutedGroupedConv2d(LAYOUT, 3, padding=1, activation="relu", backend="triton").to(DEVICE)
+    x = torch.randn(2, 6, 9, 7, device=DEVICE, requires_grad=True)
+    eager = layer(x)
+    eager_grads = torch.autograd.grad(eager.sum(), [x, *layer.parameters()])
+    compiled = torch.compile(layer, fullgraph=True)(x)
+    grads = torch.autograd.grad(compiled.sum(), [x, *layer.parameters()])
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, eager_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# ---- the chain kernel ----
+
+
+def chain(dtype: torch.dtype, channels: int, inner: int, stream: int, following: int) -> Chain:
+    generator = torch.Generator().manual_seed(0)
+    half, low, high = inner // 2, range(2 * channels // 3 + 1), range(channels // 3, channels)
+    layouts = [
+        GroupLayout(channels, inner, [(low, range(half)), (high, range(half, inner))]),
+        GroupLayout(inner, stream, [(range(inner), range(stream))]),
+        GroupLayout(stream, following, [(range(stream), range(following))]),
+    ]
+    weights = [
+        (torch.randn(layout.weight_numel(k), generator=generator) / (layout.in_channels * k * k) ** 0.5)
+        for layout, k in zip(layouts, (3, 1, 1), strict=True)
+    ]
+    biases = [torch.randn(layout.out_channels, generator=generator) for layout in layouts]
+    return Chain(
+        layouts,
+        [w.to(DEVICE, dtype) for w in weights],
+        [b.to(DEVICE, dtype) for b in biases],
+        kernel=(3, 3),
+        padding=(1, 1),
+        shared_memory=cost.device(torch.device(DEVICE)).shared_memory,
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("shape", CHAINS)
+def test_chain(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    made = chain(dtype, *shape)
+    last = torch.channels_last
+    x = torch.randn(3, shape[0], 15, 13, device=DEVICE).to(dtype).contiguous(memory_format=last)
+    residual = torch.randn(3, shape[2], 15, 13, device=DEVICE).to(dtype).contiguous(memory_format=last)
+    out = made(x, residual)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for got, want in zip(out, made.layers(x, residual), strict=True):
+        torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(made(x, residual), out, strict=True)), (
+            "not the same bits"
+        )
+
+
+# ---- packed networks under CUDA graphs ----
+
+
+class Bottlenecks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nets.conv_bn(3, 32)
+        self.blocks = nn.Sequential(*(Bottleneck(32 if i == 0 else 64, 16, 1) for i in range(3)))
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+def packed_and_dense(dtype: torch.dtype = torch.float32) -> tuple[Any, nn.Module]:
+    torch.manual_seed(0)
+    model = nets.structured_zeros(nets.random_norms(Bottlenecks())).eval()
+    packed = dsprune.pack(model, torch.randn(1, 3, 16, 16))
+    return packed.to(DEVICE, dtype), model.to(DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_packed_network_is_one_graph_a_shape(dtype: torch.dtype) -> None:
+    packed, model = packed_and_dense(dtype)
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    with torch.no_grad():
+        for shape in ((4, 3, 16, 16), (1, 3, 24, 20), (4, 3, 16, 16)):
+            x = torch.randn(shape, device=DEVICE)
+            out = packed(x.to(dtype))
+            assert packed.program_reason is None
+            torch.testing.assert_close(out.float(), model(x), rtol=tolerance, atol=tolerance)
+            assert torch.equal(packed(x.to(dtype)), out)
+    found = packed._caches[packed.network].prediction(x.to(dtype))
+    assert found is not None and found.rows
+
+
+@needs_triton
+@pytest.mark.parametrize("form", [*cost.FORMS, "chain"])
+def test_every_form_in_a_network(form: str) -> None:
+    packed, model = packed_and_dense()
+    x = torch.randn(2, 3, 16, 16, device=DEVICE)
+    forms = ("grouped",) if form == "chain" else (form,)
+    where, chained = cost.device(x.device), "auto" if form == "chain" else "off"
+    network, found = gpu.rewrite(packed.network, x.shape, x.dtype, where, forms=forms, chain=chained)
+    assert any(row.form == form for row in found.rows)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+def test_a_graph_outlives_what_the_launchers_forget_and_sees_new_weights() -> None:
+    from dsp_kernels.conv import triton as room
+
+    packed, model = packed_and_dense()
+    x = torch.randn(4, 3, 16, 16, device=DEVICE)
+    with torch.no_grad():
+        out = packed(x)
+        room.forget()
+        torch.cuda.empty_cache()
+        junk = [torch.full((1 << 20,), float("nan"), device=DEVICE) for _ in range(64)]
+        assert torch.equal(packed(x), out)
+        del junk
+        for parameter in packed.network.parameters():
+            parameter.mul_(0.5)
+        expected = packed.network(x)
+        torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-5)
+        assert packed.program_reason is None and not torch.allclose(expected, out)
+
+
+@needs_triton
+def test_threads_and_streams_share_a_graph() -> None:
+    packed, _ = packed_and_dense()
+    inputs = [torch.randn(4, 3, 16, 16, device=DEVICE) for _ in range(4)]
+    with torch.no_grad():
+        expected = [packed(x).clone() for x in inputs]
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                if not torch.equal(packed(inputs[i]), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@needs_triton
+def test_inside_somebody_s_capture_layers_run_one_by_one() -> None:
+    packed, _ = packed_and_dense()
+    x = torch.randn(4, 3, 16, 16, device=DEVICE)
+    with torch.no_grad():
+        for _ in range(3):  # what the layers keep has to be there before
+            expected = packed.network(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = packed(x)
+        assert "captured by somebody else" in str(packed.program_reason)
+        graph.replay()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_compiled_packed_network() -> None:
+    packed, model = packed_and_dense()
+    x = torch.randn(2, 3, 16, 16, device=DEVICE)
+    with torch.no_grad():
+        out = torch.compile(packed, fullgraph=True)(x)
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_packing_where_torch_uses_tf32() -> None:
+    """torch lets cuDNN use TF32 by default; that is no difference of the packed network's."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(0)
+    model = nets.structured_zeros(nets.random_norms(Bottlenecks())).eval().to(DEVICE)
+    packed = dsprune.pack(copy.deepcopy(model), torch.randn(2, 3, 16, 16, device=DEVICE))
+    assert packed.fused
+
+
+@needs_triton
+def test_the_device_is_known_to_the_cost_model() -> None:
+    found = cost.device(torch.device(DEVICE))
+    major, minor = torch.cuda.get_device_capability()
+    assert found.arch == f"sm_{major}{minor}"
+    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    assert found.sms > 0 and found.shared_memory <= limit

@@ -628,7 +628,7 @@ def _chain_row(
 ) -> dict[str, Any]:
     convs = [cast(cost.Conv, step.conv) for step in triple]
     modules = [cast(PermutedGroupedConv2d, network.get_submodule(str(s.node.target))) for s in triple]
-    chain = gpu.ChainLayer(modules)
+    chain = gpu.ChainLayer(modules, bench.where.shared_memory)
 
     def layers(x: Tensor, residual: Tensor | None) -> Any:
         stream = modules[1](modules[0](x), residual)

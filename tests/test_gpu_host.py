@@ -219,6 +219,18 @@ def test_measurement_decides_on_chains(
     assert isinstance(gpu.form_table(), cost.FormTable)
 
 
+def test_no_chain_where_padding_is_outside_of_the_layer() -> None:
+    model = pruned(Bottlenecks)
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.conv2.padding_mode = "reflect"
+    packed = dsprune.pack(model, torch.randn(SHAPE))
+    network, found = gpu.rewrite(packed.network, SHAPE, torch.float32, cost.device("H200"))
+    assert not any(row.form == "chain" for row in found.rows)
+    same(network, model)
+    with pytest.raises(ValueError, match="chain: expected 'auto' or 'off'"):
+        gpu.rewrite(packed.network, SHAPE, torch.float32, cost.device("H200"), chain="unlimited")
+
+
 def test_no_chain_where_the_stream_is_not_relu_d(residual: dsprune.PackedNetwork) -> None:
     found = gpu.predict(residual, SHAPE, chain="unlimited")
     assert not any(row.form == "chain" for row in found.rows)

@@ -321,7 +321,9 @@ def _rows(
     if chain != "off":
         for triple in _triples(steps):
             alone = [choices[step.node] for step in triple]
-            if not triple[0].name.startswith(tuple(within.split(","))):
+            first = _layer(network, triple[0].node)
+            assert isinstance(first, PermutedGroupedConv2d)
+            if first._outer_padding is not None or not triple[0].name.startswith(tuple(within.split(","))):
                 continue
             row = _chain_row(triple, alone, where, dtype, table, chain == "unlimited")
             if row is not None:
@@ -527,8 +529,10 @@ def rewrite(
     """A packed graph in the forms chosen for inputs of ``shape`` on a device, and the prediction it goes by.
 
     The argument is left alone. Layers that stay grouped share its weights; the others hold copies in their
-    own form, as they were at this call.
+    own form, as they were at this call. Raises ValueError for arguments of another form.
     """
+    if chain not in ("auto", "off"):
+        raise ValueError(f"chain: expected 'auto' or 'off', got {chain!r}")
     network = pad_channels(network)
     with torch.no_grad():
         rows = _rows(network, shape, dtype, where, table, forms, chain, False)
@@ -536,7 +540,7 @@ def rewrite(
         uses = _uses(network)
         for row in rows:
             if row.form == "chain":
-                _insert_chain(network, [nodes[name] for name in row.nodes])
+                _insert_chain(network, [nodes[name] for name in row.nodes], where.shared_memory)
                 continue
             node = nodes[row.nodes[0]]
             layer = _layer(network, node)
@@ -553,12 +557,12 @@ def rewrite(
     return network.eval(), Prediction(tuple(rows), where, dtype, tuple(shape))
 
 
-def _insert_chain(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+def _insert_chain(network: fx.GraphModule, nodes: Sequence[fx.Node], shared_memory: int) -> None:
     """Puts one chain layer in the place of three; it returns (stream, next)."""
     first, second, third = nodes
     layers = [cast(PermutedGroupedConv2d, _layer(network, node)) for node in nodes]
     name = f"chain_{second.name}"
-    network.add_submodule(name, ChainLayer(layers))
+    network.add_submodule(name, ChainLayer(layers, shared_memory))
     graph = network.graph
     with graph.inserting_before(second):
         both = graph.call_module(name, (first.args[0], second.args[1]))
@@ -581,7 +585,7 @@ class ChainLayer(nn.Module):
     ``forward(x, residual)`` returns the second layer's and the third layer's output.
     """
 
-    def __init__(self, layers: Sequence[PermutedGroupedConv2d]) -> None:
+    def __init__(self, layers: Sequence[PermutedGroupedConv2d], shared_memory: int | None = None) -> None:
         super().__init__()
         first = layers[0]
         self.chain = chains.Chain(
@@ -592,6 +596,7 @@ class ChainLayer(nn.Module):
             stride=first.stride,
             padding=first._inner_padding,
             dilation=first.dilation,
+            shared_memory=shared_memory,
         )
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

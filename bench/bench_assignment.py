@@ -1,21 +1,25 @@
 """Group assignment, timed: penalty, gradients and mixed product of whole networks; a learning step; its
 memory.
 
-    python bench/bench_assignment.py [--networks resnet20 resnet56] [--groups 2 4] [--threads 1 2] [--json
-    FILE] python bench/bench_assignment.py --steps [--authors FOLDER] [--batch 128]
-    python bench/bench_assignment.py --memory
+    python -m bench.bench_assignment [--networks resnet20 resnet56] [--groups 2 4] [--threads 1 2]
+    python -m bench.bench_assignment --steps [--authors FOLDER] [--batch 128]
+    python -m bench.bench_assignment --memory
+    (each with --json FILE, --device cuda)
 
 Everything that is compared runs in one process, in turn, for at least ``--seconds`` a cell; medians are
 printed, in milliseconds, with the fastest run in brackets. "copy" is one ``copy_`` of all prunable weights
 (read once, written once), the floor of a penalty with its gradient for the weights; "loop" is the
 definition layer by layer and group by group under autograd. ``--authors`` names a folder with the authors'
-``dsp_module.py``, whose ``GroupWrapper`` is then timed beside ours.
+``dsp_module.py``, whose ``GroupWrapper`` is then timed beside ours. ``--device cuda`` times a GPU instead,
+waiting for it after each run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import statistics
 import sys
@@ -45,34 +49,44 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def interleaved(cells: dict[str, Callable[[], Any]], seconds: float) -> dict[str, tuple[float, float]]:
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    cells: dict[str, Callable[[], Any]], seconds: float, device: str = "cpu"
+) -> dict[str, tuple[float, float]]:
     """Median and minimum in milliseconds of each cell, the cells taking turns until each has had its time."""
     times: dict[str, list[float]] = {name: [] for name in cells}
     for run in cells.values():
         run()
+    wait(device)
     while any(sum(spent) < seconds or len(spent) < 5 for spent in times.values()):
         for name, run in cells.items():
             start = time.perf_counter()
             run()
+            wait(device)
             times[name].append(time.perf_counter() - start)
     return {name: (1e3 * statistics.median(spent), 1e3 * min(spent)) for name, spent in times.items()}
 
 
-def prunable_weights(name: str) -> list[Tensor]:
+def prunable_weights(name: str, device: str = "cpu") -> list[Tensor]:
     """The weights that group learning touches."""
     build, shape = NETWORKS[name]
     model = build()
     infos = prunable_convs(model, torch.zeros(1, *shape))
-    return [model.get_submodule(info.name).get_parameter("weight").detach() for info in infos]
+    return [model.get_submodule(info.name).get_parameter("weight").detach().to(device) for info in infos]
 
 
-def kernels(name: str, groups: int, threads: int, seconds: float) -> dict[str, Any]:
+def kernels(name: str, groups: int, threads: int, seconds: float, device: str = "cpu") -> dict[str, Any]:
     """Whole-network times of each backend beside the loop and a copy."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    weights = prunable_weights(name)
+    weights = prunable_weights(name, device)
     count = sum(w.numel() for w in weights)
-    logs = [torch.log_softmax(2 * torch.randn(groups, w.shape[0]), 0) for w in weights]
+    logs = [torch.log_softmax(2 * torch.randn(groups, w.shape[0], device=device), 0) for w in weights]
     matrix = torch.cat(logs, 1)
     moves = [torch.randn_like(w) * 1e-3 for w in weights]
     rates = [1e-6] * len(weights)
@@ -85,7 +99,7 @@ def kernels(name: str, groups: int, threads: int, seconds: float) -> dict[str, A
         torch.autograd.grad(reference.group_lasso_definition(leaves, log_leaves).sum(), leaves + log_leaves)
 
     cells: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(flat), "loop": loop}
-    for backend in ("reference", "native"):
+    for backend in ("reference", "native" if device == "cpu" else "triton"):
         if dsp_kernels.available_backends()[backend] is not None:
             continue
         table = LassoTable(weights, groups, backend=backend)
@@ -97,14 +111,15 @@ def kernels(name: str, groups: int, threads: int, seconds: float) -> dict[str, A
         cells[f"{backend} penalty"] = partial(table.penalties, matrix)
         cells[f"{backend} penalty + gradients"] = penalty_and_gradients
         backward = torch.ops.dsp_kernels.group_lasso_backward
-        ones = torch.ones(len(weights))
+        ones = torch.ones(len(weights), device=device)
         cells[f"{backend} gradients"] = partial(backward, ones, weights, logs, [1.0] * len(weights), backend)
         cells[f"{backend} penalty step"] = partial(table.shrink, matrix, rates)
         cells[f"{backend} mixed product"] = partial(table.log_gradient, matrix, rates, moves)
-    times = interleaved(cells, seconds)
+    times = interleaved(cells, seconds, device)
     copied = times["copy"][0]
     print(
-        f"\n{name}, {groups} groups, {threads} threads: {count / 1e6:.2f} M weights in {len(weights)} layers"
+        f"\n{name}, {groups} groups, {device}, {threads} threads: {count / 1e6:.2f} M weights in "
+        f"{len(weights)} layers"
     )
     for cell, (median, fastest) in times.items():
         share = (
@@ -115,31 +130,47 @@ def kernels(name: str, groups: int, threads: int, seconds: float) -> dict[str, A
         print(
             f"  {cell:34s} {median:9.3f} ({fastest:.3f}) ms  {times['loop'][0] / median:8.1f}x loop  {share}"
         )
-    return {"network": name, "groups": groups, "threads": threads, "weights": count, "ms": times}
+    return {
+        "network": name, "groups": groups, "threads": threads, "device": device, "weights": count,
+        "ms": times,
+    }  # fmt: skip
 
 
-def _fixture(name: str, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
+def _fixture(name: str, batch: int, device: str = "cpu") -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     build, shape = NETWORKS[name]
-    return build(), torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+    x, y = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+    return build().to(device), x.to(device), y.to(device)
 
 
 def _authors(folder: str, model: nn.Module, groups: int, criterion: Callable[..., Tensor]) -> Any:
+    """The authors' wrapper around ``model``, and its optimizer. Their code says what it finds; that is not
+    shown."""
+    if not (Path(folder) / "dsp_module.py").is_file():
+        raise FileNotFoundError(f"--authors: no dsp_module.py in {folder}")
     sys.path.insert(0, folder)
     try:
         from dsp_module import GroupWrapper  # type: ignore[import-not-found]
     finally:
         sys.path.remove(folder)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-    return GroupWrapper(model, optimizer, criterion, 2e-3, 1000, groups, 0.5), optimizer
+    with contextlib.redirect_stdout(io.StringIO()):
+        wrapped = GroupWrapper(model, optimizer, criterion, 1e-4, 10_000, groups, 0.5)
+    return wrapped, optimizer
 
 
 def steps(
-    name: str, groups: int, threads: int, batch: int, seconds: float, authors: str | None
+    name: str,
+    groups: int,
+    threads: int,
+    batch: int,
+    seconds: float,
+    authors: str | None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """A whole learning step of each order beside an ordinary training step, and the fused part alone."""
     torch.set_num_threads(threads)
-    model, x, y = _fixture(name, batch)
+    model, x, y = _fixture(name, batch, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
 
     def loss() -> Tensor:
@@ -154,8 +185,8 @@ def steps(
     for order in ("exact", "first", "released"):
         learner = GroupLearner(model, x[:1], groups=groups, strength=1e-4, total_steps=10_000, order=order)
         cells[f"learning, {order}"] = partial(learner.step, loss, optimizer)
-    table = LassoTable(prunable_weights(name), groups)
-    matrix = torch.log_softmax(torch.randn(groups, table.filters), 0)
+    table = LassoTable(prunable_weights(name, device), groups)
+    matrix = torch.log_softmax(torch.randn(groups, table.filters, device=device), 0)
     moves = [1e-3 * torch.randn_like(w) for w in table.weights]
     rates = [1e-6] * len(moves)
 
@@ -176,12 +207,14 @@ def steps(
             wrapped.after_step(x, y)
 
         cells["the authors' step"] = theirs
-    times = interleaved(cells, seconds)
-    print(f"\n{name}, {groups} groups, batch {batch}, {threads} threads")
+    times = interleaved(cells, seconds, device)
+    print(f"\n{name}, {groups} groups, batch {batch}, {device}, {threads} threads")
     for cell, (median, fastest) in times.items():
         share = median / times["ordinary"][0]
         print(f"  {cell:20s} {median:9.2f} ({fastest:.2f}) ms  {share:6.3f} ordinary steps")
-    return {"network": name, "groups": groups, "threads": threads, "batch": batch, "ms": times}
+    return {
+        "network": name, "groups": groups, "threads": threads, "device": device, "batch": batch, "ms": times,
+    }  # fmt: skip
 
 
 class LiveBytes(TorchDispatchMode):
@@ -258,6 +291,7 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help="time whole learning steps instead")
     parser.add_argument("--memory", action="store_true", help="measure the memory that learning adds instead")
     parser.add_argument("--authors", metavar="FOLDER", help="a folder with the authors' dsp_module.py")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     results = []
@@ -269,10 +303,18 @@ def main() -> None:
             for threads in options.threads:
                 if options.steps:
                     results.append(
-                        steps(name, groups, threads, options.batch, options.seconds, options.authors)
+                        steps(
+                            name,
+                            groups,
+                            threads,
+                            options.batch,
+                            options.seconds,
+                            options.authors,
+                            options.device,
+                        )
                     )
                 else:
-                    results.append(kernels(name, groups, threads, options.seconds))
+                    results.append(kernels(name, groups, threads, options.seconds, options.device))
     if options.json is not None:
         options.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1) + "\n")
 

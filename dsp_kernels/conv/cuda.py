@@ -6,7 +6,8 @@ or, where ``torch.backends.cuda.matmul`` allows it, as TF32.
 How the work is cut is a table (``csrc/conv/cuda_table.h``), made on the host once for each layout, geometry,
 precision and device, and kept, least recently used first out. A plan on a GPU is read once, at first use,
 which waits for the device; nothing waits afterwards, so that calls can be captured in a CUDA graph once they
-have run outside of it. The weight is laid out by a small kernel in each call.
+have run outside of it. The weight is laid out by a small kernel, and kept as the Triton kernels keep theirs
+(:mod:`dsp_kernels.conv.triton`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..backends import native_module
 from ..layout import GroupLayout
 from .shapes import Pair, is_channels_last, output_size
-from .triton import _capturing, _Kept, _layout, _precision
+from .triton import _capturing, _Kept, _layout, _precision, prepared_weight
 
 __all__ = ["forget", "forward", "grad_input", "grad_weight"]
 
@@ -152,14 +153,19 @@ def _run(
     core = native_module()
     index, stream = _stream(x.device)
     weight = weight.contiguous()
-    prepared = torch.empty(table.prepared_bytes, dtype=torch.uint8, device=x.device)
     workspace = table.new_workspace()
     call = table.on(index, stream)
-    _check(
-        core.cuda_conv2d_prepare(
-            *call, weight.data_ptr(), weight.numel(), prepared.data_ptr(), table.prepared_bytes
+
+    def make() -> Tensor:
+        out = torch.empty(table.prepared_bytes, dtype=torch.uint8, device=x.device)
+        _check(
+            core.cuda_conv2d_prepare(
+                *call, weight.data_ptr(), weight.numel(), out.data_ptr(), table.prepared_bytes
+            )
         )
-    )
+        return out
+
+    prepared = prepared_weight(weight, table.device, make)
     _check(
         core.cuda_conv2d_run(
             *call,

@@ -368,6 +368,9 @@ def conv2d_from_plan(
         shape = (x.shape[0], out_channels, *size)
         if tuple(residual.shape) != shape:
             raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
+    if weight.requires_grad and not torch.is_grad_enabled():
+        # So that backends know that they may keep what they prepare: operators do not see the mode.
+        weight = weight.detach()
     return _forward_op(
         x,
         weight,

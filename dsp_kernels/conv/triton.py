@@ -11,9 +11,9 @@ Tables (:mod:`dsp_kernels.conv.tiles`) are made once for each layout, geometry a
 recently used first out. A plan on a GPU is read once, at first use, which waits for the device; nothing waits
 afterwards, so that calls can be captured in a CUDA graph once they have run outside of it.
 
-The weight is laid out in tiles by a small kernel: at each call for a weight that requires gradients, once for
-each version of one that does not. What writes to a weight past its version counter (``weight.data``) is not
-seen then.
+The weight is laid out in tiles by a small kernel: at each call where its gradient is wanted, once for each of
+its versions where it is not (``requires_grad`` is off, or gradients are). What writes to a weight past its
+version counter (``weight.data``) is not seen then, until a call that wants its gradient comes between.
 """
 
 from __future__ import annotations
@@ -109,6 +109,10 @@ class _Kept:
             while len(self._values) > self._limit:
                 self._values.popitem(last=False)
         return value
+
+    def pop(self, key: Hashable) -> None:
+        with self._lock:
+            self._values.pop(key, None)
 
     def drop(self, dead: Callable[[Any], bool]) -> None:
         with self._lock:
@@ -289,54 +293,65 @@ def _on_device(key: tuple[Hashable, ...], device: torch.device, make: Callable[[
     return found
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Prepared:
+    """A weight as the kernels read it, made for ``table`` at a version, and the stream that filled it."""
+
     storage: StorageWeakRef
     version: int
-    index: Tensor
-    tiles: Tensor
+    table: Tensor
+    laid_out: Tensor
     stream: int
     event: Any
 
 
-def _lay_out(kernels: ModuleType, weight: Tensor, index: Tensor) -> Tensor:
-    out = torch.empty(max(index.numel(), 1), dtype=weight.dtype, device=weight.device)
-    if index.numel():
-        grid = (-(-index.numel() // _BLOCK),)
-        kernels.prepare_weight_kernel[grid](weight, index, out, index.numel(), BLOCK=_BLOCK)
+def prepared_weight(weight: Tensor, table: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, the contiguous ``weight`` laid out for ``table``; see the module's text for when it is
+    kept.
+    """
+    identity = _identity(weight)
+    if identity is None:
+        return make()
+    *where, version = identity
+    key = (*where, weight.dtype)
+    if weight.requires_grad:
+        # Training. An update through ``.data`` leaves the version as it is, so what evaluation kept goes.
+        _weights.pop(key)
+        return make()
+    device = weight.device
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    handle = 0 if stream is None else stream.cuda_stream
+    kept: tuple[_Prepared, ...] = _weights.get(key) or ()
+    kept = tuple(p for p in kept if p.version == version and not p.storage.expired())
+    for found in kept:
+        if found.table is table:
+            if stream is not None and found.stream != handle and not _capturing(device):
+                # A capture is preceded by a synchronisation, and may not wait for what lies outside of it.
+                stream.wait_event(found.event)
+                found.laid_out.record_stream(stream)
+            return found.laid_out
+    out = make()
+    if _capturing(device):
+        return out  # filled when the graph runs, not now
+    _weights.drop(lambda value: value[0].storage.expired())
+    event = None if stream is None else stream.record_event()
+    storage = StorageWeakRef(weight.untyped_storage())
+    _weights.put(key, (*kept, _Prepared(storage, version, table, out, handle, event)))
     return out
 
 
 def _weight_tiles(kernels: ModuleType, weight: Tensor, index: Tensor) -> Tensor:
-    """The weight in tiles; see the module's text for when it is kept."""
+    """The weight in tiles."""
     weight = weight.contiguous()
-    identity = None if weight.requires_grad else _identity(weight)
-    if identity is None:
-        return _lay_out(kernels, weight, index)
-    *where, version = identity
-    key = (*where, weight.dtype, id(index))
-    device = weight.device
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    handle = 0 if stream is None else stream.cuda_stream
-    found = _weights.get(key)
-    if (
-        found is not None
-        and found.index is index
-        and found.version == version
-        and not found.storage.expired()
-    ):
-        if stream is not None and found.stream != handle and not _capturing(device):
-            # A capture is preceded by a synchronisation, and may not wait for what lies outside of it.
-            stream.wait_event(found.event)
-            found.tiles.record_stream(stream)
-        return found.tiles
-    out = _lay_out(kernels, weight, index)
-    if _capturing(device):
-        return out  # filled when the graph runs, not now
-    _weights.drop(lambda value: value.storage.expired())
-    event = None if stream is None else stream.record_event()
-    _weights.put(key, _Prepared(StorageWeakRef(weight.untyped_storage()), version, index, out, handle, event))
-    return out
+
+    def make() -> Tensor:
+        out = torch.empty(max(index.numel(), 1), dtype=weight.dtype, device=weight.device)
+        if index.numel():
+            grid = (-(-index.numel() // _BLOCK),)
+            kernels.prepare_weight_kernel[grid](weight, index, out, index.numel(), BLOCK=_BLOCK)
+        return out
+
+    return prepared_weight(weight, index, make)
 
 
 # ---- arguments ----

@@ -7,8 +7,10 @@ import gc
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import nets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsp_kernels import GroupLayout, backends, permuted_grouped_conv2d
-from dsp_kernels.conv import conv2d_from_plan, reference, tiles
+from dsp_kernels.conv import conv2d_from_plan, op, reference, tiles
 from dsp_kernels.conv import triton as room
+from dsprune import gpu, pack
+from dsprune.nn import PermutedGroupedConv2d
 
 DTYPES = [torch.float32, torch.float16]
 # Few, large programs: each operation of the interpreter costs the same whatever its size.
@@ -201,6 +205,38 @@ def test_an_unread_channel_reaches_nothing(launch: str, bad: float) -> None:
             assert of_w[others].equal(clean_w[others])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in (matmul|add):RuntimeWarning")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_infinity_beside_the_padding_is_no_nan(stride: int) -> None:
+    """Taps outside of the image add nothing, whatever lies inside: the same NaN and infinities as the
+    definition, whose zeros meet an infinity in the weight's gradient alone.
+    """
+    case = Case(21, 12, 10, 3, 1, (4, 5), (3, 3), (stride, stride), (1, 1), (1, 1), channels_last=True)
+    layout = case.layout
+    x, dense_weight, _, _ = case.tensors(torch.float32)
+    weight = layout.pack(dense_weight)
+    grad = torch.randn(1, 10, *case.out_size).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 0, 0] = x[0, 7, 3, 2] = float("inf")
+    x[0, 8, 1, 4] = float("-inf")
+    grad[0, 2, 0, 0] = grad[0, 5, -1, -1] = float("inf")
+    shape = (case.kernel, case.stride, case.padding, case.dilation)
+
+    def results(backend: Any) -> tuple[Tensor, ...]:
+        return (
+            backend.forward(x, weight, layout.plan(), None, None, 10, *shape, "none"),
+            backend.grad_input(grad, weight, layout.plan(), x.shape, *shape),
+            backend.grad_weight(grad, x, layout.plan(), weight.numel(), *shape),
+        )
+
+    exact = results(reference)
+    assert exact[0].isinf().any() and exact[0].isfinite().any() and exact[1].isinf().any()
+    for launch in LAUNCHES.values():
+        with room.launching(launch):
+            for ours, theirs in zip(results(room), exact, strict=True):
+                for kind in (Tensor.isnan, Tensor.isposinf, Tensor.isneginf):
+                    assert kind(ours).equal(kind(theirs))
+
+
 def test_activations_let_nan_through() -> None:
     layout = GroupLayout(8, 8, [(range(8), range(8))])
     x = torch.full((1, 8, 1, 1), float("nan"))
@@ -222,6 +258,9 @@ class Allocations(TorchDispatchMode):
         self.made: list[tuple[str, tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.dsp_kernels.permuted_grouped_conv2d.default:
+            with self:  # what the operator makes inside is not seen otherwise
+                return op._forward(*args, **(kwargs or {}))
         given = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
@@ -277,7 +316,8 @@ def test_a_forward_pass_allocates_its_output_and_named_workspaces(
     weight.requires_grad_()  # in training they are made each time
     assert run(x) == [out, tiled, *sums]
     assert launches.names == ["prepare_weight_kernel", *kernels]
-    weight.requires_grad_(False)
+    weight.requires_grad_(False)  # and none are kept
+    assert run(x) == [out, tiled, *sums] and run(x) == [out, *sums]
     sliced = torch.randn(2, 32, 5, 5).contiguous(memory_format=torch.channels_last)[:, 8:24]
     assert run(sliced) == [out, *sums]
     copied = run(x.contiguous())
@@ -311,6 +351,33 @@ def test_the_gradients_allocate_no_more(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
+def test_a_packed_network_allocates_what_its_layers_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole packed network in inference, step by step: each packed layer takes its output, and the work
+    space of a split sum where there is one. No gathered, padded or reordered activation is ever there.
+    """
+    torch.manual_seed(0)
+    model = nets.structured_zeros(nets.random_norms(nets.Residual())).eval()
+    packed = pack(model, torch.randn(2, 3, 12, 12), backend="triton").eval()
+    network = gpu.pad_channels(packed.network)
+    images = torch.randn(2, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    steps = gpu.trace_steps(network, images.shape, torch.float32)
+    monkeypatch.setattr(room, "_kernels", Launches)
+    found: list[tuple[str, tuple[int, ...]]] = []
+    with torch.no_grad():
+        network(images)
+        with Allocations() as seen:
+            network(images)
+        found = seen.made
+    convs = [step.conv for step in steps if step.conv is not None]
+    assert len(convs) == 6 and any(len(conv.layout.groups) > 1 for conv in convs)
+    for conv in convs:
+        x = torch.empty(conv.batch, conv.layout.in_channels, *conv.size)
+        launch, _, processors = room._launch("conv", x, conv.layout, conv.kernel, conv.pixels)
+        assert (launch.split, processors) == (0, 1), "one multiprocessor: no sum is split"
+        assert found.pop(0) == ("empty", (conv.batch, conv.layout.out_channels, *conv.out_size))
+    assert [name for name, _ in found] == ["mean", "addmm"], "what is behind the convolutions"
+
+
 def test_channels_that_are_neighbours_are_read_where_they_are() -> None:
     x = torch.randn(2, 5, 5, 4)
     residual = torch.randn(2, 6, 5, 4)
@@ -332,7 +399,7 @@ def test_channels_that_are_neighbours_are_read_where_they_are() -> None:
 
 
 def test_same_bits_each_time() -> None:
-    case = Case(5, 20, 18, 4, 2, (5, 5), (3, 3), (2, 1), (1, 1), (1, 1))
+    case = Case(5, 20, 18, 2, 1, (3, 5), (2, 2), (2, 1), (1, 1), (1, 1))
     with room.launching(LAUNCHES["split"]):
         outs = [
             (check_forward(case, torch.float16, "triton"), *check_gradients(case, torch.float16, "triton"))
@@ -390,6 +457,36 @@ def test_weights_written_in_place_are_seen() -> None:
             exact = permuted_grouped_conv2d(x, held, LAYOUT, kernel_size=1, backend="reference")
             torch.testing.assert_close(out, exact)
             held.mul_(-2.0)
+
+
+def test_inference_lays_a_trainable_weight_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients a weight that could be trained is kept as well; training makes it anew each time, and
+    drops what was kept, as an optimizer may write past the version counter.
+    """
+    launches = Launches()
+    monkeypatch.setattr(room, "_kernels", lambda: launches)
+    layer = PermutedGroupedConv2d(LAYOUT, 3, padding=1, backend="triton").eval()
+    x = torch.randn(1, 5, 4, 4)
+
+    def laid_out(context: AbstractContextManager[Any]) -> bool:
+        launches.names.clear()
+        with context:
+            layer(x)
+        return "prepare_weight_kernel" in launches.names
+
+    assert layer.weight.requires_grad
+    assert [laid_out(torch.no_grad()) for _ in range(3)] == [True, False, False]
+    assert [laid_out(torch.inference_mode()) for _ in range(2)] == [False, False]
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    assert [laid_out(torch.no_grad()) for _ in range(2)] == [True, False]
+    assert [laid_out(nullcontext()) for _ in range(2)] == [True, True] and len(room._weights) == 0
+    layer.weight.data.mul_(2.0)
+    assert [laid_out(torch.no_grad()) for _ in range(2)] == [True, False]
+    # Two sizes of tile side by side, and each version's own.
+    with room.launching(LAUNCHES["many tiles"]):
+        assert [laid_out(torch.no_grad()) for _ in range(2)] == [True, False]
+    assert not laid_out(torch.no_grad()) and len(room._weights) == 1
 
 
 def test_memory_that_is_used_again_is_not_mistaken_for_what_it_held() -> None:
@@ -530,8 +627,8 @@ def test_opcheck() -> None:
             (residual, x, plan, weight.numel(), *shape, "triton"),
         ),
     ]
-    for op, arguments in calls:
-        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+    for operator, arguments in calls:
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
 def test_against_the_definition_on_a_network_s_shape() -> None:

@@ -8,9 +8,11 @@ from .io import load, save
 from .learn import GroupLearner
 from .pack import PackedNetwork, PackError, pack, unpack
 from .report import Summary, summary
+from .resume import load_training, save_training
 from .structure import Structure, apply_structure, find_structure
 
 __all__ = [
     "GroupLearner", "PackError", "PackedNetwork", "Structure", "Summary", "apply_structure",
-    "find_structure", "load", "models", "nn", "pack", "prunable_convs", "save", "summary", "unpack",
+    "find_structure", "load", "load_training", "models", "nn", "pack", "prunable_convs", "save",
+    "save_training", "summary", "unpack",
 ]  # fmt: skip

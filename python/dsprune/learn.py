@@ -8,12 +8,15 @@ back, and takes the penalty step of the hard assignment.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import optimizer as optimizer_module
 
@@ -98,6 +101,40 @@ def _input_volumes(model: nn.Module, names: Sequence[str], inputs: tuple[Any, ..
         for module, training in modes.items():
             module.training = training
     return volumes
+
+
+def _parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` among a model's wrappers."""
+    while not isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = model.module if isinstance(model, nn.DataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return None
+        model = inner
+    return model
+
+
+def _group_of(parallel: nn.parallel.DistributedDataParallel | None, given: Any) -> Any:
+    """The process group to share the logits' gradient in; None where there is a single process."""
+    if given is None and parallel is not None:
+        given = parallel.process_group
+    if given is None:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("process_group: torch.distributed is not initialized")
+    if not isinstance(given, dist.ProcessGroup):
+        raise TypeError(f"process_group: expected a torch.distributed group, got {type(given).__name__}")
+    return given if dist.get_world_size(given) > 1 else None
+
+
+def _digest(*values: Any) -> int:
+    """64 bits that differ where the values (tensors, or what JSON can carry) do."""
+    state = hashlib.blake2b(digest_size=8)
+    for value in values:
+        if isinstance(value, Tensor):
+            state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            state.update(json.dumps(value, sort_keys=True).encode())
+    return int.from_bytes(state.digest(), "little", signed=True)
 
 
 # ---- the look-ahead
@@ -339,7 +376,8 @@ class GroupLearner:
 
     Args:
         model: the network; wrappers of ``torch.compile`` and ``DistributedDataParallel`` are looked through.
-            Its prunable convolutions must be trainable parameters on one device.
+            Its prunable convolutions must be trainable parameters on one device. With
+            ``DistributedDataParallel`` give the wrapped model: its processes then learn the same groups.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments; only shapes matter.
         groups: G, at least 1.
         strength: the penalty's weight against the loss, lambda; finite, at least 0. The penalty step at step
@@ -358,6 +396,11 @@ class GroupLearner:
         update: "subgradient", or "proximal" for exact zeros.
         exclude: names of modules; convolutions that are or lie inside one are left alone.
         form: "paper" or "gumbel", see ``dsp_kernels.sample_groups``.
+        process_group: the ``torch.distributed`` group whose processes learn together; None: that of the
+            model's ``DistributedDataParallel`` wrapper, else each process learns alone. Whoever averages the
+            weights' gradients in another way names the group here. The gradient of the logits is averaged
+            over the group in each step. Before the first step, and after each ``load_state_dict``, the
+            processes compare settings, weights, logits and noise.
 
     Raises TypeError or ValueError, naming the argument.
     """
@@ -380,8 +423,13 @@ class GroupLearner:
         update: str = "subgradient",
         exclude: Sequence[str] | set[str] | frozenset[str] = (),
         form: str = "paper",
+        process_group: Any = None,
     ) -> None:
         base = unwrap(model)
+        self._parallel = _parallel(model)
+        self._group = _group_of(self._parallel, process_group)
+        self._agreed = self._group is None
+        self._random: _RandomState | None = None
         inputs = as_inputs(example_input)
         self._groups = _integer("groups", groups, 1)
         self._strength = _finite("strength", strength, positive=False)
@@ -532,18 +580,15 @@ class GroupLearner:
                 value.
             grad_hook: called after each of the two backwards, with unscaled gradients in place: for clipping.
 
+        In a distributed run the loss is that of this process's part of the batch.
+
         The learner's own work leaves buffers, random state, optimizer state and weights bit for bit as the
         ordinary step left them, also when it is interrupted; then the penalty step changes the weights.
         ``.grad`` of the model's and the optimizer's parameters is None afterwards.
         """
-        closures = [closure] if callable(closure) else closure
-        if not isinstance(closures, Sequence) or not closures or not all(callable(c) for c in closures):
-            raise TypeError("closure: expected a function without arguments, or a non-empty list of them")
-        if not isinstance(getattr(optimizer, "param_groups", None), list):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("optimizer: LBFGS calls the closure itself and is not supported")
+        closures = self._closures(closure)
         groups = self._parameter_groups(optimizer)
+        self._agree()
         before = _RandomState(self._table.device)
 
         self._clear_gradients(optimizer)
@@ -563,6 +608,82 @@ class GroupLearner:
                 self._clear_gradients(optimizer)
                 self._steps += 1
                 return loss
+        self._learn(closures, optimizer, groups, before, scaler, grad_hook)
+        return loss
+
+    def before_step(self) -> None:
+        """For loops that take the ordinary step themselves: call this before the forward pass, and
+        ``after_step`` after the optimizer's step.
+
+        Remembers the random state, so that the look-ahead draws the same dropout masks.
+        """
+        self._random = _RandomState(self._table.device)
+
+    def after_step(
+        self,
+        closure: Closure | Sequence[Closure],
+        optimizer: torch.optim.Optimizer,
+        *,
+        scaler: Any = None,
+        grad_hook: Callable[[], object] | None = None,
+        skipped: bool = False,
+    ) -> None:
+        """What ``step`` does after the ordinary training step, which the caller has taken.
+
+        Arguments and errors as for ``step``; the closures give the loss of the batch just trained on.
+        ``skipped``: the gradient scaler skipped that step, so nothing is learned either. ``scaler`` is only
+        read here: the caller has updated it.
+        """
+        closures = self._closures(closure)
+        groups = self._parameter_groups(optimizer)
+        self._agree()
+        before, self._random = self._random, None
+        self._clear_gradients(optimizer)
+        if skipped:
+            self._steps += 1
+        else:
+            self._learn(closures, optimizer, groups, before, scaler, grad_hook)
+
+    @staticmethod
+    def _closures(closure: Closure | Sequence[Closure]) -> Sequence[Closure]:
+        closures = [closure] if callable(closure) else closure
+        if not isinstance(closures, Sequence) or not closures or not all(callable(c) for c in closures):
+            raise TypeError("closure: expected a function without arguments, or a non-empty list of them")
+        return closures
+
+    def _agree(self) -> None:
+        """RuntimeError on all processes of the group where they would not learn the same."""
+        if self._agreed:
+            return
+        layers = [[name, list(weight.shape)] for name, weight in zip(self._names, self._weights, strict=True)]
+        own = {
+            "settings": _digest(self._settings(), layers),
+            "weights": _digest(*self._weights),
+            "learner's state": _digest([self._steps, self._updates], *self._tensors().values()),
+            "noise (seed or generator)": _digest(self._generator.get_state()),
+        }
+        digests = torch.tensor(list(own.values()), dtype=torch.int64, device=self._table.device)
+        all_digests = [torch.zeros_like(digests) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(all_digests, digests, group=self._group)
+        same = (torch.stack(all_digests) == all_digests[0]).all(0).tolist()
+        if not all(same):
+            different = ", ".join(name for name, equal in zip(own, same, strict=True) if not equal)
+            raise RuntimeError(
+                f"the processes of this distributed run differ in: {different}; give all the same, and load "
+                "checkpoints in every process"
+            )
+        self._agreed = True
+
+    def _learn(
+        self,
+        closures: Sequence[Closure],
+        optimizer: torch.optim.Optimizer,
+        groups: Sequence[dict[str, Any]],
+        before: _RandomState | None,
+        scaler: Any,
+        grad_hook: Callable[[], object] | None,
+    ) -> None:
+        """The step of the groups, and the penalty step on the weights."""
         ramp = self._strength * min(1.0, (self._steps + 1) / self._total_steps)
         rates = [ramp * float(group["lr"]) for group in groups]
 
@@ -576,17 +697,35 @@ class GroupLearner:
             log_gradient: Tensor | None = self._table.log_gradient(self._soft, rates)
         else:
             log_gradient = self._look_ahead(closures, optimizer, groups, rates, before, scaler, grad_hook)
+        log_gradient = self._averaged(log_gradient, scaler)
         hard = harden(self._alpha) if log_gradient is None else self._update_logits(log_gradient)
         if self._order == "released" and self._update == "subgradient":
             _ReleasedForm(self._table, hard, rates).shrink()
         else:
             self._table.shrink(hard, rates, proximal=self._update == "proximal")
         self._steps += 1
-        return loss
+
+    def _averaged(self, log_gradient: Tensor | None, scaler: Any) -> Tensor | None:
+        """The mean over the process group; None where it overflowed in any process."""
+        if self._group is None:
+            return log_gradient
+        if scaler is not None:
+            usable = torch.tensor(float(log_gradient is not None), device=self._table.device)
+            dist.all_reduce(usable, dist.ReduceOp.MIN, group=self._group)
+            if not usable.item():
+                return None
+        assert log_gradient is not None
+        log_gradient = log_gradient.contiguous()
+        dist.all_reduce(log_gradient, group=self._group)
+        return log_gradient.div_(dist.get_world_size(self._group))
 
     def _parameter_groups(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         """The optimizer's parameter group of each weight, after checking that the weights are still the
         ones known."""
+        if not isinstance(getattr(optimizer, "param_groups", None), list):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer: LBFGS calls the closure itself and is not supported")
         owners = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         stale = self._table.stale()
         for index, (name, module, weight) in enumerate(
@@ -609,8 +748,10 @@ class GroupLearner:
 
     def _backward(self, closures: Sequence[Closure], scaler: Any, scale: float = 1.0) -> Tensor:
         total: Tensor | None = None
-        for closure in closures:
-            with torch.enable_grad():
+        for index, closure in enumerate(closures, 1):
+            # Gradients of micro-batches add up in each process; only the last one needs their mean.
+            alone = self._parallel is not None and index < len(closures)
+            with torch.enable_grad(), self._parallel.no_sync() if alone else nullcontext():  # type: ignore
                 loss = closure()
                 if not isinstance(loss, Tensor):
                     raise TypeError(
@@ -630,7 +771,7 @@ class GroupLearner:
         optimizer: torch.optim.Optimizer,
         groups: Sequence[dict[str, Any]],
         rates: Sequence[float],
-        before: _RandomState,
+        before: _RandomState | None,
         scaler: Any,
         grad_hook: Callable[[], object] | None,
     ) -> Tensor | None:
@@ -647,7 +788,8 @@ class GroupLearner:
             else:
                 released.shrink()
             self._clear_gradients(optimizer)
-            before.restore()
+            if before is not None:
+                before.restore()
             scale = 1.0 if scaler is None else float(scaler.get_scale())
             self._backward(closures, None, scale)
             usable = scaler is None or self._unscale(optimizer, scale)
@@ -818,5 +960,6 @@ class GroupLearner:
             for name, own in self._tensors().items():
                 own.copy_(tensors[name])
         self._steps, self._updates = counts
+        self._agreed = self._group is None
         for logits, gradient in zip(self._logits.values(), self._table.split(self._gradient), strict=True):
             logits.grad = gradient if self._updates else None

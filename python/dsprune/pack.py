@@ -126,6 +126,11 @@ class PackedNetwork(nn.Module):
         self._variants: dict[Any, nn.Module] = {}
         self._caches: dict[nn.Module, Any] = {}
         self._names = list(inspect.signature(skeleton.forward).parameters)
+        # DistributedDataParallel would send these to all processes in each forward pass, and so mark them as
+        # changed.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if name.endswith(".plan")
+        ]
 
     @property
     def fused(self) -> bool:

@@ -377,6 +377,9 @@ def apply_structure(model: nn.Module, structure: Mapping[str, GroupLayout]) -> n
             )
         mask = layout.mask().to(module.weight.device)[:, :, None, None].expand_as(module.weight)
         todo.append((module, mask.to(module.weight.dtype)))
-    for module, mask in todo:
-        prune.custom_from_mask(module, "weight", mask.contiguous())
+    # Without gradients the masked weight is no result of autograd until the first forward pass in training:
+    # the model can still be copied, as torch.optim.swa_utils.AveragedModel does.
+    with torch.no_grad():
+        for module, mask in todo:
+            prune.custom_from_mask(module, "weight", mask.contiguous())
     return model

@@ -7,6 +7,7 @@ any moment leaves either the old checkpoint or the new one.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,40 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {meta.get('format')!r}, expected {FORMAT}")
     return tensors, meta
+
+
+def split_state(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """A state dict as JSON, its tensors taken out into `tensors` under `name`; the inverse is `join_state`.
+
+    Tuples, counters and keys that are no text come back as they were. TypeError for anything else.
+    """
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        kind = "counter" if isinstance(value, Counter) else "items"
+        return {kind: [[key, split_state(v, f"{name}.{key}", tensors)] for key, v in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [split_state(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(f"{name}: cannot store a {type(value).__name__} in a checkpoint")
+
+
+def join_state(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """What `split_state` took apart; tensors are copies."""
+    if "tensor" in value:
+        return tensors[value["tensor"]].clone()
+    if "items" in value:
+        return {key: join_state(v, tensors) for key, v in value["items"]}
+    if "counter" in value:
+        return Counter({key: join_state(v, tensors) for key, v in value["counter"]})
+    if "list" in value:
+        return [join_state(v, tensors) for v in value["list"]]
+    if "tuple" in value:
+        return tuple(join_state(v, tensors) for v in value["tuple"])
+    return value["value"]
 
 
 def flatten_optimizer(

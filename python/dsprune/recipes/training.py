@@ -21,8 +21,10 @@ from torch import nn
 from dsprune.recipes.checkpoint import (
     CheckpointError,
     flatten_optimizer,
+    join_state,
     read_checkpoint,
     restore_optimizer,
+    split_state,
     write_checkpoint,
 )
 from dsprune.recipes.data import ImageData, Split, batch_count, batches
@@ -210,7 +212,7 @@ class Loop:
         tensors["random.torch"] = torch.get_rng_state()
         learner = None
         if self.learner is not None:
-            learner = _split_state(self.learner.state_dict(), "learner", tensors)
+            learner = split_state(self.learner.state_dict(), "learner", tensors)
         meta = {
             "stage": self.stage,
             "settings": self.settings,
@@ -238,7 +240,7 @@ class Loop:
         load_weights(self.model, part_of(tensors, "model."), path)
         restore_optimizer(self.optimizer, part_of(tensors, "optimizer."), meta["optimizer"], "")
         if self.learner is not None:
-            self.learner.load_state_dict(_join_state(meta["learner"], tensors))
+            self.learner.load_state_dict(join_state(meta["learner"], tensors))
         self.best = part_of(tensors, "best.")
         self.epoch, self.history = meta["epoch"], meta["history"]
         self.generator.set_state(tensors["random.data"])
@@ -261,33 +263,6 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: Pa
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{source}: does not fit the network: {what} {names[0]!r}{more}")
     model.load_state_dict({**own, **state})
-
-
-def _split_state(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON with the tensors taken out into `tensors`; tuples and keys are marked so that they come back."""
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {"items": [[key, _split_state(v, f"{name}.{key}", tensors)] for key, v in value.items()]}
-    if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_split_state(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    raise TypeError(f"{name}: cannot store a {type(value).__name__} in a checkpoint")
-
-
-def _join_state(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if "tensor" in value:
-        return tensors[value["tensor"]].clone()
-    if "items" in value:
-        return {key: _join_state(v, tensors) for key, v in value["items"]}
-    if "list" in value:
-        return [_join_state(v, tensors) for v in value["list"]]
-    if "tuple" in value:
-        return tuple(_join_state(v, tensors) for v in value["tuple"])
-    return value["value"]
 
 
 def _run(

@@ -31,7 +31,9 @@ class Case:
 def random_structure(
     make: Callable[[], nn.Module], shape: tuple[int, int, int], cut: float, groups: int
 ) -> nn.Module:
-    """A network with random filter groups and random channel importances, cut by ``cut`` of its FLOPs."""
+    """A network with random filter groups and random channel importances, cut by ``cut`` of the FLOPs of its
+    prunable convolutions, as the paper counts.
+    """
     torch.manual_seed(0)
     model = make().eval()
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +50,7 @@ def random_structure(
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.2, 0.2, generator=generator)  # type: ignore[union-attr, operator]
                 module.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr, operator]
-    apply_structure(model, find_structure(model, x, assignment, flops=cut))
+    apply_structure(model, find_structure(model, x, assignment, flops=cut, count="prunable"))
     return clean_copy(model).eval()
 
 

@@ -55,23 +55,25 @@ int conv2d_grad_weight(Address grad, int64_t grad_numel, Address x, int64_t x_nu
 }
 
 int batch_norm_forward(Address x, int64_t numel, int64_t batch, int64_t channels, int64_t pixels,
-                       Address weight, Address bias, Address residual, double eps, int32_t activation,
-                       Address mean, Address variance, Address out, int32_t threads) {
+                       Address weight, Address bias, Address residual, Address blank, double eps,
+                       int32_t activation, Address mean, Address variance, Address out, int32_t threads) {
   const dsp_norm_shape shape{batch, channels, pixels};
   return dsp_batch_norm_forward(&shape, at<const float>(x), numel, at<const float>(weight),
-                                at<const float>(bias), at<const float>(residual), eps, activation,
-                                at<float>(mean), at<float>(variance), at<float>(out), threads);
+                                at<const float>(bias), at<const float>(residual), at<const uint8_t>(blank),
+                                eps, activation, at<float>(mean), at<float>(variance), at<float>(out),
+                                threads);
 }
 
 int batch_norm_backward(Address grad, Address x, Address y, int64_t numel, int64_t batch, int64_t channels,
                         int64_t pixels, Address weight, Address bias, Address mean, Address variance,
-                        double eps, int32_t activation, Address grad_x, Address grad_residual,
+                        Address blank, double eps, int32_t activation, Address grad_x, Address grad_residual,
                         Address grad_weight, Address grad_bias, int32_t threads) {
   const dsp_norm_shape shape{batch, channels, pixels};
-  return dsp_batch_norm_backward(
-      &shape, at<const float>(grad), at<const float>(x), at<const float>(y), numel, at<const float>(weight),
-      at<const float>(bias), at<const float>(mean), at<const float>(variance), eps, activation,
-      at<float>(grad_x), at<float>(grad_residual), at<float>(grad_weight), at<float>(grad_bias), threads);
+  return dsp_batch_norm_backward(&shape, at<const float>(grad), at<const float>(x), at<const float>(y), numel,
+                                 at<const float>(weight), at<const float>(bias), at<const float>(mean),
+                                 at<const float>(variance), at<const uint8_t>(blank), eps, activation,
+                                 at<float>(grad_x), at<float>(grad_residual), at<float>(grad_weight),
+                                 at<float>(grad_bias), threads);
 }
 
 py::tuple program_create(Address words, int64_t words_numel, Address floats, int64_t floats_numel) {
@@ -232,13 +234,13 @@ PYBIND11_MODULE(_native, m) {
         py::arg("dw"), py::arg("threads"));
   m.def("batch_norm_forward", &batch_norm_forward, nogil, py::arg("x"), py::arg("numel"), py::arg("batch"),
         py::arg("channels"), py::arg("pixels"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
-        py::arg("eps"), py::arg("activation"), py::arg("mean"), py::arg("variance"), py::arg("out"),
-        py::arg("threads"));
+        py::arg("blank"), py::arg("eps"), py::arg("activation"), py::arg("mean"), py::arg("variance"),
+        py::arg("out"), py::arg("threads"));
   m.def("batch_norm_backward", &batch_norm_backward, nogil, py::arg("grad"), py::arg("x"), py::arg("y"),
         py::arg("numel"), py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("weight"),
-        py::arg("bias"), py::arg("mean"), py::arg("variance"), py::arg("eps"), py::arg("activation"),
-        py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"),
-        py::arg("threads"));
+        py::arg("bias"), py::arg("mean"), py::arg("variance"), py::arg("blank"), py::arg("eps"),
+        py::arg("activation"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight"),
+        py::arg("grad_bias"), py::arg("threads"));
   m.def("lasso", &lasso, nogil, py::arg("operation"), py::arg("element"), py::arg("words"),
         py::arg("words_numel"), py::arg("numbers"), py::arg("numbers_numel"), py::arg("groups"),
         py::arg("penalties"), py::arg("threads"));

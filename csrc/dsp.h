@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define DSP_ABI_VERSION 2
+#define DSP_ABI_VERSION 3
 
 typedef enum dsp_status {
   DSP_OK = 0,
@@ -147,7 +147,8 @@ DSP_API void dsp_program_destroy(dsp_program* program);
  *   out = act((x - mean) / sqrt(variance + eps) * weight + bias + residual)
  * with the mean and the (biased) variance of each channel over batch and pixels, which are given back.
  * numel is the number of elements of x and of every tensor of its size; weight, bias, mean and variance have
- * one value a channel. weight (1), bias (0) and residual (0) may be null. activation: none or relu. The
+ * one value a channel. weight (1), bias (0) and residual (0) may be null. activation: none or relu.
+ * blank may be null: one byte a channel, not 0 where x is 0 throughout, so that it need not be read. The
  * result does not depend on threads. */
 typedef struct dsp_norm_shape {
   int64_t batch, channels, pixels;
@@ -155,17 +156,18 @@ typedef struct dsp_norm_shape {
 
 DSP_API dsp_status dsp_batch_norm_forward(const dsp_norm_shape* shape, const float* x, int64_t numel,
                                           const float* weight, const float* bias, const float* residual,
-                                          double eps, int32_t activation, float* mean, float* variance,
-                                          float* out, int32_t threads);
+                                          const uint8_t* blank, double eps, int32_t activation, float* mean,
+                                          float* variance, float* out, int32_t threads);
 
 /* The gradients of sum(grad * out), mean and variance as the forward gave them. y is the forward's output,
- * needed where there was a residual and an activation, else null. Each output may be null. */
+ * needed where there was a residual and an activation, else null. Each output may be null; grad_x is left
+ * as it is in blank channels. */
 DSP_API dsp_status dsp_batch_norm_backward(const dsp_norm_shape* shape, const float* grad, const float* x,
                                            const float* y, int64_t numel, const float* weight,
                                            const float* bias, const float* mean, const float* variance,
-                                           double eps, int32_t activation, float* grad_x,
-                                           float* grad_residual, float* grad_weight, float* grad_bias,
-                                           int32_t threads);
+                                           const uint8_t* blank, double eps, int32_t activation,
+                                           float* grad_x, float* grad_residual, float* grad_weight,
+                                           float* grad_bias, int32_t threads);
 
 /* Group penalty of all layers of a network in one pass over their weights; the mathematics is in
  * dsp_kernels/assignment/reference.py. The table has DSP_LASSO_WORDS int64 words for each layer:

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <string>
 #include <vector>
 
@@ -26,7 +27,8 @@ struct Workspace {
   std::vector<int32_t> transposed;
   std::vector<int32_t> atom_of, fresh, position;
   std::vector<int64_t> cursor, offsets, group_offsets;
-  std::vector<float> partial, phase;
+  std::vector<float> partial;
+  std::array<std::vector<float>, 2> phase;
 };
 
 Workspace& workspace() {
@@ -276,15 +278,23 @@ void grad_input(const ConvShape& s, const Plan& plan, const float* grad, const f
     convolve(space, t, back, grad, prepared, nullptr, nullptr, grad_x, DSP_ACT_NONE, threads);
     return;
   }
+  const KernelTable& k = kernels();
   const int64_t planes = s.batch * s.in_channels;
+  const int64_t columns = std::min(s.sw, s.width);
+  // Columns of x in pairs are put together from two phases at once.
+  const bool pairs = s.sw == 2 && columns == 2;
   for (int64_t py = 0; py < std::min(s.sh, s.height); ++py) {
-    for (int64_t px = 0; px < std::min(s.sw, s.width); ++px) {
-      const PhaseTaps y = phase_taps(py, s.kh, s.sh, s.ph, s.dh);
+    const PhaseTaps y = phase_taps(py, s.kh, s.sh, s.ph, s.dh);
+    t.out_h = (s.height - py + s.sh - 1) / s.sh;
+    std::array<const float*, 2> phases{};  // null: nothing but zeros
+    std::array<int64_t, 2> pitch{};
+    for (int64_t px = 0; px < columns; ++px) {
       const PhaseTaps x = phase_taps(px, s.kw, s.sw, s.pw, s.dw);
-      t.out_h = (s.height - py + s.sh - 1) / s.sh;
       t.out_w = (s.width - px + s.sw - 1) / s.sw;
-      const bool any = y.count > 0 && x.count > 0;
-      if (any) {
+      const size_t slot = pairs ? static_cast<size_t>(px) : 0;
+      phases[slot] = nullptr;
+      pitch[slot] = t.out_w;
+      if (y.count > 0 && x.count > 0) {
         t.kh = y.count;
         t.kw = x.count;
         t.dh = y.step;
@@ -300,20 +310,33 @@ void grad_input(const ConvShape& s, const Plan& plan, const float* grad, const f
           }
         }
         prepare_weights(back, t.kh, t.kw, chosen, prepared);
-        space.phase.resize(static_cast<size_t>(planes * t.out_plane()));
-        convolve(space, t, back, grad, prepared, nullptr, nullptr, space.phase.data(), DSP_ACT_NONE, threads);
+        std::vector<float>& phase = space.phase[slot];
+        phase.resize(static_cast<size_t>(planes * t.out_plane()));
+        convolve(space, t, back, grad, prepared, nullptr, nullptr, phase.data(), DSP_ACT_NONE, threads);
+        phases[slot] = phase.data();
       }
-      const float* from = space.phase.data();
+      if (pairs) continue;
       auto scatter = [&](int64_t plane) {
         for (int64_t row = 0; row < t.out_h; ++row) {
           float* to = grad_x + plane * s.in_plane() + (row * s.sh + py) * s.width + px;
-          const float* values = from + (plane * t.out_h + row) * t.out_w;
+          const float* values =
+              phases[0] == nullptr ? nullptr : phases[0] + (plane * t.out_h + row) * t.out_w;
           for (int64_t column = 0; column < t.out_w; ++column)
-            to[column * s.sw] = any ? values[column] : 0.0f;
+            to[column * s.sw] = values == nullptr ? 0.0f : values[column];
         }
       };
       parallel_for(threads, planes, scatter);
     }
+    if (!pairs) continue;
+    auto zip = [&](int64_t plane) {
+      for (int64_t row = 0; row < t.out_h; ++row) {
+        const int64_t at = plane * t.out_h + row;
+        k.zip(grad_x + plane * s.in_plane() + (row * s.sh + py) * s.width,
+              phases[0] == nullptr ? nullptr : phases[0] + at * pitch[0],
+              phases[1] == nullptr ? nullptr : phases[1] + at * pitch[1], s.width);
+      }
+    };
+    parallel_for(threads, planes, zip);
   }
 }
 

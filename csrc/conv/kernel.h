@@ -78,6 +78,8 @@ struct GatherArgs {
   int64_t rows, count, first, last, width, stride;
 };
 using GatherFn = void (*)(const GatherArgs& args);
+// dst[2 j] = even[j], dst[2 j + 1] = odd[j] for the `count` values of dst; a null source is 0 throughout
+using ZipFn = void (*)(float* dst, const float* even, const float* odd, int64_t count);
 // dst = act(value + residual) for rows of a plane; residual may be null
 using FillFn = void (*)(float* dst, int64_t dst_pitch, const float* residual, int64_t residual_pitch,
                         float value, int64_t rows, int64_t width, int32_t activation);
@@ -111,6 +113,7 @@ struct KernelTable {
   // registers
   GradFn grad_rows[2];
   GatherFn gather;
+  ZipFn zip;
   FillFn fill;
   AddFn add;
   AffineFn affine;

@@ -326,6 +326,27 @@ inline void gather(const GatherArgs& a) {
   }
 }
 
+inline void zip_rows(float* dst, const float* even_values, const float* odd_values, int64_t count) {
+  for (int64_t i = 0, j = 0; i < count; i += 2 * kLanes, j += kLanes) {
+    const int64_t evens = (count - i + 1) / 2;
+    const int64_t odds = (count - i) / 2;
+    const auto some = [&](const float* from, int64_t left) {
+      if (from == nullptr || left <= 0) return zero();
+      return left >= kLanes ? load(from + j) : load_lanes(from + j, static_cast<int>(left));
+    };
+    const Vec a = some(even_values, evens);
+    const Vec b = some(odd_values, odds);
+    const int64_t left = count - i;
+    if (left >= 2 * kLanes) {
+      store(dst + i, zip_low(a, b));
+      store(dst + i + kLanes, zip_high(a, b));
+      continue;
+    }
+    store_lanes(dst + i, zip_low(a, b), static_cast<int>(left < kLanes ? left : kLanes));
+    if (left > kLanes) store_lanes(dst + i + kLanes, zip_high(a, b), static_cast<int>(left - kLanes));
+  }
+}
+
 inline void fill(float* dst, int64_t dst_pitch, const float* residual, int64_t residual_pitch, float value,
                  int64_t rows, int64_t width, int32_t activation) {
   const Vec base = set1(value);
@@ -484,6 +505,7 @@ inline KernelTable make_table(const char* name) {
   table.grad_rows[1] = kManyRegisters ? &grad_rows < kManyRegisters ? 2 : 1 > : nullptr;
   table.max_grad_taps = kManyRegisters ? 9 : 3;
   table.gather = &gather;
+  table.zip = &zip_rows;
   table.fill = &fill;
   table.add = &add_planes;
   table.affine = &affine;

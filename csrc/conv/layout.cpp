@@ -379,39 +379,39 @@ void ConvLayout::gather(const float* image, const Planes& in, int64_t first_pixe
   const int64_t y0 = first_pixel / s_.out_w;
   const int64_t rows = pixels / s_.out_w + (rows_ - strip_pixels / s_.out_w);
   const int64_t piece = rows_ * in_pitch;
-  int64_t at = 0;
-  for (const int64_t y_shift : y_variants_) {
-    // Row r comes from row (y0 + r) * stride + y_shift - padding of the image, for r in [top, bottom).
-    const int64_t y = y0 * s_.sh + y_shift - s_.ph;
-    const int64_t top = std::min(rows, y >= 0 ? 0 : (-y + s_.sh - 1) / s_.sh);
-    const int64_t bottom =
-        std::max(top, s_.height - 1 - y < 0 ? 0 : std::min(rows, (s_.height - 1 - y) / s_.sh + 1));
-    for (const int64_t x_shift : x_variants_) {
-      const int64_t x = x_shift - s_.pw;
-      GatherArgs args{};
-      args.dst_pitch = in_pitch;
-      args.from_pitch = s_.sh * in.pitch;
+  GatherArgs args{};
+  args.dst_pitch = in_pitch;
+  args.from_pitch = s_.sh * in.pitch;
+  args.count = in_pitch;
+  args.stride = s_.sw;
+  // A channel's copies one after the other, while its plane is in the first-level cache.
+  for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
+    const float* plane = image + in.origin + used_channels[static_cast<size_t>(slot)] * in.plane;
+    float* to = scratch + slot * in_plane;
+    for (const int64_t y_shift : y_variants_) {
+      // Row r comes from row (y0 + r) * stride + y_shift - padding of the image, for r in [top, bottom).
+      const int64_t y = y0 * s_.sh + y_shift - s_.ph;
+      const int64_t top = std::min(rows, y >= 0 ? 0 : (-y + s_.sh - 1) / s_.sh);
+      const int64_t bottom =
+          std::max(top, s_.height - 1 - y < 0 ? 0 : std::min(rows, (s_.height - 1 - y) / s_.sh + 1));
       args.rows = bottom - top;
-      args.count = in_pitch;
-      args.stride = s_.sw;
-      args.first = std::min(in_pitch, x >= 0 ? 0 : (-x + s_.sw - 1) / s_.sw);
-      args.last =
-          std::max(args.first, s_.width - 1 - x < 0 ? 0 : std::min(in_pitch, (s_.width - 1 - x) / s_.sw + 1));
-      args.width = s_.width - (x + args.first * s_.sw);
-      for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
-        float* to = scratch + slot * in_plane + at;
+      for (const int64_t x_shift : x_variants_) {
+        const int64_t x = x_shift - s_.pw;
+        args.first = std::min(in_pitch, x >= 0 ? 0 : (-x + s_.sw - 1) / s_.sw);
+        args.last = std::max(args.first,
+                             s_.width - 1 - x < 0 ? 0 : std::min(in_pitch, (s_.width - 1 - x) / s_.sw + 1));
+        args.width = s_.width - (x + args.first * s_.sw);
         for (int64_t i = 0; i < top * in_pitch; ++i) to[i] = 0;
         if (bottom > top && args.last > args.first) {
           args.dst = to + top * in_pitch;
-          args.from = image + in.origin + used_channels[static_cast<size_t>(slot)] * in.plane +
-                      (y + top * s_.sh) * in.pitch + x;
+          args.from = plane + (y + top * s_.sh) * in.pitch + x;
           k.gather(args);
         } else {
           for (int64_t i = top * in_pitch; i < bottom * in_pitch; ++i) to[i] = 0;
         }
         for (int64_t i = bottom * in_pitch; i < rows * in_pitch; ++i) to[i] = 0;
+        to += piece;
       }
-      at += piece;
     }
   }
 }

@@ -77,6 +77,16 @@ DSP_INLINE Vec even(Vec a, Vec b) {
   return _mm512_permutex2var_ps(a, index, b);
 }
 
+// The elements of two vectors in turn: of their first halves, and of their second.
+DSP_INLINE Vec zip_low(Vec a, Vec b) {
+  const __m512i index = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutex2var_ps(a, index, b);
+}
+DSP_INLINE Vec zip_high(Vec a, Vec b) {
+  const __m512i index = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+  return _mm512_permutex2var_ps(a, index, b);
+}
+
 DSP_INLINE float sum_lanes(Vec v) {
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -112,6 +122,13 @@ DSP_INLINE Vec where_positive(Vec sign, Vec v) {
 DSP_INLINE Vec even(Vec a, Vec b) {
   const Vec mixed = _mm256_shuffle_ps(a, b, 0x88);
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+}
+
+DSP_INLINE Vec zip_low(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+DSP_INLINE Vec zip_high(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
 }
 
 DSP_INLINE float sum_lanes(Vec v) {
@@ -166,6 +183,8 @@ DSP_INLINE Vec keep_lanes(Vec v, int n) {
 DSP_INLINE Vec where_positive(Vec sign, Vec v) { return sign > zero() ? v : zero(); }
 DSP_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 DSP_INLINE Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
+DSP_INLINE Vec zip_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+DSP_INLINE Vec zip_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
 
 #endif
 

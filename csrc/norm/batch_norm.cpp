@@ -47,8 +47,8 @@ int64_t plane_of(const dsp_norm_shape* shape, int64_t numel) {
 }
 
 void forward(const dsp_norm_shape* shape, const float* x, int64_t numel, const float* weight,
-             const float* bias, const float* residual, double eps, int32_t activation, float* mean,
-             float* variance, float* out, int threads) {
+             const float* bias, const float* residual, const uint8_t* blank, double eps, int32_t activation,
+             float* mean, float* variance, float* out, int threads) {
   const int64_t pixels = plane_of(shape, numel);
   require(x != nullptr && mean != nullptr && variance != nullptr && out != nullptr,
           "batch_norm: a tensor is missing");
@@ -57,12 +57,13 @@ void forward(const dsp_norm_shape* shape, const float* x, int64_t numel, const f
   const NormKernels& k = kernels();
   const int64_t step = shape->channels * pixels;
   auto channel = [&](int64_t c) {
+    const bool empty = blank != nullptr && blank[c] != 0;
     const float* from = x + c * pixels;
     const double count = static_cast<double>(shape->batch) * static_cast<double>(pixels);
     // Around a value of the channel: the squares of what is left are small, whatever its mean.
-    const float around = std::isfinite(from[0]) ? from[0] : 0.0f;
+    const float around = !empty && std::isfinite(from[0]) ? from[0] : 0.0f;
     double sums[2] = {0.0, 0.0};
-    for (int64_t n = 0; n < shape->batch; ++n) k.moments(from + n * step, pixels, around, sums);
+    for (int64_t n = 0; n < shape->batch && !empty; ++n) k.moments(from + n * step, pixels, around, sums);
     const double off = sums[0] / count;
     double spread = sums[1] / count - off * off;
     if (spread < 0.0) spread = 0.0;
@@ -71,17 +72,17 @@ void forward(const dsp_norm_shape* shape, const float* x, int64_t numel, const f
     const Scale s = scale_of(mean[c], static_cast<double>(variance[c]), eps, weight, bias, c);
     for (int64_t n = 0; n < shape->batch; ++n) {
       const int64_t at = n * step + c * pixels;
-      k.apply(out + at, x + at, residual == nullptr ? nullptr : residual + at, s.scale, s.shift, pixels,
-              activation);
+      k.apply(out + at, empty ? nullptr : x + at, residual == nullptr ? nullptr : residual + at, s.scale,
+              s.shift, pixels, activation);
     }
   };
   parallel_for(threads, shape->channels, channel);
 }
 
 void backward(const dsp_norm_shape* shape, const float* grad, const float* x, const float* y, int64_t numel,
-              const float* weight, const float* bias, const float* mean, const float* variance, double eps,
-              int32_t activation, float* grad_x, float* grad_residual, float* grad_weight, float* grad_bias,
-              int threads) {
+              const float* weight, const float* bias, const float* mean, const float* variance,
+              const uint8_t* blank, double eps, int32_t activation, float* grad_x, float* grad_residual,
+              float* grad_weight, float* grad_bias, int threads) {
   const int64_t pixels = plane_of(shape, numel);
   require(grad != nullptr && x != nullptr && mean != nullptr && variance != nullptr,
           "batch_norm: a tensor is missing");
@@ -90,6 +91,7 @@ void backward(const dsp_norm_shape* shape, const float* grad, const float* x, co
   const NormKernels& k = kernels();
   const int64_t step = shape->channels * pixels;
   auto channel = [&](int64_t c) {
+    const bool empty = blank != nullptr && blank[c] != 0;
     const double eps_variance = static_cast<double>(variance[c]);
     const Scale s = scale_of(mean[c], eps_variance, eps, weight, bias, c);
     const double inverse = 1.0 / std::sqrt(eps_variance + eps);
@@ -98,7 +100,7 @@ void backward(const dsp_norm_shape* shape, const float* grad, const float* x, co
     auto place = [&](int64_t n) {
       const int64_t at = n * step + c * pixels;
       a.grad = grad + at;
-      a.x = x + at;
+      a.x = empty ? nullptr : x + at;
       a.y = activation == DSP_ACT_RELU && y != nullptr ? y + at : nullptr;
       a.relu = activation == DSP_ACT_RELU && y == nullptr;
       return at;
@@ -110,13 +112,14 @@ void backward(const dsp_norm_shape* shape, const float* grad, const float* x, co
     }
     if (grad_weight != nullptr) grad_weight[c] = static_cast<float>(sums[1] * inverse);
     if (grad_bias != nullptr) grad_bias[c] = static_cast<float>(sums[0]);
-    if (grad_x == nullptr && grad_residual == nullptr) return;
+    float* const of_input = empty ? nullptr : grad_x;
+    if (of_input == nullptr && grad_residual == nullptr) return;
     const double scale = (weight == nullptr ? 1.0 : static_cast<double>(weight[c])) * inverse;
     const float of_x = static_cast<float>(-scale * inverse * inverse * sums[1] / count);
     const float rest = static_cast<float>(-scale * sums[0] / count);
     for (int64_t n = 0; n < shape->batch; ++n) {
       const int64_t at = place(n);
-      k.grad(a, grad_x == nullptr ? nullptr : grad_x + at,
+      k.grad(a, of_input == nullptr ? nullptr : of_input + at,
              grad_residual == nullptr ? nullptr : grad_residual + at, static_cast<float>(scale), of_x, rest,
              pixels);
     }
@@ -130,21 +133,22 @@ void backward(const dsp_norm_shape* shape, const float* grad, const float* x, co
 extern "C" {
 
 dsp_status dsp_batch_norm_forward(const dsp_norm_shape* shape, const float* x, int64_t numel,
-                                  const float* weight, const float* bias, const float* residual, double eps,
-                                  int32_t activation, float* mean, float* variance, float* out,
-                                  int32_t threads) {
+                                  const float* weight, const float* bias, const float* residual,
+                                  const uint8_t* blank, double eps, int32_t activation, float* mean,
+                                  float* variance, float* out, int32_t threads) {
   return dsp::guard([&] {
-    dsp::forward(shape, x, numel, weight, bias, residual, eps, activation, mean, variance, out, threads);
+    dsp::forward(shape, x, numel, weight, bias, residual, blank, eps, activation, mean, variance, out,
+                 threads);
   });
 }
 
 dsp_status dsp_batch_norm_backward(const dsp_norm_shape* shape, const float* grad, const float* x,
                                    const float* y, int64_t numel, const float* weight, const float* bias,
-                                   const float* mean, const float* variance, double eps, int32_t activation,
-                                   float* grad_x, float* grad_residual, float* grad_weight, float* grad_bias,
-                                   int32_t threads) {
+                                   const float* mean, const float* variance, const uint8_t* blank, double eps,
+                                   int32_t activation, float* grad_x, float* grad_residual,
+                                   float* grad_weight, float* grad_bias, int32_t threads) {
   return dsp::guard([&] {
-    dsp::backward(shape, grad, x, y, numel, weight, bias, mean, variance, eps, activation, grad_x,
+    dsp::backward(shape, grad, x, y, numel, weight, bias, mean, variance, blank, eps, activation, grad_x,
                   grad_residual, grad_weight, grad_bias, threads);
   });
 }

@@ -8,7 +8,7 @@ namespace dsp {
 // Where the activation lets the gradient through, as both passes of the backward read it.
 struct NormGrad {
   const float* grad;
-  const float* x;
+  const float* x;  // null: 0 throughout
   const float* y;  // the output where the activation is read off it; else null
   bool relu;       // y null and relu: x * scale + shift > 0
   float scale, shift, mean;
@@ -17,7 +17,7 @@ struct NormGrad {
 struct NormKernels {
   // sums[0] += sum of (x - shift), sums[1] += sum of its square
   void (*moments)(const float* x, int64_t count, float shift, double sums[2]);
-  // y = act(x * scale + shift + residual); residual may be null
+  // y = act(x * scale + shift + residual); residual may be null, and x where it is 0 throughout
   void (*apply)(float* y, const float* x, const float* residual, float scale, float shift, int64_t count,
                 int32_t activation);
   // sums[0] += sum of g, sums[1] += sum of g (x - mean), with g the gradient behind the activation

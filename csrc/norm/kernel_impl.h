@@ -53,7 +53,7 @@ inline void norm_apply(float* y, const float* x, const float* residual, float sc
   const Vec t = set1(shift);
   for (int64_t i = 0; i < count; i += kLanes) {
     const int lanes = count - i < kLanes ? static_cast<int>(count - i) : kLanes;
-    Vec v = fma(norm_load(x + i, lanes), s, t);
+    Vec v = x == nullptr ? t : fma(norm_load(x + i, lanes), s, t);
     if (residual != nullptr) v = add(v, norm_load(residual + i, lanes));
     v = activate(v, activation);
     if (lanes == kLanes)
@@ -76,7 +76,7 @@ inline void norm_grad_sums(const NormGrad& a, int64_t count, double sums[2]) {
   const Vec scale = set1(a.scale);
   const Vec shift = set1(a.shift);
   norm_rows(count, sums, [&](int64_t i, int lanes, Vec& first, Vec& second) {
-    const Vec x = norm_load(a.x + i, lanes);
+    const Vec x = a.x == nullptr ? zero() : norm_load(a.x + i, lanes);
     Vec g = norm_masked(a, i, lanes, x, scale, shift);
     if (lanes != kLanes) g = keep_lanes(g, lanes);
     first = add(first, g);
@@ -94,7 +94,7 @@ inline void norm_grad(const NormGrad& a, float* dx, float* residual, float of_gr
   const Vec base = set1(rest);
   for (int64_t i = 0; i < count; i += kLanes) {
     const int lanes = count - i < kLanes ? static_cast<int>(count - i) : kLanes;
-    const Vec x = norm_load(a.x + i, lanes);
+    const Vec x = a.x == nullptr ? zero() : norm_load(a.x + i, lanes);
     const Vec g = norm_masked(a, i, lanes, x, scale, shift);
     const Vec d = fma(g, by_grad, fma(add(x, minus), by_x, base));
     if (lanes == kLanes) {

@@ -35,6 +35,17 @@ def _read(name: str, tensor: Tensor | None, shape: torch.Size | tuple[int, ...])
     return tensor.contiguous()
 
 
+def _flags(blank: Tensor | None, channels: int) -> Tensor | None:
+    if blank is None:
+        return None
+    if blank.dtype != torch.uint8 or blank.device.type != "cpu" or blank.shape != (channels,):
+        raise ValueError(
+            f"blank must be uint8 of shape ({channels},) on the cpu, got {blank.dtype} of shape "
+            f"{tuple(blank.shape)} on {blank.device}"
+        )
+    return blank.contiguous()
+
+
 def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -46,8 +57,11 @@ def forward(
     residual: Tensor | None,
     eps: float,
     activation: str,
+    blank: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`dsp_kernels.norm.reference.forward`."""
+    """See :func:`dsp_kernels.norm.reference.forward`. ``blank``: (C,), uint8, not 0 where ``x`` is 0
+    throughout and need not be read.
+    """
     whole, each = x.shape, (x.shape[1],)
     given = _read("x", x, whole)
     assert given is not None
@@ -65,6 +79,7 @@ def forward(
             _at(weight),
             _at(bias),
             _at(residual),
+            _at(_flags(blank, whole[1])),
             eps,
             _ACTIVATIONS[activation],
             mean.data_ptr(),
@@ -87,8 +102,11 @@ def backward(
     eps: float,
     activation: str,
     with_residual: bool,
+    blank: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients for x, residual (empty without one), weight and bias."""
+    """The gradients for x, residual (empty without one), weight and bias. That for x is not set in channels
+    that are ``blank`` (see :func:`forward`).
+    """
     whole, each = x.shape, (x.shape[1],)
     given, read = _read("grad", grad, whole), _read("x", x, whole)
     of_mean, of_variance = _read("mean", mean, each), _read("variance", variance, each)
@@ -111,6 +129,7 @@ def backward(
             _at(bias),
             of_mean.data_ptr(),
             of_variance.data_ptr(),
+            _at(_flags(blank, whole[1])),
             eps,
             _ACTIVATIONS[activation],
             grad_x.data_ptr(),

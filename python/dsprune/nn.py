@@ -14,9 +14,9 @@ from torch import nn
 from dsp_kernels import GroupLayout
 from dsp_kernels.backends import choose
 from dsp_kernels.conv import conv2d_from_plan
-from dsp_kernels.norm import batch_norm_act
+from dsp_kernels.norm import batch_norm_act, conv2d_batch_norm_act
 
-__all__ = ["PackedBatchNorm2d", "PackedConv2d", "PermutedGroupedConv2d", "norm_act"]
+__all__ = ["PackedBatchNorm2d", "PackedConv2d", "PermutedGroupedConv2d", "conv_norm_act", "norm_act"]
 
 
 def _two(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -50,6 +50,7 @@ class PermutedGroupedConv2d(nn.Module):
     """
 
     plan: torch.Tensor
+    blank: torch.Tensor | None  # uint8: the filters of no group, whose convolution is 0
 
     def __init__(
         self,
@@ -104,6 +105,10 @@ class PermutedGroupedConv2d(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.register_buffer("plan", layout.plan().clone(), persistent=False)
+        blank = torch.ones(self.out_channels, dtype=torch.uint8)
+        for _, filters in layout.groups:
+            blank[list(filters)] = 0
+        self.register_buffer("blank", blank if bool(blank.any()) else None, persistent=False)
         self.reset_parameters()
 
     def _split_padding(self) -> tuple[tuple[int, int], tuple[int, int, int, int] | None]:
@@ -314,16 +319,20 @@ class PackedBatchNorm2d(nn.BatchNorm2d):
         out, mean, variance = batch_norm_act(
             x, self.weight, self.bias, residual, eps=self.eps, activation=activation
         )
-        if self.running_mean is not None and self.running_var is not None:
-            assert self.momentum is not None
-            count = x.shape[0] * x.shape[2] * x.shape[3]
-            with torch.no_grad():
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                unbiased = variance * (count / (count - 1))
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        self._track(mean, variance, x.shape[0] * x.shape[2] * x.shape[3])
         return out
+
+    def _track(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+        """Moves the running statistics towards those of a batch with ``count`` values a channel."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.momentum is not None
+        with torch.no_grad():
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = variance * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
 def norm_act(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -332,3 +341,67 @@ def norm_act(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = N
         return norm(x, residual, "relu")
     out = norm(x)
     return torch.relu(out if residual is None else residual + out)
+
+
+def _together(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
+    """Whether one operator may run both: nobody looks between them, and the native kernels take them."""
+    if not isinstance(norm, PackedBatchNorm2d) or not isinstance(conv, PermutedGroupedConv2d | PackedConv2d):
+        return False
+    if isinstance(conv, PermutedGroupedConv2d):
+        plain = conv._outer_padding is None and conv.activation is None
+    else:
+        plain = conv.weight.dtype == torch.float32
+    return (
+        plain
+        and conv.bias is None
+        and conv.backend in (None, "native")
+        and conv.out_channels == norm.num_features
+        and x.dim() == 4
+        and x.shape[0] > 1  # else what lies between may be too small for statistics, or is no batch at all
+        and norm.training
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and (norm.running_mean is None or norm.momentum is not None)
+        and not any((m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for m in (conv, norm))
+        and choose(conv.backend, "cpu", x.dtype) == "native"
+    )
+
+
+def conv_norm_act(
+    conv: nn.Module,
+    norm: nn.Module,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    activation: str | None = "relu",
+) -> torch.Tensor:
+    """``act(norm(conv(x)) + residual)``; one operator where both layers are packed for training and plain.
+
+    ``x``: what ``conv`` takes. ``residual``: the shape of the result, or None. ``activation``: None or
+    "relu".
+    """
+    if not _together(conv, norm, x):
+        out = conv(x)
+        if activation == "relu":
+            return norm_act(norm, out, residual)
+        return norm(out) if residual is None else norm(out) + residual
+    assert isinstance(norm, PackedBatchNorm2d) and isinstance(conv, PermutedGroupedConv2d | PackedConv2d)
+    out, mean, variance = conv2d_batch_norm_act(
+        x,
+        conv.weight.reshape(-1),
+        conv.plan,
+        norm.weight,
+        norm.bias,
+        residual,
+        out_channels=conv.out_channels,
+        kernel_size=conv.kernel_size,
+        stride=conv.stride,
+        padding=conv._inner_padding if isinstance(conv, PermutedGroupedConv2d) else conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,
+        eps=norm.eps,
+        activation=activation,
+        blank=conv.blank if isinstance(conv, PermutedGroupedConv2d) else None,
+    )
+    norm._track(mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
+    return out

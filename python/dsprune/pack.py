@@ -129,7 +129,7 @@ class PackedNetwork(nn.Module):
         # DistributedDataParallel would send these to all processes in each forward pass, and so mark them as
         # changed.
         self._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in self.named_buffers() if name.endswith(".plan")
+            name for name, _ in self.named_buffers() if name.endswith((".plan", ".blank"))
         ]
 
     @property

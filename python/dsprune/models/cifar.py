@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dsprune.models._checks import positive_int
-from dsprune.nn import norm_act
+from dsprune.nn import conv_norm_act
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 _WIDTHS = (16, 32, 64)
@@ -27,8 +27,7 @@ class ConvBN(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
-        x = self.conv(x)
-        return norm_act(self.bn, x) if relu else self.bn(x)
+        return conv_norm_act(self.conv, self.bn, x, activation="relu" if relu else None)
 
 
 class CifarBlock(nn.Module):
@@ -47,8 +46,8 @@ class CifarBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = norm_act(self.bn_a, self.conv_a(x))
-        return norm_act(self.bn_b, self.conv_b(out), self.shortcut(x))
+        out = conv_norm_act(self.conv_a, self.bn_a, x)
+        return conv_norm_act(self.conv_b, self.bn_b, out, self.shortcut(x))
 
 
 class CifarResNet(nn.Module):

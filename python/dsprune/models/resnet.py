@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dsprune.models._checks import positive_int
-from dsprune.nn import norm_act
+from dsprune.nn import conv_norm_act
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
@@ -36,8 +36,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out = norm_act(self.bn1, self.conv1(x))
-        return norm_act(self.bn2, self.conv2(out), identity)
+        out = conv_norm_act(self.conv1, self.bn1, x)
+        return conv_norm_act(self.conv2, self.bn2, out, identity)
 
 
 class Bottleneck(nn.Module):
@@ -58,9 +58,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out = norm_act(self.bn1, self.conv1(x))
-        out = norm_act(self.bn2, self.conv2(out))
-        return norm_act(self.bn3, self.conv3(out), identity)
+        out = conv_norm_act(self.conv1, self.bn1, x)
+        out = conv_norm_act(self.conv2, self.bn2, out)
+        return conv_norm_act(self.conv3, self.bn3, out, identity)
 
 
 class ResNet(nn.Module):
@@ -100,7 +100,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
+        x = self.maxpool(conv_norm_act(self.conv1, self.bn1, x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

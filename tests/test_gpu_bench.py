@@ -87,7 +87,7 @@ def test_the_cuda_form_is_timed_where_it_runs_and_compared_first(
     def stand_in(layer: Any, layout: Any, weight: Any, backend: str | None = None) -> Any:
         out = real(layer, layout, weight, "reference" if backend == "cuda" else backend)
         if backend == "cuda" and layer.kernel_size == (3, 3):
-            out.weight.data.add_(1.0)
+            out.weight.data = out.weight.data + 1.0
         return out
 
     monkeypatch.setattr(bench.gpu, "_relayered", stand_in)

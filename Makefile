@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPU_PYTHON ?= python3
 GPU_MINUTES ?= 8
+TUNE_MINUTES ?= 4
 OUT ?= outputs/gpu
 PYTEST_ARGS ?=
 
@@ -90,7 +91,11 @@ gpu:
 		$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" DSP_TEST_REPORT="$(abspath $(OUT))/gpu-tests.json" \
 		$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
-	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(GPU_PYTHON) -m bench.gpu --minutes $(GPU_MINUTES) --out "$(abspath $(OUT))/bench"
+	-PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(GPU_PYTHON) -m bench.tune --minutes $(TUNE_MINUTES) \
+		--table "$(abspath $(OUT))/launch_table.json"
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" \
+		DSP_KERNELS_LAUNCHES="$$(ls "$(abspath $(OUT))/launch_table.json" 2>/dev/null)" \
+		$(GPU_PYTHON) -m bench.gpu --minutes $(GPU_MINUTES) --out "$(abspath $(OUT))/bench"
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ from torch import Tensor, fx, nn
 import dsprune
 from bench.cases import random_structure
 from bench.device import ceilings, driver
-from dsp_kernels import cost
+from dsp_kernels import backends, cost
 from dsprune import gpu
 from dsprune.io import write_atomically
 from dsprune.models import cifar_resnet, resnet18, resnet50
@@ -596,13 +596,18 @@ def _layer_row(
         "torch": gpu.DenseConv2d(layer),
         "multi-branch": Branches(layer),
     }
+    failed: dict[str, str] = {}
+    refused = backends.can_run("cuda", bench.device.type, cell.dtype)
+    if refused is None:
+        raw["cuda"] = gpu._relayered(layer, layer.layout, layer.weight, "cuda")
+    else:
+        failed["cuda"] = refused
     forms = {
         name: (lambda x, r, form=form: form(x) if r is None else form(x, r)) for name, form in raw.items()
     }
-    failed: dict[str, str] = {}
     _time_forms(bench, forms, pairs, cell.dtype, "torch", times, failed)
     floor = 1e3 * cost.floor(conv, bench.where, cell.dtype)
-    ours = [times[name] for name in ("grouped", "merged") if name in times]
+    ours = [times[name] for name in ("grouped", "cuda", "merged") if name in times]
     dense = times.get("torch")
     return {
         "network": cell.network,
@@ -612,6 +617,7 @@ def _layer_row(
         "times_ms": dict(times),
         "failed": failed,
         "predicted_form": None if predicted is None else predicted.form,
+        "predicted_ms": {} if predicted is None else {f: 1e3 * v for f, v in predicted.predicted.items()},
         "floor_ms": floor,
         "speed_up": dense / min(ours) if dense and ours else None,
         "share_of_floor": floor / min(times.values()) if times else None,
@@ -735,13 +741,13 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(map(str, cells_of)) + " |")
     lines += [
         "",
-        "| layer | grouped us | merged us | torch us | multi-branch us | chain us | best of layers us "
-        "| speed-up | floor us | share |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| layer | grouped us | cuda us | merged us | torch us | multi-branch us | chain us "
+        "| best of layers us | speed-up | floor us | share |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["layers"]:
         us = {name: f"{1e3 * value:.1f}" for name, value in row["times_ms"].items()}
-        names = ("grouped", "merged", "torch", "multi-branch", "chain", "best of each layer")
+        names = (*cost.FORMS, "multi-branch", "chain", "best of each layer")
         speed = "" if row["speed_up"] is None else f"{row['speed_up']:.2f}x"
         lines.append(
             f"| {row['network']} {row['cut']}% {row['layer']} | "

@@ -179,6 +179,63 @@ int cuda_conv2d_grad_weight(int32_t device, Address stream, Address table, int64
                                      workspace_numel);
 }
 
+// (status, number of words); writes them where `words` is not 0.
+py::tuple cuda_lasso_table(int32_t element, int64_t groups, Address shapes, int64_t shapes_numel,
+                           Address words, int64_t words_numel) {
+  int64_t needed = 0;
+  const int status = dsp_cuda_lasso_table(element, groups, at<const int64_t>(shapes), shapes_numel,
+                                          at<int64_t>(words), words_numel, &needed);
+  return py::make_tuple(status, needed);
+}
+
+// (status, filters, elements of the work space, tiles, bytes of weights in a block's shared memory)
+py::tuple cuda_lasso_sizes(Address table, int64_t table_numel, int32_t operation, int32_t directed) {
+  dsp_cuda_lasso_layout sizes{};
+  const int status = dsp_cuda_lasso_sizes(at<const int64_t>(table), table_numel, operation, directed, &sizes);
+  return py::make_tuple(status, sizes.filters, sizes.workspace, sizes.tiles, sizes.stage_bytes);
+}
+
+int cuda_lasso_run(int32_t operation, int32_t device, Address stream, Address table, int64_t table_numel,
+                   Address device_table, Address addresses, int64_t addresses_numel, Address device_addresses,
+                   Address logs, int64_t log_stride, int64_t logs_numel, Address rates, Address scales,
+                   int64_t numbers_numel, Address log_out, int64_t log_out_stride, int64_t log_out_numel,
+                   Address penalties, Address workspace, int64_t workspace_numel) {
+  const dsp_cuda_lasso_call call{device,
+                                 at<void>(stream),
+                                 at<const int64_t>(table),
+                                 table_numel,
+                                 at<const int64_t>(device_table),
+                                 at<const int64_t>(addresses),
+                                 addresses_numel,
+                                 at<const int64_t>(device_addresses),
+                                 at<const void>(logs),
+                                 log_stride,
+                                 logs_numel,
+                                 at<const void>(rates),
+                                 at<const void>(scales),
+                                 numbers_numel,
+                                 at<void>(log_out),
+                                 log_out_stride,
+                                 log_out_numel,
+                                 at<void>(penalties),
+                                 at<void>(workspace),
+                                 workspace_numel};
+  return dsp_cuda_lasso_run(operation, &call);
+}
+
+template <dsp_status (*kCall)(const dsp_cuda_samples*)>
+int cuda_samples(int32_t device, Address stream, int32_t element, int32_t divide, int64_t groups,
+                 int64_t count, double temperature, Address first, int64_t first_stride, Address second,
+                 int64_t second_stride, Address out) {
+  const dsp_cuda_samples samples{device,        at<void>(stream),
+                                 element,       divide,
+                                 groups,        count,
+                                 temperature,   at<const void>(first),
+                                 first_stride,  at<const void>(second),
+                                 second_stride, at<void>(out)};
+  return kCall(&samples);
+}
+
 py::dict build_info() {
   py::dict info;
   info["abi_version"] = dsp_abi_version();
@@ -261,4 +318,22 @@ PYBIND11_MODULE(_native, m) {
         py::arg("table"), py::arg("table_numel"), py::arg("device_table"), py::arg("grad"),
         py::arg("grad_numel"), py::arg("x"), py::arg("x_numel"), py::arg("grad_weight"),
         py::arg("weight_numel"), py::arg("workspace"), py::arg("workspace_numel"));
+  m.def("cuda_lasso_table", &cuda_lasso_table, py::arg("element"), py::arg("groups"), py::arg("shapes"),
+        py::arg("shapes_numel"), py::arg("words"), py::arg("words_numel"));
+  m.def("cuda_lasso_sizes", &cuda_lasso_sizes, py::arg("table"), py::arg("table_numel"), py::arg("operation"),
+        py::arg("directed"));
+  m.def("cuda_lasso_run", &cuda_lasso_run, nogil, py::arg("operation"), py::arg("device"), py::arg("stream"),
+        py::arg("table"), py::arg("table_numel"), py::arg("device_table"), py::arg("addresses"),
+        py::arg("addresses_numel"), py::arg("device_addresses"), py::arg("logs"), py::arg("log_stride"),
+        py::arg("logs_numel"), py::arg("rates"), py::arg("scales"), py::arg("numbers_numel"),
+        py::arg("log_out"), py::arg("log_out_stride"), py::arg("log_out_numel"), py::arg("penalties"),
+        py::arg("workspace"), py::arg("workspace_numel"));
+  m.def("cuda_sample_groups", &cuda_samples<dsp_cuda_sample_groups>, nogil, py::arg("device"),
+        py::arg("stream"), py::arg("element"), py::arg("divide"), py::arg("groups"), py::arg("count"),
+        py::arg("temperature"), py::arg("first"), py::arg("first_stride"), py::arg("second"),
+        py::arg("second_stride"), py::arg("out"));
+  m.def("cuda_sample_groups_backward", &cuda_samples<dsp_cuda_sample_groups_backward>, nogil,
+        py::arg("device"), py::arg("stream"), py::arg("element"), py::arg("divide"), py::arg("groups"),
+        py::arg("count"), py::arg("temperature"), py::arg("first"), py::arg("first_stride"),
+        py::arg("second"), py::arg("second_stride"), py::arg("out"));
 }

@@ -250,6 +250,76 @@ DSP_API dsp_status dsp_cuda_conv2d_grad_weight(const dsp_cuda_call* call, const 
                                                void* grad_weight, int64_t weight_numel, float* workspace,
                                                int64_t workspace_numel);
 
+/* The group penalty of all layers of a network on a CUDA device: the operations of dsp_lasso but the Hessian
+ * product. As there, a weight is O x C x K or, tap-major, O x K x C. How the work is cut is a table of int64
+ * words for the layers' shapes, made on the host (this needs no device):
+ *   shapes: DSP_CUDA_LASSO_SHAPE words for each layer: filters, channels, taps, 0 or 1 (tap-major);
+ *   dsp_cuda_lasso_table with words = null sets needed, then with words of that length writes them;
+ *   the caller keeps the words and a copy of them in the device's memory.
+ * element: of the weights, 0 float32, 1 float64, 2 float16, 3 bfloat16; everything else, sums, logs, rates,
+ * scales, penalties and the work space, is float64 for float64 and float32 otherwise. No atomics: the result
+ * depends on nothing but the arguments. */
+#define DSP_CUDA_LASSO_SHAPE 4
+#define DSP_CUDA_LASSO_ADDRESSES 4
+
+DSP_API dsp_status dsp_cuda_lasso_table(int32_t element, int64_t groups, const int64_t* shapes,
+                                        int64_t shapes_numel, int64_t* words, int64_t words_numel,
+                                        int64_t* needed);
+
+typedef struct dsp_cuda_lasso_layout {
+  int64_t filters;     /* of all layers, N */
+  int64_t workspace;   /* elements */
+  int64_t tiles;       /* thread blocks of a pass over the weights */
+  int64_t stage_bytes; /* of weights in a block's shared memory at a time, at most */
+} dsp_cuda_lasso_layout;
+/* directed is 1 where an operation is given directions of the weights. */
+DSP_API dsp_status dsp_cuda_lasso_sizes(const int64_t* table, int64_t table_numel, int32_t operation,
+                                        int32_t directed, dsp_cuda_lasso_layout* sizes);
+
+typedef struct dsp_cuda_lasso_call {
+  int32_t device;
+  void* stream;         /* a cudaStream_t */
+  const int64_t* table; /* on the host, as dsp_cuda_lasso_table wrote it */
+  int64_t table_numel;
+  const int64_t* device_table; /* the same words in the device's memory */
+  /* For each layer: weight, direction, output, keep, as in dsp_lasso; 0 where there is none. On the host, and
+   * the same in the device's memory. */
+  const int64_t* addresses;
+  int64_t addresses_numel;
+  const int64_t* device_addresses;
+  const void* logs; /* (G, N); rows of neighbouring elements, stride from row to row */
+  int64_t log_stride, logs_numel;
+  const void* rates; /* one a layer, of which rate x scale is dsp_lasso's amount; null for the penalty */
+  const void* scales;
+  int64_t numbers_numel;
+  void* log_out; /* (G, N), where the operation has an output for the logs */
+  int64_t log_out_stride, log_out_numel;
+  void* penalties; /* one a layer: of the penalty, or of the backward where not null */
+  void* workspace;
+  int64_t workspace_numel;
+} dsp_cuda_lasso_call;
+DSP_API dsp_status dsp_cuda_lasso_run(int32_t operation, const dsp_cuda_lasso_call* call);
+
+/* Samples of the groups: out = log softmax over the groups of first / temperature + second, or, where divide
+ * is 1, of (first + second) / temperature, for logits and noise; and the gradient (first - p sum over the
+ * groups of first) / temperature for a gradient and the log-probabilities log p. first, second: (groups,
+ * count) with strides between their rows; out is contiguous. element: 0 float32, 1 float64. */
+typedef struct dsp_cuda_samples {
+  int32_t device;
+  void* stream;
+  int32_t element;
+  int32_t divide;
+  int64_t groups, count;
+  double temperature;
+  const void* first;
+  int64_t first_stride;
+  const void* second;
+  int64_t second_stride;
+  void* out;
+} dsp_cuda_samples;
+DSP_API dsp_status dsp_cuda_sample_groups(const dsp_cuda_samples* samples);
+DSP_API dsp_status dsp_cuda_sample_groups_backward(const dsp_cuda_samples* samples);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

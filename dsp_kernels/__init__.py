@@ -1,5 +1,6 @@
 """Operators for dynamic structure pruning: permuted, uneven grouped convolution and group assignment."""
 
+from . import tail  # noqa: F401  (registers its operators)
 from .assignment import group_lasso, sample_groups
 from .backends import available_backends
 from .conv import permuted_grouped_conv2d

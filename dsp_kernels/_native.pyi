@@ -210,3 +210,60 @@ def cuda_conv2d_grad_weight(
     workspace: int,
     workspace_numel: int,
 ) -> int: ...
+def cuda_lasso_table(
+    element: int, groups: int, shapes: int, shapes_numel: int, words: int, words_numel: int
+) -> tuple[int, int]: ...
+def cuda_lasso_sizes(
+    table: int, table_numel: int, operation: int, directed: int
+) -> tuple[int, int, int, int, int]: ...
+def cuda_lasso_run(
+    operation: int,
+    device: int,
+    stream: int,
+    table: int,
+    table_numel: int,
+    device_table: int,
+    addresses: int,
+    addresses_numel: int,
+    device_addresses: int,
+    logs: int,
+    log_stride: int,
+    logs_numel: int,
+    rates: int,
+    scales: int,
+    numbers_numel: int,
+    log_out: int,
+    log_out_stride: int,
+    log_out_numel: int,
+    penalties: int,
+    workspace: int,
+    workspace_numel: int,
+) -> int: ...
+def cuda_sample_groups(
+    device: int,
+    stream: int,
+    element: int,
+    divide: int,
+    groups: int,
+    count: int,
+    temperature: float,
+    first: int,
+    first_stride: int,
+    second: int,
+    second_stride: int,
+    out: int,
+) -> int: ...
+def cuda_sample_groups_backward(
+    device: int,
+    stream: int,
+    element: int,
+    divide: int,
+    groups: int,
+    count: int,
+    temperature: float,
+    first: int,
+    first_stride: int,
+    second: int,
+    second_stride: int,
+    out: int,
+) -> int: ...

@@ -8,11 +8,16 @@ times taps and N_g its filters. Its time is taken as
 with F the matrix rate and B the bandwidth that a device reaches, K_pad and N_pad the extents that a kernel
 works on (chunks of 8 channels that hold a channel of the group, rounded to the K step; filters rounded to
 the tile), and the bytes of input, output, residual and weights, each moved once (a roofline with padding:
-Williams et al., "Roofline", CACM 2009). Three forms are weighed:
+Williams et al., "Roofline", CACM 2009). Four forms are weighed:
 
-``grouped``  one launch of the grouped kernel, each group with its own channels
-``merged``   the same kernel with one group: all live filters over all channels that somebody reads
+``grouped``  one launch of the grouped Triton kernel, each group with its own channels
+``cuda``     the compiled CUDA kernels: filters in eights, channels by aligned runs or by a gather
+``merged``   the Triton kernel with one group: all live filters over all channels that somebody reads
 ``torch``    torch's dense convolution, and residual and activation in passes of their own
+
+For ``cuda`` the compute term is that of its own table (:mod:`dsp_kernels.conv.cuda_work`): whole blocks of
+128 pixels, halos copied once for all taps that share them, and the rate of ``mma.sync``. It is weighed for
+the report alone: :func:`choose_form` takes it by measurement only, as nothing of it was seen on a device.
 
 The *floor* is what the structure needs on that device whoever computes it: true multiply-adds, the bytes of
 the memory sectors that hold what is read, no padding, no launch. No figure here is a measurement.
@@ -32,12 +37,14 @@ from typing import Any
 
 import torch
 
+from .conv.cuda_work import CudaWork, cuda_work
 from .conv.shapes import output_size
 from .conv.tiles import CHUNK, aligned_runs, cover
 from .layout import GroupLayout
 
 __all__ = [
     "FORMS",
+    "MEASURED_ONLY",
     "Choice",
     "Conv",
     "Device",
@@ -55,7 +62,8 @@ __all__ = [
     "padding",
 ]
 
-FORMS = ("grouped", "merged", "torch")
+FORMS = ("grouped", "cuda", "merged", "torch")
+MEASURED_ONLY = ("cuda",)  # never chosen by prediction
 
 _DATA = Path(__file__).with_name("devices.json")
 _SHIPPED = Path(__file__).with_name("forms.json")
@@ -63,6 +71,10 @@ SECTOR = 32  # bytes of DRAM that come together
 PIXELS = 128  # of a tile of the kernels
 BLOCK_K = 32
 TILES = (16, 32, 64, 128)  # widths of a tile of filters
+# What mma.sync reaches of the matrix rate where that is wgmma's or tcgen05's: Luo et al., "Benchmarking and
+# Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499, for sm_90; taken for newer ones too.
+MMA_SYNC = 0.63
+CUDA_BLOCKS = 3  # blocks of threads a multiprocessor that the CUDA kernels split sums for
 
 
 # ---- devices ----
@@ -166,11 +178,10 @@ def match_device(name: str, arch: str) -> Device:
         if entry.arch == arch and any(re.search(rf"\b{re.escape(part)}\b", name) for part in entry.match):
             return entry
 
-    def number(entry: Device) -> int:
-        return int(entry.arch.removeprefix("sm_"))
-
-    below = [d for d in table if number(d) <= int(arch.removeprefix("sm_"))]
-    nearest = max(below, key=number) if below else min(table, key=number)
+    below = [d for d in table if _number(d.arch) <= _number(arch)]
+    nearest = (
+        max(below, key=lambda d: _number(d.arch)) if below else min(table, key=lambda d: _number(d.arch))
+    )
     nearest = next(d for d in table if d.arch == nearest.arch)
     return replace(nearest, name=f"{name} (figures of {nearest.name})", arch=arch)
 
@@ -358,6 +369,16 @@ def _share(conv: Conv, tiles_of_filters: int, where: Device) -> float:
     return min(1.0, 4 * tiles / where.sms)
 
 
+def _number(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))
+
+
+def _cuda_work(conv: Conv, size: int) -> CudaWork:
+    return cuda_work(
+        conv.layout, size, conv.batch, conv.size, conv.kernel, conv.stride, conv.padding, conv.dilation
+    )
+
+
 def estimate(
     conv: Conv, where: Device, dtype: torch.dtype, form: str, *, tf32: bool = False, eager: bool = False
 ) -> Estimate:
@@ -368,8 +389,17 @@ def estimate(
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     size = torch.empty(0, dtype=dtype, device="meta").element_size()
-    rate, bandwidth = where.flops_per_second(dtype, tf32=tf32), where.bytes_per_second()
+    rate = where.flops_per_second(dtype, tf32=tf32)
     layout, launches = conv.layout, 1
+    if form == "cuda":
+        made = _cuda_work(conv, size)
+        blocks = made.blocks * made.splits(CUDA_BLOCKS * where.sms)
+        if dtype != torch.float32 or tf32:
+            rate *= MMA_SYNC if _number(where.arch) >= 90 else 1.0
+        flops = 2.0 * made.multiply_adds
+        compute = 2.0 * made.effort / rate / min(1.0, max(1, blocks) / where.sms)
+        bytes_moved = moved(conv, size) + max(0, made.weights - layout.pairs * conv.taps) * size
+        return _estimate(form, conv, where, flops, bytes_moved, compute, launches, eager)
     if form == "torch":
         pairs = layout.in_channels * layout.out_channels
         bytes_moved = moved(replace(conv, residual=False), size, whole=True)
@@ -386,7 +416,20 @@ def estimate(
         bytes_moved = moved(conv, size) + (macs - layout.pairs * conv.taps) * size
     flops = 2.0 * macs * conv.pixels
     compute = flops / rate / _share(conv, n_tiles, where)
-    memory = bytes_moved / bandwidth
+    return _estimate(form, conv, where, flops, bytes_moved, compute, launches, eager)
+
+
+def _estimate(
+    form: str,
+    conv: Conv,
+    where: Device,
+    flops: float,
+    bytes_moved: float,
+    compute: float,
+    launches: int,
+    eager: bool,
+) -> Estimate:
+    memory = bytes_moved / where.bytes_per_second()
     overhead = launches * (where.launch_eager if eager else where.launch)
     waste = 1 - conv.flops / flops if flops else 0.0
     return Estimate(
@@ -499,7 +542,9 @@ class FormTable:
 
 @dataclass(frozen=True)
 class Choice:
-    """The form chosen for a layer, why, and what all forms were taken to need."""
+    """The form chosen for a layer, why, what all forms were taken to need, and the microseconds of those that
+    were measured, where the choice goes by them.
+    """
 
     form: str
     reason: str
@@ -507,10 +552,11 @@ class Choice:
     estimates: Mapping[str, Estimate] = field(hash=False)
     floor: float
     padding: Padding
+    times: Mapping[str, float] = field(hash=False, default_factory=dict)
 
     @property
     def seconds(self) -> float:
-        return self.estimates[self.form].seconds
+        return 1e-6 * self.times[self.form] if self.measured else self.estimates[self.form].seconds
 
 
 def choose_form(
@@ -520,33 +566,45 @@ def choose_form(
     *,
     table: FormTable | None = None,
     forms: Sequence[str] = FORMS,
+    refused: Mapping[str, str] | None = None,
     tf32: bool = False,
     eager: bool = False,
 ) -> Choice:
     """The form to run: the fastest that was measured, where ``table`` has at least two of ``forms`` for this
-    very convolution on this architecture; otherwise the fastest by the model.
+    very convolution on this architecture; otherwise the fastest by the model, ``cuda`` left out.
+
+    ``refused``: forms that cannot run here, each with its reason; they are weighed and not chosen. Raises
+    ValueError where ``forms`` names none that could be chosen.
     """
     estimates = {f: estimate(conv, where, dtype, f, tf32=tf32, eager=eager) for f in forms}
     if not estimates:
         raise ValueError("forms must name at least one form")
+    refused = refused or {}
     used = padding(conv.layout, conv.taps)
     bottom = floor(conv, where, dtype, tf32=tf32)
     found = table.find(where.arch, conv.key(dtype)) if table is not None else {}
     times = {f: found[f] for f in forms if f in found}
-    if len(times) >= 2:
-        best = min(times, key=times.__getitem__)
+    can = [f for f in times if f not in refused]
+    if len(times) >= 2 and can:
+        best = min(can, key=times.__getitem__)
         others = ", ".join(f"{f} {t:.1f} us" for f, t in times.items() if f != best)
         reason = f"measured: {best} {times[best]:.1f} us, {others}"
-        return Choice(best, reason, True, estimates, bottom, used)
-    best = min(estimates, key=lambda f: estimates[f].seconds)
+        for f in times:
+            if f in refused and times[f] < times[best]:
+                reason += f"; {f} cannot run here: {refused[f]}"
+        return Choice(best, reason, True, estimates, bottom, used, times)
+    left = {f: e for f, e in estimates.items() if f not in MEASURED_ONLY and f not in refused}
+    if not left:
+        why = [f"{f}: {refused.get(f, 'runs only where it was measured to be fastest')}" for f in estimates]
+        raise ValueError(f"none of the forms can be chosen for this convolution ({'; '.join(why)})")
+    best = min(left, key=lambda f: left[f].seconds)
     if best == "grouped" and len(used.groups) <= 1:
         reason = "one group"
     else:
-        mine = estimates[best]
-        rest = [f for f in estimates if f != best]
+        mine = left.pop(best)
         reason = f"predicted, {mine.bound}-bound"
-        if rest:
-            next_best = min(rest, key=lambda f: estimates[f].seconds)
-            gain = estimates[next_best].seconds / mine.seconds
+        if left:
+            next_best = min(left, key=lambda f: left[f].seconds)
+            gain = left[next_best].seconds / mine.seconds
             reason += f"; {gain:.2f}x against {next_best}"
     return Choice(best, reason, False, estimates, bottom, used)

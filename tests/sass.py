@@ -114,6 +114,15 @@ def cubin(
     return compiled(kernel, types, constants, capability, **options).asm["cubin"]
 
 
+def assembled(ptx: str, capability: int) -> bytes:
+    """PTX of an earlier capability assembled for ``capability``, as Triton itself does it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(re.sub(r"\.target sm_\d+", f".target sm_{capability}", ptx))
+        _run("ptxas", f"--gpu-name=sm_{capability}", "-lineinfo", str(source), "-o", str(target))
+        return target.read_bytes()
+
+
 def _run(tool: str, *arguments: str) -> str:
     import triton.backends.nvidia
 

@@ -61,7 +61,9 @@ def compile_and_read(
 
     from dsp_kernels.conv import chain_kernels
 
-    config = chain.config_of(SHAPES[shape], torch.float16, shared_memory=SHARED[capability])
+    config = chain.config_of(
+        SHAPES[shape], torch.float16, shared_memory=SHARED[capability], arch=f"sm_{capability}"
+    )
     constants: dict[str, Any] = {
         "CS": config.stream,
         "C3": config.following,

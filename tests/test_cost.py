@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import dsprune
-from dsp_kernels import GroupLayout, cost
-from dsp_kernels.conv import tiles
+from dsp_kernels import GroupLayout, backends, cost
+from dsp_kernels.conv import cuda, cuda_work, tiles
 from dsp_kernels.plan import gray_order, runs
 from dsprune import gpu
 from dsprune.models import cifar_resnet, resnet50
@@ -138,6 +138,68 @@ def test_no_form_beats_the_floor(seed: int, batch: int, form: str) -> None:
         assert found.bound in ("compute", "memory", "launch")
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    batch=st.sampled_from([1, 2, 32]),
+    kernel=st.sampled_from([(1, 1), (3, 3), (1, 3), (5, 2)]),
+    stride=st.sampled_from([(1, 1), (2, 2), (2, 1)]),
+    precision=st.sampled_from([0, 2]),
+)
+def test_work_of_the_cuda_kernels_is_what_their_tables_hold(
+    seed: int, batch: int, kernel: tuple[int, int], stride: tuple[int, int], precision: int
+) -> None:
+    if (reason := backends.available_backends()["native"]) is not None:
+        pytest.skip(f"native backend: {reason}")
+    rng = random.Random(seed)
+    layout = random_layout(rng, rng.randrange(1, 150), rng.randrange(1, 150), rng.randrange(1, 6))
+    size, dilation, padding = (
+        (rng.randrange(9, 40), rng.randrange(5, 40)),
+        rng.choice([(1, 1), (2, 1)]),
+        (1, 1),
+    )
+    mine = cuda_work.cuda_work(
+        layout, 2 if precision == 0 else 4, batch, size, kernel, stride, padding, dilation
+    )
+    words, prepared, _ = cuda._make(
+        0, precision, layout, (batch, *size, *kernel, *stride, *padding, *dilation), 396
+    )
+    status, _, _, blocks, splits, _, macs = backends.native_module().cuda_conv2d_sizes(
+        words.data_ptr(), words.numel()
+    )
+    assert status == 0
+    assert (mine.multiply_adds, mine.blocks, mine.splits(396)) == (macs, blocks, splits)
+    assert mine.weights * (2 if precision == 0 else 4) == prepared
+    assert mine.effort >= mine.multiply_adds
+
+
+def test_terms_of_the_cuda_form_by_hand() -> None:
+    """A group of 20 filters is multiplied as 24; nine taps share a halo of 10 x 18 pixels, copied once; a
+    gather costs eight times as much.
+    """
+    runs = GroupLayout(32, 40, [(range(16), range(20)), (range(16, 32), range(20, 40))])
+    scattered = GroupLayout(32, 40, [(range(0, 32, 2), range(20)), (range(1, 32, 2), range(20, 40))])
+    a, b = (
+        cuda_work.cuda_work(layout, 2, 4, (16, 32), (3, 3), (1, 1), (1, 1), (1, 1))
+        for layout in (runs, scattered)
+    )
+    pixels = 4 * 16 * 32
+    assert a.multiply_adds == b.multiply_adds == 2 * pixels * 9 * 16 * 24
+    assert (a.phase_taps, a.halo_rows, a.gathered, b.gathered) == (9, 180, 0, 2)
+    assert a.effort == pytest.approx(a.multiply_adds * (1 + (180 + 32) / (9 * 128)))
+    assert b.effort == pytest.approx(b.multiply_adds * (1 + (8 * 180 + 32) / (9 * 128)))
+    a100 = cost.device("A100")
+    conv = cost.Conv(runs, 256, (16, 32), (3, 3), padding=(1, 1))
+    found = cost.estimate(conv, a100, torch.float16, "cuda")
+    assert found.compute == pytest.approx(64 * 2 * a.effort / a100.flops_per_second(torch.float16))
+    assert found.memory == pytest.approx(
+        (cost.moved(conv, 2) + 2 * (2 * 9 * 32 * 24 - runs.pairs * 9)) / a100.bytes_per_second()
+    )
+    # From sm_90 on the matrix rate is that of instructions which these kernels do not use.
+    here, there = (cost.estimate(conv, cost.device(d), HALF, "cuda").compute for d in ("A100", "H200"))
+    rates = [cost.device(d).flops_per_second(HALF) for d in ("A100", "H200")]
+    assert there / here == pytest.approx(rates[0] / rates[1] / cost.MMA_SYNC)
+
+
 def test_torch_s_form_pays_for_its_passes() -> None:
     plain = cost.Conv(ONE, 256, (56, 56))
     rest = cost.Conv(ONE, 256, (56, 56), residual=True, activation="relu")
@@ -152,7 +214,7 @@ def test_torch_s_form_pays_for_its_passes() -> None:
 
 def test_arguments_are_refused_by_name() -> None:
     conv = cost.Conv(ONE, 1, (4, 4))
-    with pytest.raises(ValueError, match="form must be one of grouped, merged, torch"):
+    with pytest.raises(ValueError, match="form must be one of grouped, cuda, merged, torch"):
         cost.estimate(conv, H200, HALF, "dense")
     with pytest.raises(ValueError, match="forms must name"):
         cost.choose_form(conv, H200, HALF, forms=())
@@ -197,6 +259,31 @@ def test_measurement_overrules_the_model(tmp_path: Path) -> None:
     assert chosen.form == "torch" and chosen.measured and "measured: torch 40.0 us" in chosen.reason
     assert cost.choose_form(conv, cost.device("A100"), HALF, table=loaded).form == "grouped"
     assert cost.choose_form(conv, H200, torch.float16, table=loaded).form == "grouped"
+
+
+def test_the_cuda_form_is_chosen_by_measurement_alone() -> None:
+    # Groups of 20 filters: by the model 24 columns and a halo beat a tile of 32.
+    groups = [(range(256 * g, 256 * g + 256), range(20 * g, 20 * g + 20)) for g in range(4)]
+    layout, where = GroupLayout(1024, 80, groups), cost.device("A100")
+    conv = cost.Conv(layout, 100, (16, 32), (3, 3), padding=(1, 1))
+    chosen = cost.choose_form(conv, where, HALF)
+    assert min(chosen.estimates, key=lambda f: chosen.estimates[f].seconds) == "cuda" != chosen.form
+    assert "cuda" not in chosen.reason
+    with pytest.raises(ValueError, match=r"none of the forms .*cuda: runs only where it was measured"):
+        cost.choose_form(conv, where, HALF, forms=("cuda",))
+    table = cost.FormTable()
+    for form, time in (("torch", 60.0), ("grouped", 50.0), ("cuda", 40.0)):
+        table.add("sm_80", conv.key(HALF), form, time)
+    chosen = cost.choose_form(conv, where, HALF, table=table)
+    assert chosen.form == "cuda" and chosen.measured and chosen.seconds == pytest.approx(40e-6)
+    refused = {"cuda": "no CUDA device"}
+    chosen = cost.choose_form(conv, where, HALF, table=table, refused=refused)
+    assert chosen.form == "grouped" and chosen.seconds == pytest.approx(50e-6)
+    assert chosen.reason == (
+        "measured: grouped 50.0 us, cuda 40.0 us, torch 60.0 us; cuda cannot run here: no CUDA device"
+    )
+    with pytest.raises(ValueError, match="cuda: no CUDA device"):
+        cost.choose_form(conv, where, HALF, table=table, forms=("cuda",), refused=refused)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"sm_90": {"k": {"grouped": -1}}}', '{"sm_90": {"k": 3}}'])
@@ -276,8 +363,17 @@ def test_report_of_the_authors_networks(
     assert found.floor < found.seconds < 20e-3
     text = str(found)
     assert text.startswith("predicted for H200") and "stage1.0.conv_a" in text
+    head = next(line for line in text.splitlines() if line.startswith("layer"))
+    assert [name for name in head.split() if name in cost.FORMS] == list(cost.FORMS)
     for row in found.rows:
-        assert row.floor <= row.seconds and row.form in (*cost.FORMS, "chain") and row.reason
+        packed_layer = row.runs > 0 and row.form != "chain"
+        assert set(row.predicted) == (set(cost.FORMS) if packed_layer else set())
+        assert (
+            row.form != "cuda"
+            and row.floor <= row.seconds
+            and row.form in (*cost.FORMS, "chain")
+            and row.reason
+        )
     one = gpu.predict(packed, (1, 3, 32, 32))
     assert sum(row.bound == "launch" for row in one.rows) > len(one.rows) / 2
 

@@ -26,14 +26,31 @@ BLOCKS = {
     "conv2d_grad_weight_kernel": 3,
     "conv2d_prepare_kernel": 4,
     "conv2d_add_weight_kernel": 4,
+    "lasso_columns_kernel": 4,
+    "lasso_turn_kernel": 4,
+    "lasso_apply_kernel": 4,
+    "lasso_norms_kernel": 4,
+    "lasso_total_kernel": 4,
+    "lasso_rows_kernel": 4,
+    "sample_forward_kernel": 4,
+    "sample_backward_kernel": 4,
 }
 MAIN, STORED, SIZES = {"F16", "Bf16", "Tf32", "F32"}, {"F16", "Bf16", "F32"}, {"t", "j"}  # 16 and 32 bits
+ELEMENTS, SUMS = {"Half", "Brain", "Single", "Double"}, {"f", "d"}
 INSTANCES = {
     "conv2d_kernel": MAIN,
     "conv2d_grad_weight_kernel": MAIN,
     "conv2d_finish_kernel": STORED,
     "conv2d_add_weight_kernel": STORED,
     "conv2d_prepare_kernel": SIZES,
+    "lasso_columns_kernel": ELEMENTS,
+    "lasso_turn_kernel": ELEMENTS,
+    "lasso_apply_kernel": ELEMENTS,
+    "lasso_norms_kernel": SUMS,
+    "lasso_total_kernel": SUMS,
+    "lasso_rows_kernel": SUMS,
+    "sample_forward_kernel": SUMS,
+    "sample_backward_kernel": SUMS,
 }
 
 needs_native = pytest.mark.skipif(
@@ -59,7 +76,7 @@ def cuobjdump(*arguments: str) -> str:
 
 def kernel_of(symbol: str) -> tuple[str, str]:
     """Kernel and instance of a mangled name."""
-    found = re.match(r"_ZN3dsp4cuda\d+(\w+?_kernel)I(?:NS_\d+(\w+?)E|(\w))EEv", symbol)
+    found = re.match(r"_ZN3dsp4cuda(?:5lasso)?\d+([a-z]\w*?_kernel)I(?:NS1?_\d+(\w+?)E|(\w))EEv", symbol)
     assert found is not None, symbol
     return found[1], found[2] or found[3]
 
@@ -134,6 +151,18 @@ def test_machine_code_multiplies_matrices_and_copies_16_bytes() -> None:
             assert copies and all(".128" in n for n in copies), where
             if instance in ("F16", "Bf16") or (kernel, instance) == ("conv2d_kernel", "Tf32"):
                 assert any(n.startswith("LDSM") for n in names), where
+
+
+def test_weights_move_16_bytes_at_a_time() -> None:
+    """The passes over the weights of group assignment; what is not aligned has loads of its own beside."""
+    for architecture in architectures():
+        for (kernel, instance), names in instructions(architecture).items():
+            if kernel not in ("lasso_columns_kernel", "lasso_turn_kernel", "lasso_apply_kernel"):
+                continue
+            where = f"{kernel}<{instance}> on sm_{architecture}"
+            copies = [n for n in names if n.startswith("LDGSTS")]
+            assert copies and all(".128" in n for n in copies), where
+            assert not [n for n in names if n.startswith(("ATOM", "RED"))], where
 
 
 def test_without_a_device_the_module_says_so() -> None:

@@ -77,6 +77,7 @@ class Emulated:
         return status, *(getattr(sizes, f"v{i}") for i in range(6))
 
     def cuda_conv2d_prepare(self, *a: int) -> int:
+        self.calls.append("prepare")
         return self.core.dsp_cuda_conv2d_prepare(ctypes.byref(Call(*a[:5])), *wide(*a[5:]))
 
     def cuda_conv2d_run(self, *a: int) -> int:
@@ -151,17 +152,24 @@ def test_tensors_off_16_bytes_are_copied(emulated: Emulated) -> None:
     torch.testing.assert_close(out, expected)
 
 
-def test_a_table_is_made_once(emulated: Emulated) -> None:
+def test_a_table_and_a_weight_are_made_once(emulated: Emulated) -> None:
     layout = GroupLayout(3, 4, [([0, 2], [0, 1, 3])])
     plan = layout.plan()
     arguments: dict[str, Any] = {"out_channels": 4, "kernel_size": 3, "padding": 1, "backend": "cuda"}
     cuda.forget()
     emulated.calls.clear()
+    weight = torch.randn(54)
     for _ in range(3):
-        conv2d_from_plan(torch.randn(2, 3, 6, 6), torch.randn(54), plan, **arguments)
-    assert emulated.calls == ["table", "table", "run", "run", "run"]  # its length, its words
-    conv2d_from_plan(torch.randn(1, 3, 6, 6), torch.randn(54), plan, **arguments)
-    assert emulated.calls[-3:] == ["table", "table", "run"]
+        conv2d_from_plan(torch.randn(2, 3, 6, 6), weight, plan, **arguments)
+    made = ["table", "table", "prepare", "run"]  # its length, its words
+    assert emulated.calls == [*made, "run", "run"]
+    conv2d_from_plan(torch.randn(1, 3, 6, 6), weight, plan, **arguments)
+    assert emulated.calls[-4:] == made
+    x = torch.randn(2, 3, 6, 6)
+    before = conv2d_from_plan(x, weight, plan, **arguments)
+    weight.neg_()
+    assert conv2d_from_plan(x, weight, plan, **arguments).equal(-before)
+    assert emulated.calls[-3:] == ["run", "prepare", "run"]
 
 
 def test_bad_arguments_are_refused_by_name(emulated: Emulated) -> None:

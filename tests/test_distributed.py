@@ -99,4 +99,6 @@ def test_killed_at_a_random_step_it_ends_in_the_same_bits(tmp_path: Path) -> Non
         files = [load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("whole", "killed")]
         assert files[0].keys() == files[1].keys()
         for key in files[0]:
+            if key.startswith(("random.numpy", "random.python")):
+                continue  # which the script neither seeds nor draws from
             assert files[0][key].numpy().tobytes() == files[1][key].numpy().tobytes(), (where, name, key)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dsprune
 from bench import gpu as bench
-from dsp_kernels import GroupLayout, cost
+from dsp_kernels import GroupLayout, backends, cost
 from dsprune.models import cifar_resnet, resnet18
 from dsprune.models.resnet import Bottleneck
 from dsprune.nn import PermutedGroupedConv2d
@@ -56,13 +57,47 @@ def test_layers_and_the_table_that_packing_reads(results: tuple[Path, dict]) -> 
     single = [row for row in found["layers"] if " + " not in row["layer"]]
     assert len(chains) == 2 and len(single) == 10
     for row in single:
-        assert set(row["times_ms"]) == {"grouped", "merged", "torch", "multi-branch"} and not row["failed"]
+        assert set(row["times_ms"]) == {"grouped", "merged", "torch", "multi-branch"}
+        # On the CPU the CUDA kernels are told not to run, and packing does not take them.
+        assert row["failed"] == {"cuda": backends.can_run("cuda", "cpu", torch.float32)}
         kept = table.find("sm_90", row["convolution"])
-        assert kept == pytest.approx({f: 1e3 * row["times_ms"][f] for f in cost.FORMS})
+        assert kept == pytest.approx({f: 1e3 * row["times_ms"][f] for f in ("grouped", "merged", "torch")})
+        assert set(row["predicted_ms"]) == set(cost.FORMS) and min(row["predicted_ms"].values()) > 0
         assert row["floor_ms"] > 0
     for row in chains:
         assert set(table.find("sm_90", row["convolution"])) == {"chain", "layers"}
         assert row["speed_up"] == row["times_ms"]["best of each layer"] / row["times_ms"]["chain"]
+
+
+def test_the_cuda_form_is_timed_where_it_runs_and_compared_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the device: the form is in the table of measurements, unless it is wrong."""
+    torch.manual_seed(0)
+    packed = dsprune.pack(bench.tiny().eval(), torch.randn(1, 3, 8, 8))
+    lines: dict = {"networks": [], "layers": [], "left_out": []}
+    table = cost.FormTable()
+    where, _ = bench.measured_device(torch.device("cpu"), True)
+    mine = bench.Bench(tmp_path, torch.device("cpu"), where, bench.Deadline(60), 0.01, True, lines, table)
+    cell = bench.Cell("tiny", 0, 1, torch.float32)
+    mine.packed[("tiny", 0, torch.float32)] = (packed, 1, 1)
+    monkeypatch.setattr(backends, "can_run", lambda *_: None)
+    real = bench.gpu._relayered
+
+    def stand_in(layer: Any, layout: Any, weight: Any, backend: str | None = None) -> Any:
+        out = real(layer, layout, weight, "reference" if backend == "cuda" else backend)
+        if backend == "cuda" and layer.kernel_size == (3, 3):
+            out.weight.data = out.weight.data + 1.0
+        return out
+
+    monkeypatch.setattr(bench.gpu, "_relayered", stand_in)
+    rows = [r for r in bench.layer_rows(mine, cell, packed, 8) if " + " not in r["layer"]]
+    assert {"cuda" in row["times_ms"] for row in rows} == {True, False}
+    for row in rows:
+        measured = table.find("sm_90", row["convolution"])
+        wrong = " k3x3 " in row["convolution"]
+        assert ("cuda" in measured) != wrong and {"grouped", "merged", "torch"} <= set(measured)
+        assert ("outputs differ" in row["failed"].get("cuda", "")) == wrong
 
 
 def test_the_page(results: tuple[Path, dict]) -> None:
@@ -71,7 +106,7 @@ def test_the_page(results: tuple[Path, dict]) -> None:
     row = found["networks"][0]
     assert f"| {row['speed_up']:.2f}x |" in text and "tiny, 40%, forms measured" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {13, 11}
+    assert widths == {13, 12}
     assert found["environment"]["torch"] == torch.__version__
 
 

@@ -19,7 +19,8 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsprune
-from dsp_kernels import GroupLayout, cost
+from dsp_kernels import GroupLayout, backends, cost
+from dsp_kernels.conv import op
 from dsprune import gpu
 from dsprune.models.resnet import Bottleneck
 from dsprune.nn import PermutedGroupedConv2d
@@ -107,7 +108,51 @@ def test_padding_modes_are_counted_outside_of_the_layer() -> None:
 # ---- rewriting ----
 
 
-@pytest.mark.parametrize("form", cost.FORMS)
+def measured_fastest(packed: dsprune.PackedNetwork, form: str) -> cost.FormTable:
+    """A table in which ``form`` is the fastest for every layer at SHAPE in float32 on sm_90."""
+    table = cost.FormTable()
+    for step in gpu.trace_steps(gpu.pad_channels(packed.network), SHAPE, torch.float32):
+        if step.conv is not None:
+            for each in cost.FORMS:
+                table.add("sm_90", step.conv.key(torch.float32), each, 1.0 if each == form else 2.0)
+    return table
+
+
+def test_the_cuda_form_runs_where_it_was_measured_to_be_fastest(
+    residual: dsprune.PackedNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, where = measured_fastest(residual, "cuda"), cost.device("H200")
+    # Where it cannot run: the next best form, and the reason.
+    network, found = gpu.rewrite(residual.network, SHAPE, torch.float32, where, table=table, chain="off")
+    why = backends.can_run("cuda", "cpu", torch.float32)
+    rows = [row for row in found.rows if row.runs]
+    assert rows and all(
+        row.form != "cuda" and row.reason.endswith(f"cuda cannot run here: {why}") for row in rows
+    )
+    same(network, residual.network)
+    with pytest.raises(ValueError, match="none of the forms can be chosen"):
+        gpu.rewrite(residual.network, SHAPE, torch.float32, where, forms=("cuda",), chain="off")
+    # The report for another machine goes by its measurements.
+    there = gpu.predict(residual, SHAPE, dtype=torch.float32, table=table, chain="off")
+    assert {row.form for row in there.rows if row.runs} == {"cuda"}
+
+    monkeypatch.setattr(backends, "can_run", lambda *_: None)
+    network, found = gpu.rewrite(residual.network, SHAPE, torch.float32, where, table=table, chain="off")
+    packed = layers(network, PermutedGroupedConv2d)
+    assert all(row.form == "cuda" and "measured" in row.reason for row in found.rows if row.runs)
+    assert packed and all(layer.backend == "cuda" for layer in packed.values())
+    for name, layer in packed.items():
+        assert layer.weight.data_ptr() == residual.network.get_submodule(name).weight.data_ptr()
+        assert layer.layout.groups == residual.network.get_submodule(name).layout.groups
+    _, found = gpu.rewrite(residual.network, SHAPE, torch.float32, where, chain="off")
+    assert not any(row.form == "cuda" for row in found.rows), "never by prediction"
+    asked: list[str | None] = []
+    monkeypatch.setattr(op, "choose", lambda backend, *_: asked.append(backend) or "reference")
+    same(network, residual.network)
+    assert asked.count("cuda") == len(packed)
+
+
+@pytest.mark.parametrize("form", [form for form in cost.FORMS if form not in cost.MEASURED_ONLY])
 def test_each_form_computes_the_same(residual: dsprune.PackedNetwork, form: str) -> None:
     network, found = gpu.rewrite(
         residual.network, SHAPE, torch.float32, cost.device("H200"), forms=(form,), chain="off"

@@ -33,4 +33,10 @@ dsp_status dsp_cuda_conv2d_grad_weight(const dsp_cuda_call*, const void*, int64_
                                        void*, int64_t, float*, int64_t) {
   return absent();
 }
+
+dsp_status dsp_cuda_lasso_run(int32_t, const dsp_cuda_lasso_call*) { return absent(); }
+
+dsp_status dsp_cuda_sample_groups(const dsp_cuda_samples*) { return absent(); }
+
+dsp_status dsp_cuda_sample_groups_backward(const dsp_cuda_samples*) { return absent(); }
 }

@@ -76,11 +76,11 @@ DSP_DEVICE void wait_copies() {
 
 template <typename T>
 DSP_DEVICE T shuffle_xor(T value, int lanes) {
-  static_assert(sizeof(T) == 4, "32 bits");
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bits = emulation::shuffle_xor(bits, lanes);
-  std::memcpy(&value, &bits, 4);
+  static_assert(sizeof(T) % 4 == 0, "32 bits or more");
+  uint32_t bits[sizeof(T) / 4];
+  std::memcpy(bits, &value, sizeof(T));
+  for (uint32_t& word : bits) word = emulation::shuffle_xor(word, lanes);
+  std::memcpy(&value, bits, sizeof(T));
   return value;
 }
 

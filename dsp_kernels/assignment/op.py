@@ -51,7 +51,7 @@ def _sample_groups(
     logits: Tensor, noise: Tensor, temperature: float, divide_noise: bool, backend: str
 ) -> Tensor:
     # The native core has no kernel of its own for the samples.
-    samples = room(backend) if backend == "triton" else reference
+    samples = room(backend) if backend in ("triton", "cuda") else reference
     out: Tensor = samples.sample_groups(logits, noise, temperature, divide_noise)
     return out
 
@@ -59,7 +59,7 @@ def _sample_groups(
 def _sample_groups_backward(
     grad: Tensor, log_probabilities: Tensor, temperature: float, backend: str
 ) -> Tensor:
-    samples = room(backend) if backend == "triton" else reference
+    samples = room(backend) if backend in ("triton", "cuda") else reference
     out: Tensor = samples.sample_groups_backward(grad, log_probabilities, temperature)
     return out
 

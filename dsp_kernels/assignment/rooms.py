@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from ..backends import can_run, choose, interpreted
+from ..backends import choose, interpreted
 
 __all__ = ["backend_for", "room"]
 
@@ -19,14 +19,6 @@ def backend_for(backend: str | None, device_type: str, dtype: torch.dtype) -> st
     """
     # The choice is worded for the convolution, which is not float64; every room here is.
     name = choose(backend, device_type, torch.float32 if dtype == torch.float64 else dtype)
-    if name == "cuda":
-        # The compiled CUDA kernels are those of the convolution.
-        if backend is not None:
-            raise ValueError(
-                "backend 'cuda' has no group penalty; "
-                f"for {dtype} on {device_type} accepted: ['reference', 'triton']"
-            )
-        name = "triton" if can_run("triton", device_type, torch.float32) is None else "reference"
     if name == "triton" and device_type != "cpu" and interpreted():
         # The tables hold addresses, which the interpreter takes for those of host memory.
         if backend is not None:

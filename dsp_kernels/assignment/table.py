@@ -28,13 +28,13 @@ class LassoTable:
 
     ``weights``: tensors (O, C, ...taps) on one device and of one accumulation dtype, which the methods
     change in place. ``groups``: G. ``scales``: one finite number a layer, 1 if None. ``backend``:
-    "reference", "native", "triton" or None for the best that runs; weights that are neither contiguous nor
-    channels last, or of several dtypes, always take the reference.
+    "reference", "native", "triton", "cuda" or None for the best that runs ("cuda" only where asked for);
+    weights that are neither contiguous nor channels last, or of several dtypes, always take the reference.
 
     ``rates`` are one number a layer: the step length that multiplies the scaled gradient dR/dW. They may be a
-    tensor (L,) of the accumulation dtype on the weights' device, which "triton" reads there. Everything runs
-    under ``torch.no_grad``. Methods of a "triton" table launch a fixed number of kernels, whatever the number
-    of layers, do not wait for the device, and can be captured in a CUDA graph once they have run.
+    tensor (L,) of the accumulation dtype on the weights' device, which "triton" and "cuda" read there.
+    Everything runs under ``torch.no_grad``. Methods of these two launch a fixed number of kernels, whatever
+    the number of layers, do not wait for the device, and can be captured in a CUDA graph once they have run.
 
     Methods raise ValueError where a weight's shape, dtype or device is no longer that of the table.
     """
@@ -103,9 +103,9 @@ class LassoTable:
     def _runs_native(self) -> bool:
         return self.backend == "native" and all(map(native.is_plain, self.weights))
 
-    def _runs_triton(self) -> bool:
+    def _runs_on_device(self) -> bool:
         """Whether the kernels run; what they know of the weights is made again where their order changed."""
-        if self.backend != "triton":
+        if self.backend not in ("triton", "cuda"):
             return False
         index = self.stale()
         if index is not None:
@@ -115,7 +115,7 @@ class LassoTable:
             )
         strides = [weight.stride() for weight in self.weights]
         if strides != self._strides:
-            module = room("triton")
+            module = room(self.backend)
             plain = all(map(module.is_plain, self.weights))
             self._network = module.Network(self.weights, self.groups, self.scales) if plain else None
             self._strides = strides
@@ -148,7 +148,7 @@ class LassoTable:
         self._copy(self.weights, list(sources))
 
     def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
-        if self._runs_triton() and self._ordered(targets) and self._ordered(sources):
+        if self._runs_on_device() and self._ordered(targets) and self._ordered(sources):
             self._network.copy(targets, sources)
             torch.autograd.graph.increment_version(targets)
         else:
@@ -157,7 +157,7 @@ class LassoTable:
     @torch.no_grad()
     def penalties(self, log_probabilities: Tensor) -> Tensor:
         """The scaled penalty of each layer, (L,)."""
-        if self._runs_triton():
+        if self._runs_on_device():
             out: Tensor = self._network.penalties(self.weights, self._logs(log_probabilities))
             return out
         if self._runs_native():
@@ -181,7 +181,7 @@ class LassoTable:
         (log-probabilities 0 and -inf), which shrinks each (group, channel) block by rate * s in norm and
         gives exact zeros. ``keep``: tensors shaped as the weights that receive the weights as they were.
         """
-        if self._runs_triton():
+        if self._runs_on_device():
             fused = keep is not None and self._ordered(keep)
             if keep is not None and not fused:
                 torch._foreach_copy_(list(keep), self.weights)
@@ -247,7 +247,7 @@ class LassoTable:
         layer, shaped as the weights), the mixed product d<dR/dW(W), D - rate dR/dW(W')>/dl. D is the move
         that the optimizer would make at W'; the penalty's own move at W' is added here.
         """
-        if self._runs_triton():
+        if self._runs_on_device():
             logs = self._logs(log_probabilities)
             found: Tensor = self._network.log_gradient(self.weights, logs, rates, displacements)
             return found

@@ -1,22 +1,21 @@
 """Launches the Triton kernels: all layers of a network in each launch, on a CUDA device (or, with
 ``TRITON_INTERPRET=1``, on the CPU in Triton's interpreter).
 
-Nothing here waits for the device. Addresses and step lengths go up through pinned memory where they have
-changed, else what is on the device is used again.
+Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import launch as shared
 from . import triton_kernels as kernels
+from .launch import count_launches, is_plain, like, note, remembered, rows_contiguous, upload
 from .plan import ADDRESSES, Layer, Plan, make_plan, tiling, vector_width
 from .reference import NORM_FLOOR, accumulation_dtype
 
@@ -32,9 +31,6 @@ __all__ = [
     "update_logits",
 ]
 
-_REMEMBERED = 16
-_lock = threading.Lock()
-_networks: dict[Any, Any] = {}
 _plans: dict[Any, Any] = {}
 _temperatures: dict[Any, Any] = {}
 _WIDTH = 128  # columns of a program of the kernels on (G, N) matrices
@@ -44,8 +40,6 @@ _ELEMENTS = {
     torch.bfloat16: kernels.tl.bfloat16,
     torch.float16: kernels.tl.float16,
 }
-_watchers: list[list[str]] = []
-_captured: list[Tensor] = []
 
 
 # ---- launching
@@ -56,22 +50,6 @@ def interpreted() -> bool:
     return not isinstance(kernels.squares_forward, kernels.triton.runtime.JITFunction)
 
 
-@contextlib.contextmanager
-def count_launches() -> Iterator[list[str]]:
-    """Collects the names of the kernels launched, and "copy" for each copy to the device, in a list."""
-    seen: list[str] = []
-    _watchers.append(seen)
-    try:
-        yield seen
-    finally:
-        _watchers.remove(seen)
-
-
-def _note(name: str) -> None:
-    for seen in _watchers:
-        seen.append(name)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """One launch of ``kernel``; all of this module's go through here."""
     kernel[grid](*arguments, **constants)
@@ -80,7 +58,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 def _start(
     device: torch.device, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 ) -> None:
-    _note(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+    note(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, *arguments, **constants)
@@ -88,57 +66,7 @@ def _start(
         launch(kernel, grid, *arguments, **constants)
 
 
-def upload(values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of host numbers on the device, without waiting for it."""
-    host = torch.tensor(values, dtype=dtype)
-    _note("copy")
-    if device.type != "cuda":
-        return host.to(device)
-    host = host.pin_memory()
-    if _capturing():
-        _captured.append(host)  # every replay of the graph reads it
-    return host.to(device, non_blocking=True)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _remembered(store: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-    """``store[key]``, made where it is missing; the least recently used of ``_REMEMBERED`` goes."""
-    with _lock:
-        value = store.pop(key, None)
-        if value is not None:
-            store[key] = value
-            return value
-    value = make()
-    # What is made while a graph is captured gets its contents only when the graph runs.
-    if not _capturing():
-        with _lock:
-            store[key] = value
-            while len(store) > _REMEMBERED:
-                del store[next(iter(store))]
-    return value
-
-
 # ---- one network
-
-
-def is_plain(weight: Tensor) -> bool:
-    """Whether the kernels read the tensor as it lies: contiguous, or channels last."""
-    if weight.dtype not in _ELEMENTS:
-        return False
-    return weight.is_contiguous() or (
-        weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def _like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """``tensor`` with the dtype and memory order of a plain ``weight``, copied where it must be."""
-    tensor = tensor.to(weight.dtype)
-    if weight.is_contiguous():
-        return tensor.contiguous()
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 class Network:
@@ -170,7 +98,7 @@ class Network:
                 )
             return values.contiguous()
         key = tuple(values)
-        return _remembered(self._numbers, key, lambda: upload(key, self.dtype, self.device))
+        return remembered(self._numbers, key, lambda: upload(key, self.dtype, self.device))
 
     def bind(
         self,
@@ -191,11 +119,11 @@ class Network:
             size = weights[0].element_size()
             vector = vector_width(self.layers, size, key)
             shape = (self.layers, self.groups, vector, self.tiles, self.device)
-            plan = _remembered(_plans, shape, lambda: make_plan(*shape))
+            plan = remembered(_plans, shape, lambda: make_plan(*shape))
             table = upload(key, torch.int64, self.device).view(-1, ADDRESSES)
             return plan, table
 
-        found: tuple[Plan, Tensor] = _remembered(self._bound, key, make)
+        found: tuple[Plan, Tensor] = remembered(self._bound, key, make)
         return found
 
     def _empty(self, *shape: int) -> Tensor:
@@ -448,7 +376,7 @@ class Network:
         """The gradient (G, N) after one penalty step; see ``LassoTable.log_gradient``."""
         mixed = moves is not None
         if moves is not None:
-            moves = [_like(move, weight) for move, weight in zip(moves, weights, strict=True)]
+            moves = [like(move, weight) for move, weight in zip(moves, weights, strict=True)]
         plan, table = self.bind(weights, moves)
         lengths = self.numbers(rates)
         work = self._work(plan, "inverses", "moved", *(("changes",) if mixed else ()))
@@ -528,76 +456,16 @@ class Network:
 # ---- the operators
 
 
-def _parts(weights: Sequence[Tensor], logs: Sequence[Tensor]) -> list[list[int]]:
-    """The indices of the layers that one launch takes: of one dtype and one number of groups."""
-    found: dict[tuple[int, torch.dtype], list[int]] = {}
-    for index, (weight, log) in enumerate(zip(weights, logs, strict=True)):
-        found.setdefault((log.shape[0], weight.dtype), []).append(index)
-    return list(found.values())
-
-
-def _plain(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [weight if is_plain(weight) else weight.contiguous() for weight in weights]
-
-
-def _network(
-    weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Sequence[float], picked: Sequence[int]
-) -> tuple[Network, list[Tensor], Tensor]:
-    own = [weights[index] for index in picked]
-    groups, factors = logs[picked[0]].shape[0], [scales[index] for index in picked]
-    key = (tuple(map(Layer.of, own)), groups, own[0].dtype, own[0].device, tuple(factors))
-    network = _remembered(_networks, key, lambda: Network(own, groups, factors))
-    return network, own, torch.cat([logs[index] for index in picked], 1)
-
-
-def _split(matrix: Tensor, offsets: Sequence[int]) -> list[Tensor]:
-    """The columns of each layer, copied: an operator's results share no memory."""
-    sizes = [end - begin for begin, end in pairwise(offsets)]
-    copied: Any = torch.split_with_sizes_copy
-    parts = copied(matrix, sizes, dim=1)
-    return [part.contiguous() for part in parts]
-
-
-def _index(picked: Sequence[int], total: int, values: Tensor) -> Tensor:
-    return values if len(picked) == total else values[list(picked)]
-
-
 def group_lasso(weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     """See :func:`dsp_kernels.assignment.reference.group_lasso`."""
-    plain = _plain(weights)
-    parts = _parts(plain, logs)
-    results = []
-    for picked in parts:
-        network, own, matrix = _network(plain, logs, scales, picked)
-        results.append(network.penalties(own, matrix))
-    return _joined(parts, results)
-
-
-def _joined(parts: Sequence[Sequence[int]], results: Sequence[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return results[0]
-    order = [index for picked in parts for index in picked]
-    out = torch.empty(len(order), dtype=results[0].dtype, device=results[0].device)
-    for picked, values in zip(parts, results, strict=True):
-        for place, index in enumerate(picked):
-            out[index] = values[place]
-    return out
+    return shared.group_lasso(Network, weights, logs, scales)
 
 
 def group_lasso_backward(
     grad: Tensor, weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Sequence[float]
 ) -> list[Tensor]:
     """See :func:`dsp_kernels.assignment.reference.group_lasso_backward`."""
-    plain = _plain(weights)
-    outs = [torch.empty_like(weight) for weight in plain]
-    log_outs: list[Tensor] = list(logs)
-    for picked in _parts(plain, logs):
-        network, own, matrix = _network(plain, logs, scales, picked)
-        amounts = _index(picked, len(plain), grad).to(network.dtype).contiguous()
-        out = network.backward(own, matrix, amounts, [outs[i] for i in picked])
-        for index, part in zip(picked, _split(out, network.offsets), strict=True):
-            log_outs[index] = part
-    return outs + log_outs
+    return shared.group_lasso_backward(Network, grad, weights, logs, scales)
 
 
 def group_lasso_hessian(
@@ -609,21 +477,7 @@ def group_lasso_hessian(
     scales: Sequence[float],
 ) -> list[Tensor]:
     """See :func:`dsp_kernels.assignment.reference.group_lasso_hessian`."""
-    plain = _plain(weights)
-    outs = [torch.empty_like(weight) for weight in plain]
-    log_outs: list[Tensor] = list(logs)
-    parts = _parts(plain, logs)
-    for_grad = []
-    for picked in parts:
-        network, own, matrix = _network(plain, logs, scales, picked)
-        directions = [_like(weight_directions[i], plain[i]) for i in picked]
-        towards = torch.cat([log_directions[i] for i in picked], 1)
-        amounts = _index(picked, len(plain), grad).to(network.dtype).contiguous()
-        values, out = network.hessian(own, matrix, amounts, directions, towards, [outs[i] for i in picked])
-        for_grad.append(values)
-        for index, part in zip(picked, _split(out, network.offsets), strict=True):
-            log_outs[index] = part
-    return [_joined(parts, for_grad).to(grad.dtype), *outs, *log_outs]
+    return shared.group_lasso_hessian(Network, grad, weight_directions, log_directions, weights, logs, scales)
 
 
 # ---- samples
@@ -633,20 +487,16 @@ def _grid(count: int) -> tuple[int]:
     return (-(-count // _WIDTH),)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
 def _temperature(value: float, like: Tensor) -> Tensor:
     """The temperature on the device, in the precision of the rest."""
     key = (value, like.dtype, like.device)
-    found: Tensor = _remembered(_temperatures, key, lambda: upload([value], like.dtype, like.device))
+    found: Tensor = remembered(_temperatures, key, lambda: upload([value], like.dtype, like.device))
     return found
 
 
 def sample_groups(logits: Tensor, noise: Tensor, temperature: float, divide_noise: bool) -> Tensor:
     """See :func:`dsp_kernels.assignment.reference.sample_groups`."""
-    logits, noise = _matrix(logits), _matrix(noise)
+    logits, noise = rows_contiguous(logits), rows_contiguous(noise)
     groups, count = logits.shape
     out = torch.empty((groups, count), dtype=logits.dtype, device=logits.device)
     _start(
@@ -671,7 +521,7 @@ def sample_groups(logits: Tensor, noise: Tensor, temperature: float, divide_nois
 
 def sample_groups_backward(grad: Tensor, log_probabilities: Tensor, temperature: float) -> Tensor:
     """See :func:`dsp_kernels.assignment.reference.sample_groups_backward`."""
-    grad, logs = _matrix(grad), _matrix(log_probabilities)
+    grad, logs = rows_contiguous(grad), rows_contiguous(log_probabilities)
     groups, count = logs.shape
     out = torch.empty((groups, count), dtype=logs.dtype, device=logs.device)
     _start(

@@ -26,14 +26,27 @@ from torch import Tensor
 
 from ..backends import interpreted
 from ..layout import GroupLayout
-from . import reference
+from . import launches, reference
+from .launches import ChainLaunch
 from .shapes import Pair, output_size
 from .tiles import CHUNK, cover
+from .triton import machine
 
 if TYPE_CHECKING:
     from ..cost import Conv
 
-__all__ = ["Chain", "ChainConfig", "ChainTables", "config_of", "padded_macs", "refuses", "tables"]
+__all__ = [
+    "Chain",
+    "ChainConfig",
+    "ChainTables",
+    "config_of",
+    "launch_key",
+    "padded_macs",
+    "precision_of",
+    "refuses",
+    "tables",
+    "with_launch",
+]
 
 MOST_TILES = 4
 WIDEST_NEXT = 128
@@ -163,14 +176,43 @@ def tables(layout: GroupLayout, kernel: Pair, dilation: Pair, *, tile_n: int, bl
     )
 
 
+def launch_key(config: ChainConfig, precision: str) -> str:
+    """The key of a chain in the table of launches; ``precision``: "half", "tf32" or "ieee"."""
+    first = f"t{config.tiles}x{config.tile_n}"
+    return f"chain/{precision}/s{config.stream}/{first}/n{config.n3}"
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def with_launch(config: ChainConfig, launch: ChainLaunch) -> ChainConfig:
+    """The configuration launched in another way. Raises ValueError where the stream is no multiple of the
+    part that is made at a time.
+    """
+    if config.stream % launch.BLOCK_S:
+        raise ValueError(f"BLOCK_S is {launch.BLOCK_S}; it must divide the stream, {config.stream} channels")
+    return replace(
+        config,
+        block_m=launch.BLOCK_M,
+        block_s=launch.BLOCK_S,
+        warps=launch.warps,
+        stages=launch.stages,
+    )
+
+
 def config_of(
     layouts: Sequence[GroupLayout],
     dtype: torch.dtype,
     *,
     block_m: int | None = None,
     shared_memory: int | None = None,
+    arch: str | None = None,
 ) -> ChainConfig:
-    """The configuration for three layouts; with fewer stages where ``shared_memory`` bytes hold no more.
+    """The configuration for three layouts: the table's for this architecture ("sm_90"), where it has one that
+    ``shared_memory`` bytes hold, or the usual one, with fewer stages where they hold no more.
 
     Raises ValueError where no tile of filters fits.
     """
@@ -197,6 +239,12 @@ def config_of(
         stages=3 if dtype != torch.float32 else 2,
     )
     size = torch.empty(0, dtype=dtype, device="meta").element_size()
+    if arch is not None and block_m is None:
+        tuned = launches.rows_of(arch).get(launch_key(config, precision_of(dtype)))
+        if isinstance(tuned, ChainLaunch) and config.stream % tuned.BLOCK_S == 0:
+            other = with_launch(config, tuned)
+            if shared_memory is None or other.shared_bytes(size) <= shared_memory:
+                return other
     if shared_memory is not None and config.shared_bytes(size) > shared_memory:
         config = replace(config, stages=2)
     return config
@@ -260,7 +308,8 @@ class Chain:
         weights: packed, one dtype and device (``layout.pack``); the second and third 1x1.
         biases: (filters,) of the same dtype, or None.
         kernel, stride, padding, dilation: the first convolution's, (vertical, horizontal).
-        block_m: pixels of a tile, if not the default. shared_memory: bytes that a block may use, if known.
+        block_m: pixels of a tile, if not the table's. launch: all of the launch, for tuning.
+        shared_memory: bytes that a block may use, if known.
 
     The weights are copied: later changes are not seen. The call takes x (N, C, H, W) and residual (N, S, h,
     w) of the weights' dtype and device, and returns (y, z): (N, S, h, w), (N, filters, h, w), channels_last.
@@ -280,6 +329,7 @@ class Chain:
         dilation: tuple[int, int] = (1, 1),
         block_m: int | None = None,
         shared_memory: int | None = None,
+        launch: ChainLaunch | None = None,
     ) -> None:
         first, second, third = layouts
         if second.in_channels != first.out_channels or third.in_channels != second.out_channels:
@@ -296,7 +346,15 @@ class Chain:
                 f"{second.out_channels} (a multiple of 16), {third.out_channels} filters after it (at most "
                 f"{WIDEST_NEXT})"
             )
-        self.config = config_of(layouts, like.dtype, block_m=block_m, shared_memory=shared_memory)
+        self.config = config_of(
+            layouts,
+            like.dtype,
+            block_m=block_m,
+            shared_memory=shared_memory,
+            arch=machine(like.device)[0],
+        )
+        if launch is not None:
+            self.config = with_launch(self.config, launch)
         config = self.config
         made = tables(first, kernel, dilation, tile_n=config.tile_n, block_k=config.block_k)
         self.steps = made.steps.to(self.device)
@@ -351,7 +409,7 @@ class Chain:
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments of the kernel, launch options apart."""
         config = self.config
-        tf32 = self.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        tf32 = precision_of(self.dtype) == "tf32"
         return {
             "CS": config.stream,
             "C3": config.following,

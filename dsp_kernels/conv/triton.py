@@ -18,16 +18,14 @@ version counter (``weight.data``) is not seen then, until a call that wants its 
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -37,14 +35,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..layout import GroupLayout
 from ..plan import INT32_MAX, decode
-from . import tiles
+from . import launches, tiles
+from .launches import Launch
 from .shapes import Pair, empty_output, output_size
 
-__all__ = ["Launch", "choose_launch", "forget", "forward", "grad_input", "grad_weight", "launching"]
+__all__ = ["Launch", "bucket", "choose_launch", "forget", "forward", "grad_input", "grad_weight", "launching"]
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_TABLE = Path(__file__).with_name("launch_table.json")
 # Fewer pixels than this are "small" in the launch table.
 _SMALL = 16384
 _MOST_SLICES = 64
@@ -52,23 +50,6 @@ _WORKSPACE = 2**26  # elements of float32 that slices of the weight's gradient m
 _BLOCK = 1024
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A configuration: tile sizes (pixels, filters, K; powers of two from 16), warps a program, stages of the
-    copy pipeline, and into how many shares the sum is split (0: by the number of multiprocessors).
-    """
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    warps: int
-    stages: int
-    split: int
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
 
 
 _forced: ContextVar[Launch | None] = ContextVar("dsp_kernels_launch", default=None)
@@ -137,6 +118,7 @@ def forget() -> None:
     """Drops all tables and weights that are kept."""
     for kept in (_layouts, _launches, _tables, _weights):
         kept.clear()
+    launches.forget()
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -181,22 +163,14 @@ def _layout(plan: Tensor) -> GroupLayout:
 
 
 @cache
-def _launch_table() -> dict[str, dict[str, Launch]]:
-    """The shipped table: architecture ("sm_90", "default") -> key -> configuration."""
-    read = json.loads(_TABLE.read_text(encoding="utf-8"))
-    if read.pop("format", None) != 1:
-        raise RuntimeError(f"{_TABLE.name} is of another format")
-    return {arch: {key: Launch(**value) for key, value in rows.items()} for arch, rows in read.items()}
-
-
-@cache
 def _device(index: int) -> tuple[str, int]:
     """Architecture and number of multiprocessors of a CUDA device."""
     properties = torch.cuda.get_device_properties(index)
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def _machine(device: torch.device) -> tuple[str, int]:
+def machine(device: torch.device) -> tuple[str, int]:
+    """Architecture and number of multiprocessors; "interpreter" for what is no CUDA device."""
     if device.type != "cuda":
         return "interpreter", 1
     return _device(torch.cuda.current_device() if device.index is None else device.index)
@@ -227,36 +201,46 @@ def _best_width(problems: Sequence[tuple[int, int]], widths: Sequence[int]) -> i
     return min(widths, key=lambda width: (cost(width), width))
 
 
+def bucket(
+    op: str, precision: str, layout: GroupLayout, pixels: int, rows: Sequence[Mapping[str, object]]
+) -> str:
+    """The launch table's key for all shapes that share a configuration with this one; ``rows``: the rows to
+    choose from, whose widths of tiles are those there are.
+    """
+    if op == "grad_weight":
+        return f"grad_weight/{precision}"
+    if op == "conv":
+        problems = [(len(channels), len(filters)) for channels, filters in layout.groups]
+    else:
+        problems = [(len(filters), len(channels)) for filters, channels in tiles.atoms(layout)]
+    size = "small" if pixels < _SMALL else "large"
+    prefix = f"conv/{precision}/n"
+    widths = sorted({int(key.split("/")[2][1:]) for row in rows for key in row if key.startswith(prefix)})
+    return f"{op}/{precision}/n{_best_width(problems, widths)}/{size}"
+
+
 def choose_launch(
     op: str, precision: str, layout: GroupLayout, kernel: Pair, pixels: int, arch: str
 ) -> Launch:
-    """The table's configuration for a call: exact shape, bucket of this architecture, bucket of any.
+    """The table's configuration for a call: exact shape, bucket of this architecture, bucket of any. The
+    gradient for the input goes by the forward's rows where it has none of its own.
 
     ``op``: "conv", "grad_input" or "grad_weight"; ``precision``: "half", "tf32" or "ieee"; ``pixels``:
     positions of a phase, batch included; ``arch``: "sm_90" and the like.
     """
-    table = _launch_table()
-    rows = (table.get(arch, {}), table["default"])
-    exact = rows[0].get(exact_key(op, precision, layout, kernel, pixels))
-    if exact is not None:
-        return exact
-    if op == "grad_weight":
-        key = f"grad_weight/{precision}"
-    else:
-        if op == "conv":
-            problems = [(len(channels), len(filters)) for channels, filters in layout.groups]
-        else:
-            problems = [(len(filters), len(channels)) for filters, channels in tiles.atoms(layout)]
-        size = "small" if pixels < _SMALL else "large"
-        prefix = f"conv/{precision}/n"
-        widths = sorted({int(key.split("/")[2][1:]) for row in rows for key in row if key.startswith(prefix)})
-        key = f"{prefix}{_best_width(problems, widths)}/{size}"
-    return rows[0].get(key) or rows[1][key]
+    rows = (launches.rows_of(arch), launches.rows_of("default"))
+    key = bucket(op, precision, layout, pixels, rows)
+    forward = key.replace("grad_input/", "conv/")
+    wanted = (exact_key(op, precision, layout, kernel, pixels), key, forward)
+    found = next((row[k] for row in rows for k in wanted if k in row), None)
+    if not isinstance(found, Launch):
+        raise RuntimeError(f"the table of launches has no configuration for {key}")
+    return found
 
 
 def _launch(op: str, x: Tensor, layout: GroupLayout, kernel: Pair, pixels: int) -> tuple[Launch, str, int]:
     """Configuration, precision, multiprocessors."""
-    arch, processors = _machine(x.device)
+    arch, processors = machine(x.device)
     precision = _precision(x)
     forced = _forced.get()
     if forced is not None:

@@ -10,8 +10,8 @@ import copy
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -141,7 +141,9 @@ def trace_steps(network: fx.GraphModule, shape: Sequence[int], dtype: torch.dtyp
 
 @dataclass(frozen=True)
 class Row:
-    """One launch of a network in the form chosen for it: predicted seconds, floor, and why."""
+    """One launch of a network in the form chosen for it: predicted seconds, floor, and why. ``predicted``:
+    the model's seconds of every form that was weighed; empty for chains and what is no packed layer.
+    """
 
     names: tuple[str, ...]
     nodes: tuple[str, ...]
@@ -152,6 +154,7 @@ class Row:
     runs: int
     bound: str
     reason: str
+    predicted: Mapping[str, float] = field(hash=False, default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,20 +180,23 @@ class Prediction:
     def __str__(self) -> str:
         names = [" + ".join(row.names) for row in self.rows]
         width = max([len(name) for name in names] + [len("whole network")])
+        forms = list(dict.fromkeys(form for row in self.rows for form in row.predicted))
         head = (
             f"{'layer':<{width}}  {'form':<7}  {'us':>8}  {'floor us':>8}  {'waste %':>7}  {'runs':>4}  "
-            f"{'bound':<7}  reason"
+            f"{'bound':<7}  {''.join(f'{form:>8}  ' for form in forms)}reason"
         )
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [
-            f"predicted for {self.device.name} ({self.device.arch}), {dtype}, input {self.shape}",
+            f"predicted for {self.device.name} ({self.device.arch}), {dtype}, input {self.shape}; "
+            "the columns before the reason: microseconds of each form by the model",
             head,
             "-" * len(head),
         ]
         for name, row in zip(names, self.rows, strict=True):
+            each = [f"{1e6 * row.predicted[f]:>8.1f}  " if f in row.predicted else " " * 10 for f in forms]
             lines.append(
                 f"{name:<{width}}  {row.form:<7}  {1e6 * row.seconds:>8.1f}  {1e6 * row.floor:>8.1f}  "
-                f"{100 * row.waste:>7.1f}  {row.runs:>4}  {row.bound:<7}  {row.reason}"
+                f"{100 * row.waste:>7.1f}  {row.runs:>4}  {row.bound:<7}  {''.join(each)}{row.reason}"
             )
         lines.append("-" * len(head))
         lines.append(
@@ -310,10 +316,13 @@ def _rows(
     chain: str,
     eager: bool,
     within: str = "",
+    refused: Mapping[str, str] | None = None,
 ) -> list[Row]:
     steps = trace_steps(network, shape, dtype)
     choices = {
-        step.node: cost.choose_form(step.conv, where, dtype, table=table, forms=forms, eager=eager)
+        step.node: cost.choose_form(
+            step.conv, where, dtype, table=table, forms=forms, refused=refused, eager=eager
+        )
         for step in steps
         if step.conv is not None
     }
@@ -348,6 +357,7 @@ def _rows(
                     choice.padding.runs,
                     estimate.bound,
                     choice.reason,
+                    {form: one.seconds for form, one in choice.estimates.items()},
                 )
             )
         else:
@@ -433,8 +443,12 @@ class DenseConv2d(nn.Module):
         return y.clamp_(0.0, 6.0) if self.activation == "relu6" else y
 
 
-def _relayered(layer: PermutedGroupedConv2d, layout: GroupLayout, weight: torch.Tensor) -> nn.Module:
-    """The same layer with another layout; ``bias`` grows by zeros where filters were added."""
+def _relayered(
+    layer: PermutedGroupedConv2d, layout: GroupLayout, weight: torch.Tensor, backend: str | None = None
+) -> nn.Module:
+    """The same layer with another layout, and on ``backend`` if that is named; ``bias`` grows by zeros where
+    filters were added.
+    """
     out = PermutedGroupedConv2d(
         layout,
         layer.kernel_size,
@@ -444,7 +458,7 @@ def _relayered(layer: PermutedGroupedConv2d, layout: GroupLayout, weight: torch.
         bias=layer.bias is not None,
         padding_mode=layer.padding_mode,
         activation=layer.activation,
-        backend=layer.backend,
+        backend=backend or layer.backend,
         device=layer.weight.device,
         dtype=layer.weight.dtype,
     )
@@ -516,6 +530,13 @@ def pad_channels(network: fx.GraphModule, multiple: int = ALIGNMENT) -> fx.Graph
     return network
 
 
+def _refused(network: fx.GraphModule, dtype: torch.dtype) -> dict[str, str]:
+    """The forms that this network cannot run in where it is, with reasons."""
+    device = next((p.device.type for p in network.parameters()), "cpu")
+    reason = backends.can_run("cuda", device, dtype)
+    return {} if reason is None else {"cuda": reason}
+
+
 def rewrite(
     network: fx.GraphModule,
     shape: Sequence[int],
@@ -528,14 +549,18 @@ def rewrite(
 ) -> tuple[fx.GraphModule, Prediction]:
     """A packed graph in the forms chosen for inputs of ``shape`` on a device, and the prediction it goes by.
 
-    The argument is left alone. Layers that stay grouped share its weights; the others hold copies in their
-    own form, as they were at this call. Raises ValueError for arguments of another form.
+    The argument is left alone. Layers that stay grouped (``grouped``, ``cuda``) share its weights; the others
+    hold copies in their own form, as they were at this call. Where a layer was measured to be fastest as
+    ``cuda`` and the CUDA kernels cannot run here, it gets the next best form, and its reason says why. Raises
+    ValueError for arguments of another form, and for ``forms`` none of which can be chosen.
     """
     if chain not in ("auto", "off"):
         raise ValueError(f"chain: expected 'auto' or 'off', got {chain!r}")
     network = pad_channels(network)
     with torch.no_grad():
-        rows = _rows(network, shape, dtype, where, table, forms, chain, False)
+        rows = _rows(
+            network, shape, dtype, where, table, forms, chain, False, refused=_refused(network, dtype)
+        )
         nodes = {node.name: node for node in network.graph.nodes}
         uses = _uses(network)
         for row in rows:
@@ -546,7 +571,9 @@ def rewrite(
             layer = _layer(network, node)
             if not isinstance(layer, PermutedGroupedConv2d) or uses[str(node.target)] > 1:
                 continue
-            if row.form == "torch":
+            if row.form == "cuda":
+                _set(network, str(node.target), _relayered(layer, layer.layout, layer.weight, "cuda"))
+            elif row.form == "torch":
                 _set(network, str(node.target), DenseConv2d(layer))
             elif row.form == "merged" and len(layer.layout.groups) > 1:
                 layout = cost.merged_layout(layer.layout)
@@ -644,10 +671,10 @@ def _prepared() -> list[Any]:
     """The tables and laid out weights that the launchers keep at present. A graph knows their addresses
     alone: they must outlive it, whatever the launchers forget.
     """
-    from dsp_kernels.conv import triton
+    from dsp_kernels.conv import cuda, triton
 
     held: list[Any] = []
-    for kept in (triton._tables, triton._weights):
+    for kept in (triton._tables, triton._weights, cuda._tables):
         with kept._lock:
             held += kept._values.values()
     return held

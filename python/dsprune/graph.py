@@ -198,6 +198,8 @@ def clean_copy(model: nn.Module) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
     clone = copy.deepcopy(model, memo)
     for module in clone.modules():
+        if "_original_forward" in vars(module):  # Accelerate's autocast around the forward method
+            del module.forward, module._original_forward
         if parametrize.is_parametrized(module):
             # The copy shares the original's generated class; taking the property off it must not reach the
             # original.

@@ -247,8 +247,10 @@ def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 def _replaced_step(optimizer: torch.optim.Optimizer) -> bool:
     step = vars(optimizer).get("step")
+    if step is None or getattr(step, "__func__", None) is type(optimizer).step:
+        return False
     # A learning rate scheduler wraps the method only to count its calls.
-    return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
+    return not hasattr(step, "_wrapped_by_lr_sched")
 
 
 def _has_formula(optimizer: torch.optim.Optimizer) -> bool:

@@ -528,6 +528,7 @@ void run_grid(int64_t blocks_x, int blocks_y, int threads, size_t shared_bytes,
     block.fibers.push_back(std::move(fiber));
   }
   if (block.fibers.size() > static_cast<size_t>(threads)) block.fibers.resize(static_cast<size_t>(threads));
+  ++total.launches;
   block.threads = threads;
   block.shared.reset(new char[shared_bytes]);
   block.bytes.assign(shared_bytes, Byte{});

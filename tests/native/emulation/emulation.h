@@ -35,7 +35,7 @@ uint16_t to_bf16(float value);
 
 // What the emulation has run, so that a test can tell that it ran at all.
 struct Counts {
-  int64_t blocks, barriers, multiplies, matrix_loads, async_copies;
+  int64_t blocks, barriers, multiplies, matrix_loads, async_copies, launches;
 };
 const Counts& counts();
 

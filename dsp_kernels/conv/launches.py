@@ -1,0 +1,112 @@
+"""Configurations of the Triton kernels: a table by architecture and bucket of shapes, read and written.
+
+The shipped table is ``launch_table.json``; rows of the file that ``DSP_KERNELS_LAUNCHES`` names go before it.
+``python -m bench.tune`` measures and writes such a file. Either is read once, when a configuration is first
+needed.
+
+Keys: ``conv/half/n64/large`` (operation, precision, width of a tile of filters, pixels), ``grad_input/...``
+the same, ``grad_weight/half``, ``chain/half/s256/t2x32/n64`` (stream, tiles of the first convolution, last
+one's columns), or one shape exactly (:func:`dsp_kernels.conv.triton.exact_key`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ENVIRONMENT", "SHIPPED", "ChainLaunch", "Launch", "Table", "forget", "read", "rows_of", "to_json"]
+
+ENVIRONMENT = "DSP_KERNELS_LAUNCHES"
+SHIPPED = Path(__file__).with_name("launch_table.json")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A configuration: tile sizes (pixels, filters, K; powers of two from 16), warps a program, stages of the
+    copy pipeline, and into how many shares the sum is split (0: by the number of multiprocessors).
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    warps: int
+    stages: int
+    split: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ChainLaunch:
+    """A configuration of the chain kernel: pixels of a tile, channels of the stream made at a time (powers of
+    two from 16), warps, stages.
+    """
+
+    BLOCK_M: int
+    BLOCK_S: int
+    warps: int
+    stages: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+Table = dict[str, dict[str, Launch | ChainLaunch]]
+
+
+def _row(key: str, value: Any) -> Launch | ChainLaunch:
+    kind = ChainLaunch if key.startswith("chain/") else Launch
+    row = kind(**value)
+    for name, number in asdict(row).items():
+        if type(number) is not int or number < (0 if name == "split" else 1):
+            raise ValueError(f"{key}: {name} is {number!r}")
+        if name.startswith("BLOCK") and (number < 16 or number & (number - 1)):
+            raise ValueError(f"{key}: {name} is {number}, no power of two from 16")
+    return row
+
+
+def read(path: str | Path) -> Table:
+    """A table from a file: architecture ("sm_90", "default") -> key -> configuration.
+
+    Raises ValueError, naming the file, for one of another form; OSError for one that cannot be read.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data.pop("format", None) != _FORMAT:
+            raise ValueError(f"format must be {_FORMAT}")
+        return {a: {key: _row(key, value) for key, value in rows.items()} for a, rows in data.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a table of launches: {error}") from None
+
+
+def to_json(table: Mapping[str, Mapping[str, Launch | ChainLaunch]]) -> str:
+    """The text of a table's file."""
+    rows = {arch: {key: row.to_json() for key, row in rows.items()} for arch, rows in table.items()}
+    return json.dumps({"format": _FORMAT, **rows}, indent=1) + "\n"
+
+
+@cache
+def _tables() -> tuple[Table, ...]:
+    named = os.environ.get(ENVIRONMENT)
+    shipped = read(SHIPPED)
+    return (read(named), shipped) if named else (shipped,)
+
+
+def rows_of(arch: str) -> dict[str, Launch | ChainLaunch]:
+    """The rows of one architecture, or "default"; empty where there are none."""
+    out: dict[str, Launch | ChainLaunch] = {}
+    for table in reversed(_tables()):
+        out |= table.get(arch, {})
+    return out
+
+
+def forget() -> None:
+    """Reads the tables again when they are next needed."""
+    _tables.cache_clear()

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define DSP_ABI_VERSION 3
+#define DSP_ABI_VERSION 4
 
 typedef enum dsp_status {
   DSP_OK = 0,

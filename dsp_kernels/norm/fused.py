@@ -252,7 +252,8 @@ def conv2d_batch_norm_act(
         raise ValueError(f"x must be 4-D (batch, channels, height, width), got shape {tuple(x.shape)}")
     if weight.dim() != 1 or weight.dtype != x.dtype:
         raise ValueError(
-            f"weight must be 1-D of the dtype of x, {x.dtype}, got {weight.dtype}, shape {tuple(weight.shape)}"
+            f"weight must be 1-D of the dtype of x, {x.dtype}, "
+            f"got {weight.dtype} of shape {tuple(weight.shape)}"
         )
     if plan.dtype != torch.int32 or plan.dim() != 1:
         raise ValueError(f"plan must be a 1-D int32 tensor, got {plan.dtype} of shape {tuple(plan.shape)}")

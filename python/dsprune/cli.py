@@ -457,22 +457,25 @@ def _is_packed(model: nn.Module) -> bool:
 def _latency_table(rows: dict[str, dict[str, float]], title: str, threads: int = 0) -> Table:
     import torch
 
-    from dsprune.recipes.latency import best_dense
+    from dsprune.recipes.latency import PACKED_FORMS, best_dense
 
     threads = threads or torch.get_num_threads()
     table = Table(
         title=f"{title}: median ms of dense forms and packed, {threads} thread{'s' if threads > 1 else ''}",
         title_justify="left",
     )
-    forms = [name for name in next(iter(rows.values())) if name != "packed"]
-    for column in ("batch", *forms, "packed", "speed-up"):
+    first = next(iter(rows.values()))
+    forms = [name for name in first if name not in PACKED_FORMS]
+    others = [name for name in first if name in PACKED_FORMS and name != "packed"]
+    for column in ("batch", *forms, *others, "packed", "speed-up"):
         table.add_column(column, justify="right")
     for batch, times in rows.items():
         best, value = best_dense(times)
         cells = [
             f"[bold]{times[name]:.2f}[/bold]" if name == best else f"{times[name]:.2f}" for name in forms
         ]
-        table.add_row(batch, *cells, f"{times['packed']:.2f}", f"{value / times['packed']:.2f}x")
+        cells += [f"{times[name]:.2f}" for name in [*others, "packed"]]
+        table.add_row(batch, *cells, f"{value / times['packed']:.2f}x")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
         table.caption = f"the machine was busy (load {os.getloadavg()[0]:.1f}): these times say little"
         table.caption_justify = "left"
@@ -576,6 +579,152 @@ def _short(count: float) -> str:
     return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
 
 
+recipes = typer.Typer(
+    help="The published experiments, from training to a report, on a folder with the data set.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(recipes, name="recipe")
+
+DataFolder = Annotated[
+    Path, typer.Option("--data", help="The folder with the data set.", show_default=False, metavar="DIR")
+]
+OutFolder = Annotated[
+    Path, typer.Option("--out", "--run", help="The run folder.", show_default=False, metavar="RUN")
+]
+TargetOption = Annotated[
+    float | None,
+    typer.Option("--flops", help="Fraction of the prunable FLOPs to remove. [the paper's]"),
+]
+WeightsOption = Annotated[
+    Path | None, typer.Option(help="Trained dense weights (safetensors); else they are trained first.")
+]
+ScaleOption = Annotated[float, typer.Option(help="Multiplies the epochs of all stages, for trials.")]
+LimitOption = Annotated[int, typer.Option(help="Images to take of each part, for trials; 0: all.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu or cuda. [cuda where there is one]", show_default=False)
+]
+RunSeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+@recipes.command("cifar10")
+def recipe_cifar10(
+    data: DataFolder,
+    out: OutFolder,
+    depth: Annotated[int, typer.Option(help="Depth of the ResNet: 20 or 56.")] = 20,
+    groups: Annotated[int, typer.Option(help="Groups of filters in each layer: 2, 3 or 4.")] = 4,
+    flops: TargetOption = None,
+    weights: WeightsOption = None,
+    seed: RunSeedOption = 0,
+    epochs_scale: ScaleOption = 1.0,
+    limit: LimitOption = 0,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    seconds: SecondsOption = 1.0,
+    inductor: InductorOption = False,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+) -> None:
+    """ResNet-20 or ResNet-56 on CIFAR-10: train, learn groups, prune, finetune, pack, test, report."""
+    from dsprune.recipes.recipe import cifar10_config
+
+    config = cifar10_config(
+        data, depth=depth, groups=groups, flops=flops, epochs_scale=epochs_scale,
+        **_machine(seed, limit, device, threads),
+    )  # fmt: skip
+    _run_recipe(out, config, weights, 0, seconds, inductor, resume, force)
+
+
+@recipes.command("imagenet")
+def recipe_imagenet(
+    data: DataFolder,
+    out: OutFolder,
+    arch: Annotated[str, typer.Option(help="resnet18 or resnet50.")] = "resnet50",
+    groups: Annotated[int, typer.Option(help="Groups of filters in each layer.")] = 2,
+    flops: TargetOption = None,
+    weights: WeightsOption = None,
+    batch: Annotated[int, typer.Option(help="Images in a training batch; rates follow it.")] = 256,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 224,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 4,
+    seed: RunSeedOption = 0,
+    epochs_scale: ScaleOption = 1.0,
+    limit: LimitOption = 0,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    seconds: SecondsOption = 1.0,
+    inductor: InductorOption = False,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+) -> None:
+    """ResNet-18 or ResNet-50 on ImageNet, or on any tree train/CLASS/* and val/CLASS/* of images."""
+    from dsprune.recipes.recipe import imagenet_config
+
+    if not 0 <= workers <= 256:
+        raise ValueError(f"workers: expected 0 to 256, got {workers}")
+    config = imagenet_config(
+        data, arch=arch, groups=groups, flops=flops, size=size, batch=batch, epochs_scale=epochs_scale,
+        **_machine(seed, limit, device, threads),
+    )  # fmt: skip
+    _run_recipe(out, config, weights, workers, seconds, inductor, resume, force)
+
+
+def _machine(seed: int, limit: int, device: str | None, threads: int | None) -> dict[str, Any]:
+    import torch
+
+    return {
+        "seed": seed,
+        "limit": limit,
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "threads": torch.get_num_threads() if threads is None else threads,
+    }
+
+
+def _run_recipe(
+    out: Path,
+    config: Config,
+    weights: Path | None,
+    workers: int,
+    seconds: float,
+    inductor: bool,
+    resume: bool,
+    force: bool,
+) -> None:
+    from dsprune.recipes.demo import Timing
+    from dsprune.recipes.recipe import open_recipe, result_rows, run_recipe
+
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected more than 0, got {seconds}")
+    if (out / "run.json").exists() and not (resume or force):
+        raise ValueError(
+            f"{out}: already holds a run; give --resume to go on with it or --force to start over"
+        )
+    run, images = open_recipe(out, config, resume=resume, weights=weights, workers=workers)
+    with _bars() as bars:
+
+        def say(text: str) -> None:
+            bars.console.print(f"  {text}", markup=False)
+
+        report = run_recipe(
+            run, images, weights=weights, timing=Timing(seconds=seconds, inductor=inductor),
+            progress=_Bars(bars), say=say,
+        )  # fmt: skip
+    table = Table(
+        title=f"{report['network']} on {report['data']['name']}, {len(images.test)} test images",
+        title_justify="left",
+    )
+    for column in ("", "this run", "published"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in result_rows(report):
+        table.add_row(*row)
+    console = _out()
+    console.print(table)
+    if not report["published_settings"]:
+        typer.echo("a trial: not the settings of the full recipe")
+    console.print(_latency_table(report["latency_ms"], "Latency", report["latency_threads"]))
+    for name, what in (("report.md", "report"), ("report.json", "figures"), ("packed.safetensors", "packed")):
+        typer.echo(f"{what}: {out / name}")
+
+
 def _known_errors() -> tuple[type[BaseException], ...]:
     from subprocess import TimeoutExpired
 
@@ -618,7 +767,7 @@ def main(arguments: list[str] | None = None) -> int:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
     if result == INTERRUPTED:  # typer, too, turns Ctrl-C into this status
-        return _fail("interrupted; the last finished epoch is kept, --resume goes on from it", INTERRUPTED)
+        return _fail("interrupted; the last checkpoint is kept, --resume goes on from it", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

@@ -9,12 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-DATASETS = ("digits",)
+DATASETS = ("digits", "cifar10", "imagenet")
+CPU = torch.device("cpu")
 _TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
+
+
+class Part(Protocol):
+    """Images of one purpose: training, validation or test. `labels`: (N,), int64."""
+
+    @property
+    def labels(self) -> torch.Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """All images in order, standardised, float32 (n, C, H, W), nothing random."""
+
+    def epoch(
+        self, batch: int, shift: int, generator: torch.Generator, skip: int, device: torch.device
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One epoch of shuffled, augmented training batches, without the first `skip` of them. All that is
+        random comes from `generator`, whose state after the first batch does not depend on `skip`.
+        """
 
 
 @dataclass(frozen=True)
@@ -27,24 +50,36 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def batches(self, batch: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """See `Part`."""
+        return (images.to(device) for images in self.images.split(batch))
+
+    def epoch(
+        self, batch: int, shift: int, generator: torch.Generator, skip: int, device: torch.device
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """See `Part`."""
+        for images, labels in islice(batches(self, batch, shift, generator), skip, None):
+            yield images.to(device), labels.to(device)
+
 
 @dataclass(frozen=True)
 class ImageData:
-    """One data set. `shift`: the augmentation's largest translation, in pixels."""
+    """One data set. `shift`: the augmentation's largest translation, in pixels. Batches go to `device`."""
 
     name: str
     classes: int
     channels: int
     size: int
     shift: int
-    train: Split
-    validation: Split
-    test: Split
+    train: Part
+    validation: Part
+    test: Part
+    device: torch.device = CPU
 
     @property
     def example(self) -> torch.Tensor:
         """One zero image (1, C, H, W), for tracing and counting."""
-        return torch.zeros(1, self.channels, self.size, self.size)
+        return torch.zeros(1, self.channels, self.size, self.size, device=self.device)
 
 
 def stratified_split(labels: torch.Tensor, shares: tuple[float, ...], seed: int) -> list[torch.Tensor]:
@@ -89,14 +124,26 @@ def digits(size: int = 16, split_seed: int = 0) -> ImageData:
     return ImageData("digits", 10, 1, size, max(1, size // 8), part(train), part(validation), part(test))
 
 
-def load_data(name: str, size: int | None = None) -> ImageData:
+def load_data(name: str, size: int | None = None, folder: Path | None = None, **options: Any) -> ImageData:
     """The data set called `name`; `size` is the side of its images (None: its default).
 
-    Raises ValueError for an unknown name.
+    `folder` is where CIFAR-10 and ImageNet are; `options` are those of `folders.cifar10` and
+    `folders.imagenet`. Raises ValueError for an unknown name, and where something is wrong with the folder.
     """
-    if name != "digits":
+    if name not in DATASETS:
         raise ValueError(f"data: expected one of {list(DATASETS)}, got {name!r}")
-    return digits() if size is None else digits(size)
+    if name == "digits":
+        return digits() if size is None else digits(size)
+    from dsprune.recipes import folders
+
+    if folder is None:
+        raise ValueError(f"data: {name} needs the folder that it is in")
+    if name == "cifar10":
+        if size not in (None, 32):
+            raise ValueError(f"size: CIFAR-10 has images of 32 pixels, got {size}")
+        options.pop("workers", None)
+        return folders.cifar10(folder, **options)
+    return folders.imagenet(folder, size=size or 224, **options)
 
 
 def shifted(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:

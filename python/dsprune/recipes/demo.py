@@ -136,11 +136,15 @@ def _stages(
     return report
 
 
-def open_or_create(out: Path, config: Config, *, resume: bool) -> Run:
-    """The run in `out`: with `resume` the one there, which must have these settings; else a new one."""
+def open_or_create(out: Path, config: Config, *, resume: bool, moved: Sequence[str] = ()) -> Run:
+    """The run in `out`: with `resume` the one there, which must have these settings; else a new one.
+
+    `moved`: settings that may have changed meanwhile; the new ones are taken.
+    """
     if not (resume and (out / "run.json").exists()):
         return Run.create(out, config)
     run = Run.open(out)
+    run.reconfigure(**{name: getattr(config, name) for name in moved})
     theirs, ours = run.config.to_json(), config.to_json()
     changed = [key for key in ours if theirs[key] != ours[key]]
     if changed:

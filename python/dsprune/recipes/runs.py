@@ -45,6 +45,8 @@ class Config:
     """What one run folder holds; stored as its run.json.
 
     `threads` belongs to it because sums are split between threads: another number gives other last bits.
+    `folder` is where the data are, for data sets that are not built in; `limit` the number of images to take
+    of each part (0: all).
     """
 
     arch: str = "cifar_resnet"
@@ -53,6 +55,9 @@ class Config:
     size: int = 16
     seed: int = 0
     threads: int = 1
+    folder: str = ""
+    limit: int = 0
+    device: str = "cpu"
     pretrain: training.Pretrain = field(default_factory=training.Pretrain)
     learn: training.Learn = field(default_factory=training.Learn)
     prune: training.Prune = field(default_factory=training.Prune)
@@ -69,6 +74,12 @@ class Config:
             raise ValueError(f"size: expected 8 to 512 pixels, got {self.size!r}")
         if not 1 <= self.threads <= 1024:
             raise ValueError(f"threads: expected 1 to 1024, got {self.threads!r}")
+        if not self.limit >= 0:
+            raise ValueError(f"limit: expected at least 0, got {self.limit!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected 'cpu' or 'cuda', got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: torch sees no CUDA device here")
         if not 0 <= self.seed < 2**40:
             raise ValueError(f"seed: expected 0 to 2**40 - 1, got {self.seed!r}")
 
@@ -127,10 +138,11 @@ def hold_masks(model: nn.Module, state: Mapping[str, torch.Tensor], source: Path
 
 @dataclass
 class Run:
-    """A run folder and its settings."""
+    """A run folder and its settings. `workers`: processes that read images, 0: this one."""
 
     path: Path
     config: Config
+    workers: int = 0
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Run:
@@ -175,7 +187,7 @@ class Run:
             self.file(later).unlink(missing_ok=True)
             if later in trained and (checkpoints or later != stage):
                 self.checkpoint(trained[later]).unlink(missing_ok=True)
-        for name in ("report.json", "report.png", "structure.png"):
+        for name in ("report.json", "report.md", "report.png", "curves.png", "structure.png"):
             (self.path / name).unlink(missing_ok=True)
 
     def latest(self) -> str:
@@ -192,12 +204,22 @@ class Run:
 
     def data(self) -> ImageData:
         """The data set of this run."""
-        return load_data(self.config.data, self.config.size)
+        if self.config.data == "digits":
+            return load_data(self.config.data, self.config.size)
+        return load_data(
+            self.config.data,
+            self.config.size,
+            Path(self.config.folder),
+            limit=self.config.limit,
+            device=torch.device(self.config.device),
+            workers=self.workers,
+        )
 
     def network(self, data: ImageData) -> nn.Module:
         """A fresh dense network of this run's architecture, initialised by this run's seed."""
         torch.manual_seed(self.config.seed)
-        return build_network(self.config.arch, self.config.depth, data.classes, data.channels)
+        network = build_network(self.config.arch, self.config.depth, data.classes, data.channels)
+        return network.to(data.device)
 
     def write(self, stage: str, model: nn.Module, **meta: Any) -> None:
         """Store a stage's network and a JSON object."""

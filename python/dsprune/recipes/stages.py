@@ -148,8 +148,9 @@ def make_packed(run: Run, data: ImageData) -> float:
     return (masked_logits - packed_logits).abs().max().item()
 
 
-def logits_in_new_process(run: Run, *, timeout: float = 600.0) -> torch.Tensor:
-    """Load the packed file in a new Python process; its logits (N, classes) on the test images.
+def logits_in_new_process(run: Run, *, images: int | None = None, timeout: float = 600.0) -> torch.Tensor:
+    """Load the packed file in a new Python process; its logits (N, classes) on the test images, or on the
+    first so many validation images.
 
     Raises RuntimeError with the process's last line where it fails.
     """
@@ -164,6 +165,7 @@ def logits_in_new_process(run: Run, *, timeout: float = 600.0) -> torch.Tensor:
             str(run.path),
             str(out),
             str(torch.get_num_threads()),
+            str(images or 0),
         ]
         path = os.pathsep.join(entry for entry in sys.path if entry)
         result = subprocess.run(
@@ -175,13 +177,19 @@ def logits_in_new_process(run: Run, *, timeout: float = 600.0) -> torch.Tensor:
         return load_file(out)["logits"]
 
 
-def _main(folder: str, out: str, threads: str) -> None:
+def _main(folder: str, out: str, threads: str, images: str) -> None:
     from safetensors.torch import save_file
 
     torch.set_num_threads(int(threads))
     run = Run.open(Path(folder))
     data = run.data()
-    save_file({"logits": training.evaluate(run.packed(data), data.test).logits}, out)
+    packed = run.packed(data)
+    if int(images):
+        with torch.no_grad():
+            logits = packed(next(iter(data.validation.batches(int(images), data.device)))).cpu()
+    else:
+        logits = training.evaluate(packed, data.test).logits
+    save_file({"logits": logits}, out)
 
 
 def layer_macs(model: nn.Module, example: torch.Tensor) -> dict[str, int]:

@@ -1,13 +1,14 @@
 """The training loops: pretrain, learn groups, finetune with the masks held; and evaluation.
 
-Every loop writes a checkpoint before its first epoch and after each one. Whatever interrupts it, the next
-run with `resume=True` goes on from the last finished epoch and ends with the same bits: the checkpoint
-holds the model, the optimizer, the learner and all random states.
+Every loop writes a checkpoint before its first epoch, after each one, and every `CHECKPOINT_STEPS` steps of
+a longer epoch. Whatever interrupts it, the next run with `resume=True` goes on from the last checkpoint and
+ends with the same bits: it holds the model, the optimizer, the learner and all random states.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ from dsprune.recipes.checkpoint import (
     split_state,
     write_checkpoint,
 )
-from dsprune.recipes.data import ImageData, Split, batch_count, batches
+from dsprune.recipes.data import ImageData, Part, batch_count
+
+CHECKPOINT_STEPS = 500
 
 
 class TrainingError(RuntimeError):
@@ -61,7 +64,10 @@ def _check(settings: Any, *, at_least: Mapping[str, float] = {}, above: Mapping[
 
 @dataclass(frozen=True)
 class Pretrain:
-    """SGD with momentum; the learning rate rises over the first `warmup` of all steps, then a cosine to 0."""
+    """SGD with momentum; the learning rate rises over the first `warmup` of all steps, then a cosine to 0.
+
+    With `milestones` it is a tenth after each of these epochs instead, and there is no warm-up.
+    """
 
     epochs: int = 14
     batch: int = 64
@@ -69,8 +75,10 @@ class Pretrain:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.1
+    milestones: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON has lists
         _check(
             self,
             at_least={"epochs": 1, "batch": 2, "momentum": 0, "weight_decay": 0, "warmup": 0},
@@ -151,12 +159,13 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, batch: int = 256) -> Score:
-    """Score `model` in eval mode (its mode is restored) on all images of `split`."""
+def evaluate(model: nn.Module, split: Part, batch: int = 256) -> Score:
+    """Score `model` in eval mode (its mode is restored) on all images of `split`, on the model's device."""
     training = model.training
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.eval()
     try:
-        logits = torch.cat([model(images) for images in split.images.split(batch)])
+        logits = torch.cat([model(images).cpu() for images in split.batches(batch, device)])
     finally:
         model.train(training)
     return Score(
@@ -201,6 +210,10 @@ class Loop:
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
+    # Within an epoch: the steps taken, the sum of their losses, and the generator as the epoch began.
+    within: int = 0
+    losses: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    start: torch.Tensor | None = None
 
     def save(self, path: Path) -> None:
         """Write the checkpoint."""
@@ -208,7 +221,8 @@ class Loop:
         more, optimizer = flatten_optimizer(self.optimizer, "optimizer.")
         tensors.update(more)
         tensors.update({f"best.{name}": value for name, value in self.best.items()})
-        tensors["random.data"] = self.generator.get_state()
+        tensors["random.data"] = self.generator.get_state() if self.start is None else self.start
+        tensors["losses"] = self.losses
         tensors["random.torch"] = torch.get_rng_state()
         learner = None
         if self.learner is not None:
@@ -217,6 +231,7 @@ class Loop:
             "stage": self.stage,
             "settings": self.settings,
             "epoch": self.epoch,
+            "within": self.within,
             "history": self.history,
             "optimizer": optimizer,
             "learner": learner,
@@ -242,7 +257,8 @@ class Loop:
         if self.learner is not None:
             self.learner.load_state_dict(join_state(meta["learner"], tensors))
         self.best = part_of(tensors, "best.")
-        self.epoch, self.history = meta["epoch"], meta["history"]
+        self.epoch, self.history, self.within = meta["epoch"], meta["history"], meta["within"]
+        self.losses.copy_(tensors["losses"])
         self.generator.set_state(tensors["random.data"])
         torch.set_rng_state(tensors["random.torch"])
 
@@ -278,6 +294,7 @@ def _run(
     resume: bool,
     progress: Progress,
 ) -> None:
+    loop.losses = loop.losses.to(data.device)
     if resume and checkpoint is not None and checkpoint.exists():
         loop.load(checkpoint)
     elif checkpoint is not None:
@@ -287,24 +304,29 @@ def _run(
         raise ValueError(f"batch: {len(data.train)} training images give no batch of {batch}")
     total = epochs * steps
     note = _note(loop.history)
-    progress.step(loop.stage, loop.epoch * steps, total, note)
+    progress.step(loop.stage, loop.epoch * steps + loop.within, total, note)
     while loop.epoch < epochs:
-        losses = torch.zeros(())
-        done = loop.epoch * steps
+        done = loop.epoch * steps + loop.within
+        loop.start = loop.generator.get_state()
         loop.model.train()
-        for images, labels in batches(data.train, batch, data.shift, loop.generator):
+        for images, labels in data.train.epoch(batch, data.shift, loop.generator, loop.within, data.device):
             for group in loop.optimizer.param_groups:
                 group["lr"] = lr(done)
-            losses += step(images, labels).detach()
+            loop.losses += step(images, labels).detach()
             done += 1
+            loop.within += 1
+            if checkpoint is not None and loop.within % CHECKPOINT_STEPS == 0 and loop.within < steps:
+                loop.save(checkpoint)
             progress.step(loop.stage, done, total, note)
-        mean = losses.item() / steps
+        mean = loop.losses.item() / steps
         if not math.isfinite(mean):
             raise TrainingError(
                 f"{loop.stage}: the loss is {mean} after epoch {loop.epoch + 1}; try a lower learning rate"
             )
         score = evaluate(loop.model, data.validation)
         loop.epoch += 1
+        loop.within, loop.start = 0, None
+        loop.losses.zero_()
         loop.history.append(
             {"loss": mean, "validation_accuracy": score.accuracy, "validation_loss": score.loss}
         )
@@ -346,7 +368,14 @@ def _plain_step(
 
 
 def _identity(settings: Any, data: ImageData, seed: int) -> dict[str, Any]:
-    return {**dataclasses.asdict(settings), "data": data.name, "size": data.size, "seed": seed}
+    identity = {
+        **dataclasses.asdict(settings),
+        "data": data.name,
+        "size": data.size,
+        "images": len(data.train),
+        "seed": seed,
+    }
+    return dict(json.loads(json.dumps(identity)))  # as a checkpoint has it
 
 
 def pretrain(
@@ -365,13 +394,20 @@ def pretrain(
     """
     generator = seed_everything(seed, 1)
     loop = Loop("pretrain", _identity(settings, data, seed), model, _sgd(model, settings), generator)
-    total = settings.epochs * batch_count(len(data.train), settings.batch)
+    steps = batch_count(len(data.train), settings.batch)
+    total, milestones = settings.epochs * steps, settings.milestones
+
+    def rate(step: int) -> float:
+        if milestones:
+            return settings.lr * 0.1 ** sum(step // steps >= epoch for epoch in milestones)
+        return settings.lr * cosine(step, total, settings.warmup)
+
     _run(
         loop,
         data,
         epochs=settings.epochs,
         batch=settings.batch,
-        lr=lambda t: settings.lr * cosine(t, total, settings.warmup),
+        lr=rate,
         step=_plain_step(model, loop.optimizer),
         after_epoch=None,
         checkpoint=checkpoint,

@@ -1,4 +1,4 @@
-"""The tuner of launches on the CPU: its whole path with tiny layers, interpreted, and a clock of the test's."""
+"""The tuner of launches on the CPU: its whole path with tiny layers, interpreted, and clocks made to fit."""
 
 from __future__ import annotations
 

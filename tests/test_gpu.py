@@ -16,6 +16,7 @@ from torch import nn
 import dsp_kernels
 import dsprune
 from dsp_kernels import GroupLayout, cost, permuted_grouped_conv2d
+from dsp_kernels.assignment import LassoTable
 from dsp_kernels.conv.chain import Chain
 from dsprune import gpu
 from dsprune.models.resnet import Bottleneck
@@ -91,6 +92,81 @@ def test_assignment_and_penalty() -> None:
     for here, there in zip(run("cpu"), run("cuda"), strict=True):
         assert there.device.type == "cuda"
         torch.testing.assert_close(there.cpu(), here, rtol=1e-10, atol=1e-12)
+
+
+ASSIGNMENT_SHAPES = [(70, 24, 3, 3), (33, 136, 1, 1), (16, 9, 5, 5), (5, 12)]
+
+
+def assignment_fixture(
+    dtype: torch.dtype, last: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """Weights of ``dtype``, log-probabilities for three groups, and step lengths."""
+    weights = [torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype) for shape in ASSIGNMENT_SHAPES]
+    if last:
+        weights = [w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logs = [torch.log_softmax(torch.randn(3, w.shape[0], dtype=wide), 0).to(DEVICE) for w in weights]
+    return weights, logs, [1e-3, 2e-3, 3e-3, 4e-3]
+
+
+def needs_backend(name: str) -> None:
+    reason = dsp_kernels.available_backends()[name]
+    if reason is not None:
+        pytest.skip(f"{name} backend: {reason}")
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_assignment_kernels(backend: str, dtype: torch.dtype, last: bool) -> None:
+    """Values, gradients, penalty step, gradient of a step, against float64 on the CPU; the same bits."""
+    needs_backend(backend)
+    weights, logs, rates = assignment_fixture(dtype, last)
+    matrix = torch.cat(logs, 1)
+    moves = [torch.randn_like(w) for w in weights]
+
+    def run(device: str, own: str | None, cast: torch.dtype | None) -> list[torch.Tensor]:
+        leaves = [w.detach().to(device, cast).requires_grad_() for w in weights]
+        free = [log.detach().to(device, None if cast is None else cast).requires_grad_() for log in logs]
+        penalties = dsp_kernels.group_lasso(leaves, free, [1.0, 0.5, 2.0, 1.5], backend=own)
+        found = [penalties.detach(), *torch.autograd.grad(penalties.sum(), [*leaves, *free])]
+        table = LassoTable([w.detach().clone() for w in leaves], 3, [1.0, 0.5, 2.0, 1.5], backend=own)
+        soft = matrix.to(device, cast)
+        found.append(table.log_gradient(soft, rates))
+        found.append(table.log_gradient(soft, rates, [m.to(device, cast) for m in moves]))
+        table.shrink(soft, rates)
+        return found + table.weights
+
+    got = run(DEVICE, backend, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, run(DEVICE, backend, None), strict=True))
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, torch.float64: 1e-10}
+    for there, here in zip(got, run("cpu", "reference", torch.float64), strict=True):
+        error = (there.double().cpu() - here).norm() / here.norm()
+        assert error < tolerance[there.dtype]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_an_assignment_table_is_captured_in_a_graph(backend: str) -> None:
+    needs_backend(backend)
+    weights, logs, rates = assignment_fixture(torch.float32)
+    matrix = torch.cat(logs, 1)
+    lengths = torch.tensor(rates, device=DEVICE)
+    before = [w.clone() for w in weights]
+    table = LassoTable(weights, 3, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        table.shrink(matrix, lengths)
+    torch.cuda.current_stream().wait_stream(stream)
+    once = [w.clone() for w in weights]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        table.shrink(matrix, lengths)
+    for weight, old in zip(weights, before, strict=True):
+        weight.copy_(old)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(weights, once, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
 
 
 def test_fresh_memory_is_poisoned_here_too() -> None:

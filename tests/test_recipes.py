@@ -438,7 +438,7 @@ def test_the_report_is_whole_and_true(ran: tuple[Path, str], cifar: Path) -> Non
         "torch ",
     ):
         assert needle in text
-    for needle in ("92.07%", "a trial: not the settings", "channel pruning", "report.md"):
+    for needle in ("92.07%", "a trial: not the settings", "speed-up", "report.md"):
         assert needle in said
     for name in ("curves.png", "structure.png"):
         with Image.open(folder / name) as image:

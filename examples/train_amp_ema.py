@@ -2,7 +2,7 @@
 
     python examples/train_amp_ema.py --out outputs/amp [--form packed]
 
-Real digits (scikit-learn's), ResNet-20. Interrupted, it goes on from its checkpoint; `--compile` compiles the model.
+Real digits (scikit-learn's), ResNet-20. Interrupted, it goes on from its checkpoint.
 """
 
 from __future__ import annotations

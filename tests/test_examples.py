@@ -14,13 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Script, arguments ("{out}" is an empty folder), text in what it prints, modules that it needs.
 EXAMPLES: list[tuple[str, list[str], str, list[str]]] = [
-    ("train_amp_ema.py", ["--out", "{out}", "--steps", "3", "--batch", "16"], "packed network:", []),
-    (
-        "train_amp_ema.py",
-        ["--out", "{out}", "--steps", "3", "--batch", "16", "--form", "packed"],
-        "packed network:",
-        [],
-    ),
+    ("train_amp_ema.py", ["--out", "{out}", "--steps", "3", "--form", "packed"], "packed network:", []),
     ("lightning_learn.py", ["--out", "{out}", "--steps", "3"], "packed network:", ["lightning"]),
     ("accelerate_learn.py", ["--out", "{out}", "--epochs", "1", "--cpu"], "packed network:", ["accelerate"]),
     (

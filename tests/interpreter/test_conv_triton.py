@@ -31,7 +31,7 @@ DTYPES = [torch.float32, torch.float16]
 # Few, large programs: each operation of the interpreter costs the same whatever its size.
 LAUNCHES = {
     "one tile": room.Launch(128, 32, 64, 4, 2, 1),
-    "many tiles": room.Launch(16, 16, 64, 4, 2, 1),
+    "many tiles": room.Launch(32, 16, 64, 4, 2, 1),
     "split": room.Launch(64, 16, 32, 4, 2, 3),
 }
 LAYOUT = GroupLayout(5, 6, [([4, 0, 2], [1, 4]), (range(5), [0]), ([3], []), ([1, 4], [5])])
@@ -73,7 +73,7 @@ def small_cases(draw: st.DrawFn) -> Case:
 # ---- values ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=24)
+@settings(max_examples=20)
 @given(small_cases(), st.sampled_from(sorted(LAUNCHES)), st.sampled_from(DTYPES))
 def test_forward(case: Case, launch: str, dtype: torch.dtype) -> None:
     with room.launching(LAUNCHES[launch]):
@@ -82,7 +82,7 @@ def test_forward(case: Case, launch: str, dtype: torch.dtype) -> None:
     assert out.stride() == dense(x.float(), case.tensors(torch.float32)[1], case).stride()
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(small_cases(), st.sampled_from(sorted(LAUNCHES)), st.sampled_from(DTYPES))
 def test_gradients(case: Case, launch: str, dtype: torch.dtype) -> None:
     with room.launching(LAUNCHES[launch]):
@@ -122,8 +122,13 @@ def test_every_epilogue(activation: str | None, bias: bool, residual: bool) -> N
             check_forward(case, torch.float16, "triton")
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 9, 12, 14, 16])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# In single precision a vector is 4 channels at most, so that fewer sizes differ.
+SIZES = [(torch.float16, n) for n in (1, 2, 3, 7, 8, 9, 12, 14, 16)] + [
+    (torch.float32, n) for n in (3, 7, 12, 14)
+]
+
+
+@pytest.mark.parametrize(("dtype", "channels"), SIZES)
 def test_every_alignment(channels: int, dtype: torch.dtype) -> None:
     """Vectors of 8, 4, 2 and 1 channels, and fewer channels than a chunk, on both sides."""
     case = Case(channels, channels, 17 - channels, 3, 1, (4, 4), (1, 2), (1, 1), (0, 1), (1, 1))

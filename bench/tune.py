@@ -368,10 +368,10 @@ class Tuner:
         journal: Path,
         *,
         minutes: float,
-        timer: Timer = seconds_of,
+        timer: Timer | None = None,
         shared_memory: int | None = None,
     ) -> None:
-        self.device, self.table, self.journal, self.timer = device, table, journal, timer
+        self.device, self.table, self.journal, self.timer = device, table, journal, timer or seconds_of
         self.arch = room.machine(device)[0]
         self.shared_memory = shared_memory or (
             cost.device(device).shared_memory if device.type == "cuda" else 227 * 1024

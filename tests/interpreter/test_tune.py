@@ -151,6 +151,35 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert not tuner(tmp_path, clock).resumed
 
 
+def test_a_candidate_that_takes_the_device_along_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "candidates", few)
+    monkeypatch.setattr(tune, "seconds_of", likes(warps=8))
+    real = room.forward
+
+    def fails(*args: Any) -> torch.Tensor:
+        forced = room._forced.get()
+        assert forced is not None
+        if forced.BLOCK_M == 128:
+            raise RuntimeError("an illegal memory access was encountered")
+        return real(*args)
+
+    def lost(self: tune.Tuner, why: str) -> None:
+        raise tune.DeviceLost(why)
+
+    monkeypatch.setattr(room, "forward", fails)
+    monkeypatch.setattr(tune.Tuner, "_check_device", lost)
+    table = tmp_path / "table.json"
+    command = ["--dry-run", "--only", "conv/", "--table", str(table)]
+    assert tune.main(command) == 3
+    assert "run this again to go on" in capsys.readouterr().err
+    assert tune.main(command) == 0
+    assert "1 dropped" in capsys.readouterr().out
+    assert "illegal memory access" in (tmp_path / "table.journal.json").read_text()
+    assert launches.read(table)["interpreter"]["conv/half/n16/small"].warps == 8
+
+
 def test_what_is_not_worth_compiling() -> None:
     limit = 99 * 1024
     assert tune.too_large(Launch(128, 64, 32, 4, 3, 1), "conv/half/n64/large", limit) is None

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "assignment/cuda_cut.h"
 #include "core/status.h"
 
 namespace dsp {
@@ -68,7 +69,7 @@ struct Cut {
   std::vector<Layer> layers;
 };
 
-Cut make(int64_t element, int64_t groups, const int64_t* shapes, int64_t shapes_numel) {
+Cut make(int64_t element, int64_t groups, const int64_t* shapes, int64_t shapes_numel, int64_t tile) {
   if (element < kFloat32 || element > kBfloat16)
     fail("element is " + std::to_string(element) + ", expected 0 to 3");
   if (groups < 1 || groups > kMostGroups)
@@ -91,7 +92,7 @@ Cut make(int64_t element, int64_t groups, const int64_t* shapes, int64_t shapes_
     total = checked_add(total, l.filters * l.channels * l.taps, "all layers");
     out.layers.push_back(l);
   }
-  const int64_t target = std::min(kMostTile, std::max(kLeastTile, total / kTiles));
+  const int64_t target = tile > 0 ? tile : std::min(kMostTile, std::max(kLeastTile, total / kTiles));
   for (Layer& l : out.layers) {
     cut(l, element, target);
     l.filter_at = h.filters;
@@ -144,6 +145,14 @@ void write(const Cut& cut, int64_t* words) {
 
 }  // namespace
 
+std::vector<int64_t> make_table(int64_t element, int64_t groups, const int64_t* shapes, int64_t shapes_numel,
+                                int64_t tile) {
+  const Cut cut = make(element, groups, shapes, shapes_numel, tile);
+  std::vector<int64_t> words(static_cast<size_t>(cut.header.words));
+  write(cut, words.data());
+  return words;
+}
+
 const Header& read_table(const int64_t* words, int64_t numel) {
   constexpr const char* kWrong = "table is not one of dsp_cuda_lasso_table";
   require(words != nullptr && numel > words_in<Header>(), kWrong);
@@ -189,7 +198,7 @@ dsp_status dsp_cuda_lasso_table(int32_t element, int64_t groups, const int64_t* 
                                 int64_t* words, int64_t words_numel, int64_t* needed) {
   using namespace dsp::cuda::lasso;
   return dsp::guard([&] {
-    const auto cut = make(element, groups, shapes, shapes_numel);
+    const auto cut = make(element, groups, shapes, shapes_numel, 0);
     if (needed != nullptr) *needed = cut.header.words;
     if (words == nullptr) return;
     if (words_numel != cut.header.words)

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "assignment/cuda_cut.h"
 #include "dsp.h"
 #include "emulation.h"
 
@@ -126,6 +127,8 @@ struct Network {
   std::vector<Layer> layers;
   std::unique_ptr<Tensor> logs, rates, scales;
   bool hard = false;
+  int64_t tile = 0;      // elements of a tile, 0: as the interface cuts
+  bool shifted = false;  // outputs do not begin at 16 bytes
   int32_t sums() const { return element == kFloat64 ? kFloat64 : kFloat32; }
   double p(const Layer& l, int64_t g, int64_t o) const {
     return std::exp(logs->get(g * stride + l.filter_at + o));
@@ -233,20 +236,25 @@ struct Call {
     std::vector<int64_t> shapes;
     for (const Layer& l : n.layers)
       for (const int64_t word : {l.filters, l.channels, l.taps, int64_t{l.tap_major}}) shapes.push_back(word);
-    int64_t needed = 0;
     const auto numel = static_cast<int64_t>(shapes.size());
-    check(dsp_cuda_lasso_table(n.element, n.groups, shapes.data(), numel, nullptr, 0, &needed) == DSP_OK,
-          "table refused");
-    table.resize(index(needed));
-    check(dsp_cuda_lasso_table(n.element, n.groups, shapes.data(), numel, table.data(), needed, nullptr) ==
-              DSP_OK,
-          "table refused");
+    int64_t needed = 0;
+    if (n.tile > 0) {
+      table = dsp::cuda::lasso::make_table(n.element, n.groups, shapes.data(), numel, n.tile);
+      needed = static_cast<int64_t>(table.size());
+    } else {
+      check(dsp_cuda_lasso_table(n.element, n.groups, shapes.data(), numel, nullptr, 0, &needed) == DSP_OK,
+            "table refused");
+      table.resize(index(needed));
+      check(dsp_cuda_lasso_table(n.element, n.groups, shapes.data(), numel, table.data(), needed, nullptr) ==
+                DSP_OK,
+            "table refused");
+    }
     dsp_cuda_lasso_layout layout{};
     check(dsp_cuda_lasso_sizes(table.data(), needed, operation, directed, &layout) == DSP_OK,
           "sizes refused");
     check(layout.filters == n.filters && layout.tiles > 0, "wrong sizes");
     for (const Layer& l : n.layers) {
-      weights.emplace_back(l.weight.numel, n.element, chance(0.1) ? 1 : 0);
+      weights.emplace_back(l.weight.numel, n.element, n.shifted || chance(0.1) ? 1 : 0);
       kept.emplace_back(l.weight.numel, n.element);
       addresses.push_back(l.weight.address());
       addresses.push_back(directed ? l.direction.address() : 0);
@@ -467,7 +475,9 @@ void random_round() {
     while (s.filters * s.channels * s.taps > 6000 && s.filters > 1) s.filters = (s.filters + 1) / 2;
     shapes.push_back(s);
   }
-  test_network(make_network(element, groups, shapes, chance(0.4)));
+  Network n = make_network(element, groups, shapes, chance(0.4));
+  if (chance(0.5)) n.tile = int64_t{1} << between(6, 14);
+  test_network(n);
   test_samples();
 }
 
@@ -478,6 +488,13 @@ void fixed_rounds() {
                               {{37, 136, 1, false}, {21, 24, 9, false}, {19, 16, 9, true}, {70, 3, 4, false}},
                               element == kFloat64));
   test_network(make_network(kFloat32, 9, {{9, 5, 4, true}, {40, 8, 1, false}}, false));
+  // Tiles of more batches than are under way at a time, as large networks have them.
+  for (const int32_t element : {kFloat32, kBfloat16}) {
+    Network n = make_network(element, 2, {{61, 130, 1, false}, {25, 20, 9, true}, {40, 16, 9, false}}, false);
+    n.tile = 16384;
+    n.shifted = element == kFloat32;
+    test_network(n);
+  }
 }
 
 void refused(dsp_status status, const char* text) {

@@ -243,6 +243,11 @@ def prune(
     params: Annotated[
         float | None, typer.Option(help="Fraction of the parameters to remove, 0 to 1.")
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the dense network's time to take, measured here, 0 to 1."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images in a batch, for --latency.")] = 1,
     count: Annotated[
         Count, typer.Option(help="Count the whole network or its prunable convs.")
     ] = Count.network,
@@ -258,14 +263,16 @@ def prune(
     here.need("learned", "learn")
     settings = (
         Prune(count=count.value)
-        if flops is None and params is None
-        else Prune(flops=flops, params=params, count=count.value)
+        if flops is None and params is None and latency is None
+        else Prune(flops=flops, params=params, count=count.value, latency=latency, batch=batch)
     )
     images = here.data()
     here.reconfigure(prune=settings)
-    stages.make_pruned(here, images)
+    structure = stages.make_pruned(here, images)
     pruned = here.read("pruned", images)[0]
     _print_summary(pruned, images)
+    if structure is not None and structure.latency is not None:
+        typer.echo(str(structure.latency))
     _say_accuracy(here, images, "pruned", pruned)
 
 
@@ -446,6 +453,50 @@ def bench(
         images = latency.random_images(count, channels, side)
         rows[str(count)] = latency.compare(source.dense, packed, images, seconds=seconds, inductor=inductor)
     _out().print(_latency_table(rows, source.title))
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    onnx = "onnx"
+    torch = "torch"
+    aoti = "aoti"
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option("--to", help="The file to write.", show_default=False)],
+    file: Annotated[Path | None, typer.Argument(help="Weights or a packed network; or give --run.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "--out", help="The run folder.", metavar="FOLDER")
+    ] = None,
+    form: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="onnx: standard operators; torch: torch.export; aoti: compiled."),
+    ] = ExportFormat.onnx,
+    dense: Annotated[bool, typer.Option("--dense", help="ONNX: one convolution a layer, no groups.")] = False,
+    arch: ArchOption = None,
+    depth: Annotated[int, typer.Option(help="Depth of cifar_resnet, for a FILE.")] = 20,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels, for a FILE.")] = 32,
+) -> None:
+    """Write the packed network for another runtime: ONNX, torch.export or AOTInductor."""
+    import dsprune
+
+    if dense and form is not ExportFormat.onnx:
+        raise ValueError("dense: goes with --format onnx")
+    if not out.parent.is_dir():
+        raise ValueError(f"to: no folder at {str(out.parent)!r}")
+    source = _source(run, file, None, arch, depth, size)
+    packed = source.model
+    if not isinstance(packed, dsprune.PackedNetwork):
+        packed = dsprune.pack(packed, source.example).eval()
+    if form is ExportFormat.onnx:
+        dsprune.export_onnx(packed, source.example, out, form="dense" if dense else "groups")
+    elif form is ExportFormat.torch:
+        dsprune.export_torch(packed, source.example, out)
+    else:
+        dsprune.export_aoti(packed, source.example, out)
+    typer.echo(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
 
 
 def _is_packed(model: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from dsprune.recipes.checkpoint import CheckpointError, read_checkpoint
 from dsprune.recipes.data import ImageData
 from dsprune.recipes.runs import Run
 from dsprune.recipes.training import Progress
+from dsprune.structure import Structure
 
 
 def make_dense(
@@ -102,18 +103,24 @@ def make_learned(
     run.checkpoint("learn").unlink(missing_ok=True)
 
 
-def make_pruned(run: Run, data: ImageData, *, resume: bool = False) -> None:
-    """Find the structure for the run's target and hold it by masks."""
+def make_pruned(run: Run, data: ImageData, *, resume: bool = False) -> Structure | None:
+    """Find the structure for the run's target and hold it by masks; the structure, where it was found now."""
+    from dsprune.recipes.latency import random_images
     from dsprune.structure import apply_structure, find_structure
 
     if resume and run.has("pruned"):
-        return
+        return None
     model, assignment, _ = run.read("learned", data)
     target = {k: v for k, v in dataclasses.asdict(run.config.prune).items() if v is not None}
-    structure = find_structure(model, data.example, assignment, **target)
+    batch = target.pop("batch")
+    example = data.example
+    if "latency" in target:
+        example = random_images(batch, *example.shape[1:3]).to(example.device)
+    structure = find_structure(model, example, assignment, **target)
     apply_structure(model, structure)
     run.forget("pruned")
     run.write("pruned", model)
+    return structure
 
 
 def make_finetuned(

@@ -113,19 +113,25 @@ class Learn:
 
 @dataclass(frozen=True)
 class Prune:
-    """The fraction of the FLOPs or parameters to remove, of the whole network or of its prunable convs."""
+    """The fraction of the FLOPs or parameters to remove, of the whole network or of its prunable convs; or
+    the fraction of the dense network's time to take, for `batch` images.
+    """
 
     flops: float | None = 0.62
     params: float | None = None
     count: str = "network"
+    latency: float | None = None
+    batch: int = 1
 
     def __post_init__(self) -> None:
-        if (self.flops is None) == (self.params is None):
-            raise ValueError("prune: expected exactly one target, flops or params")
-        for name in ("flops", "params"):
+        if sum(v is not None for v in (self.flops, self.params, self.latency)) != 1:
+            raise ValueError("prune: expected exactly one target: flops, params or latency")
+        for name in ("flops", "params", "latency"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name}: expected the fraction to remove, between 0 and 1, got {value!r}")
+                kind = "left" if name == "latency" else "to remove"
+                raise ValueError(f"{name}: expected the fraction {kind}, between 0 and 1, got {value!r}")
+        _check(self, at_least={"batch": 1})
         if self.count not in ("network", "prunable"):
             raise ValueError(f"count: expected 'network' or 'prunable', got {self.count!r}")
 

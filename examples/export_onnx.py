@@ -18,7 +18,7 @@ from dsprune.models import cifar_resnet
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--form", choices=("groups", "dense"), default="groups")
+    options.add_argument("--form", choices=("dense", "groups"), default="dense")
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 

@@ -42,7 +42,7 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "text"),
     [
         (["--to", "{new}/net.onnx"], "to: no folder"),
-        (["--to", "{file}.pt2", "--format", "torch", "--dense"], "dense: goes with --format onnx"),
+        (["--to", "{file}.pt2", "--format", "torch", "--groups"], "groups: goes with --format onnx"),
         (["--to", "{file}.so", "--format", "aoti"], "path: expected a name ending in .pt2"),
     ],
 )

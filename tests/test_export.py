@@ -209,7 +209,7 @@ def test_onnx_of_random_zeros(onnx: Any, tmp_path: Path) -> None:
     packed = packed_net(nets.Residual)
     path = dsprune.export_onnx(
         packed, torch.randn(1, 3, 16, 16), tmp_path / "net.onnx",
-        dynamic_size=True, input_names=["image"], output_names=["logits"], check=True,
+        form="groups", dynamic_size=True, input_names=["image"], output_names=["logits"], check=True,
     )  # fmt: skip
     runtime = session(path)
     assert runtime.get_inputs()[0].shape == ["batch", 3, "height", "width"]

@@ -474,7 +474,9 @@ def export(
         ExportFormat,
         typer.Option("--format", help="onnx: standard operators; torch: torch.export; aoti: compiled."),
     ] = ExportFormat.onnx,
-    dense: Annotated[bool, typer.Option("--dense", help="ONNX: one convolution a layer, no groups.")] = False,
+    groups: Annotated[
+        bool, typer.Option("--groups", help="ONNX: a convolution per group of filters.")
+    ] = False,
     arch: ArchOption = None,
     depth: Annotated[int, typer.Option(help="Depth of cifar_resnet, for a FILE.")] = 20,
     size: Annotated[int, typer.Option(help="Side of the images in pixels, for a FILE.")] = 32,
@@ -482,8 +484,8 @@ def export(
     """Write the packed network for another runtime: ONNX, torch.export or AOTInductor."""
     import dsprune
 
-    if dense and form is not ExportFormat.onnx:
-        raise ValueError("dense: goes with --format onnx")
+    if groups and form is not ExportFormat.onnx:
+        raise ValueError("groups: goes with --format onnx")
     if not out.parent.is_dir():
         raise ValueError(f"to: no folder at {str(out.parent)!r}")
     source = _source(run, file, None, arch, depth, size)
@@ -491,7 +493,7 @@ def export(
     if not isinstance(packed, dsprune.PackedNetwork):
         packed = dsprune.pack(packed, source.example).eval()
     if form is ExportFormat.onnx:
-        dsprune.export_onnx(packed, source.example, out, form="dense" if dense else "groups")
+        dsprune.export_onnx(packed, source.example, out, form="groups" if groups else "dense")
     elif form is ExportFormat.torch:
         dsprune.export_torch(packed, source.example, out)
     else:

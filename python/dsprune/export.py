@@ -1,7 +1,7 @@
 """Packed networks for other runtimes: ``torch.export`` programs, AOTInductor packages, and ONNX.
 
 The first two keep the fused operators and need this package where they run. ONNX, and ``standard_network``
-for any other converter, have slices or gathers, plain convolutions and a concatenation in their place.
+for any other converter, have plain convolutions in their place: one a layer, or one a group.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .pack import PackedNetwork, _leaves
 
 __all__ = ["FORMS", "export_aoti", "export_onnx", "export_torch", "standard_network"]
 
-FORMS = ("groups", "dense")
+FORMS = ("dense", "groups")
 ONNX_TOLERANCE = 1e-4
 ADAPTIVE_POOLS = {aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default}
 
@@ -102,11 +102,10 @@ class StandardConv2d(nn.Module):
 
     ``form="groups"``: per group a slice of the input (a gather where its channels are no run), a convolution,
     and a concatenation of the results, put in order where filters are not numbered by group. Dead filters
-    are rows of zeros in the smallest group. ``form="dense"``: one convolution with zeros over the channels
-    that anybody reads.
+    are rows of zeros in the smallest group. ``form="dense"``: one convolution with zeros over all channels.
     """
 
-    def __init__(self, layer: PermutedGroupedConv2d, form: str = "groups") -> None:
+    def __init__(self, layer: PermutedGroupedConv2d, form: str = "dense") -> None:
         super().__init__()
         self.activation = layer.activation
         self.outer_padding, self.padding_mode = layer._outer_padding, layer.padding_mode
@@ -114,8 +113,7 @@ class StandardConv2d(nn.Module):
         dense = layer.dense_weight().detach()
         dead = list(layout.dead_filters)
         if form == "dense" or not layout.pairs:
-            channels = list(layout.used_channels) or [0]
-            parts = [(channels, list(range(layout.out_channels)))]
+            parts = [(list(range(layout.in_channels)), list(range(layout.out_channels)))]
         else:
             parts = [(sorted(c), sorted(f)) for c, f in layout.groups if f]
             parts.sort(key=lambda part: part[1][0])
@@ -191,15 +189,15 @@ def _network(packed: PackedNetwork, inputs: tuple[Any, ...]) -> nn.Module:
         return copy.deepcopy(packed.network_for(inputs)).eval()
 
 
-def standard_network(packed: PackedNetwork, example_input: Any, *, form: str = "groups") -> nn.Module:
+def standard_network(packed: PackedNetwork, example_input: Any, *, form: str = "dense") -> nn.Module:
     """A packed network with none but standard operators, for converters that know no others.
 
     Args:
         packed: from ``pack`` or ``load``; it is left alone.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments.
-        form: ``"groups"``: per group a slice or gather, a convolution, and a concatenation: the multiply-adds
-            of the packed network. ``"dense"``: one convolution a layer, with zeros, over the channels that
-            are left.
+        form: ``"dense"``: one convolution a layer, with zeros, over the channels that packing left.
+            ``"groups"``: per group a slice or gather, a convolution, and a concatenation: the multiply-adds
+            of the packed network, in many small steps.
 
     Returns:
         A new module in evaluation mode that takes ``packed``'s positional arguments and gives its outputs up
@@ -338,14 +336,14 @@ def export_onnx(
     example_input: Any,
     path: str | os.PathLike[str],
     *,
-    form: str = "groups",
+    form: str = "dense",
     dynamic_size: bool = False,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     opset: int = 18,
     check: bool | None = None,
 ) -> Path:
-    """A packed network as an ONNX file in standard operators: Slice or Gather, Conv, Concat, Add, Relu.
+    """A packed network as an ONNX file in standard operators: Conv, Add, Relu; Slice, Gather, Concat.
 
     Args:
         packed: from ``pack`` or ``load``; it is left alone.

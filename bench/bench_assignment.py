@@ -4,14 +4,16 @@ memory.
     python -m bench.bench_assignment [--networks resnet20 resnet56] [--groups 2 4] [--threads 1 2]
     python -m bench.bench_assignment --steps [--authors FOLDER] [--batch 128]
     python -m bench.bench_assignment --memory
+    python -m bench.bench_assignment --bytes
     (each with --json FILE, --device cuda)
 
 Everything that is compared runs in one process, in turn, for at least ``--seconds`` a cell; medians are
 printed, in milliseconds, with the fastest run in brackets. "copy" is one ``copy_`` of all prunable weights
 (read once, written once), the floor of a penalty with its gradient for the weights; "loop" is the
 definition layer by layer and group by group under autograd. ``--authors`` names a folder with the authors'
-``dsp_module.py``, whose ``GroupWrapper`` is then timed beside ours. ``--device cuda`` times a GPU instead,
-waiting for it after each run.
+``dsp_module.py``, whose ``GroupWrapper`` is then timed beside ours. ``--bytes`` times nothing: it counts what
+the GPU kernels move, from their tables, against the least that an operation can (weights read once, written
+once where it writes them). ``--device cuda`` times a GPU instead, waiting for it after each run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import statistics
 import sys
 import time
@@ -38,6 +41,7 @@ from torch.utils._pytree import tree_leaves
 
 import dsp_kernels
 from dsp_kernels.assignment import LassoTable, group_lasso, reference
+from dsp_kernels.assignment.plan import Layer, make_plan, tiling, vector_width
 from dsprune import GroupLearner, prunable_convs
 from dsprune.models import cifar_resnet, resnet18, resnet50
 
@@ -99,7 +103,7 @@ def kernels(name: str, groups: int, threads: int, seconds: float, device: str = 
         torch.autograd.grad(reference.group_lasso_definition(leaves, log_leaves).sum(), leaves + log_leaves)
 
     cells: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(flat), "loop": loop}
-    for backend in ("reference", "native" if device == "cpu" else "triton"):
+    for backend in ("reference", *(("native",) if device == "cpu" else ("triton", "cuda"))):
         if dsp_kernels.available_backends()[backend] is not None:
             continue
         table = LassoTable(weights, groups, backend=backend)
@@ -116,24 +120,67 @@ def kernels(name: str, groups: int, threads: int, seconds: float, device: str = 
         cells[f"{backend} penalty step"] = partial(table.shrink, matrix, rates)
         cells[f"{backend} mixed product"] = partial(table.log_gradient, matrix, rates, moves)
     times = interleaved(cells, seconds, device)
-    copied = times["copy"][0]
+    floors = {cell: FLOOR.get(cell.partition(" ")[2], 2.0) for cell in cells}
+    copied = times["copy"][0] / floors["copy"]
     print(
         f"\n{name}, {groups} groups, {device}, {threads} threads: {count / 1e6:.2f} M weights in "
         f"{len(weights)} layers"
     )
     for cell, (median, fastest) in times.items():
-        share = (
-            f"{100 * copied / median:5.0f}% of copy"
-            if cell != "copy"
-            else f"{8e-6 * count / median:.1f} GB/s"
-        )
+        rate = 4e-6 * floors[cell] * count / median
+        share = 100 * copied * floors[cell] / median
         print(
-            f"  {cell:34s} {median:9.3f} ({fastest:.3f}) ms  {times['loop'][0] / median:8.1f}x loop  {share}"
+            f"  {cell:34s} {median:9.3f} ({fastest:.3f}) ms  {times['loop'][0] / median:8.1f}x loop  "
+            f"{rate:7.1f} GB/s of the least, {share:4.0f}% of copy"
         )
     return {
         "network": name, "groups": groups, "threads": threads, "device": device, "weights": count,
-        "ms": times,
+        "floor_bytes": {cell: int(4 * floor * count) for cell, floor in floors.items()}, "ms": times,
     }  # fmt: skip
+
+
+FLOOR = {
+    "penalty": 1.0,
+    "penalty + gradients": 2.0,
+    "gradients": 2.0,
+    "penalty step": 2.0,
+    "mixed product": 2.0,
+}
+"""The least that an operation moves, in copies of the weights: read once, and written once where it writes
+them; for the mixed product, weights and directions read once."""
+
+
+def moved_bytes(name: str, groups: int) -> dict[str, Any]:
+    """What the Triton kernels move for float32 weights, each operation's passes and partial sums counted from
+    their tables, beside the least. Caches may save some of it."""
+    build, shape = NETWORKS[name]
+    infos = prunable_convs(build(), torch.zeros(1, *shape))
+    layers = tuple(Layer(i.out_channels, i.in_channels, math.prod(i.kernel_size), False) for i in infos)
+    vector = vector_width(layers, 4, ())
+    plan = make_plan(layers, groups, vector, tiling(4), torch.device("cpu"))
+    weights = sum(layer.filters * layer.width for layer in layers)
+    pairs = sum(layer.filters * layer.channels for layer in layers)
+    single = sum(layer.filters * layer.channels for layer in layers if layer.taps == 1)
+    stored = pairs - single
+    columns = 2 * plan.columns_size // 3  # written and read; a third of the place, the rest is the Hessian's
+    rows = 2 * sum(-(-layer.width // plan.tiles.lanes) * groups * layer.filters for layer in layers)
+    moved_rows = 2 * sum(
+        -(-layer.channels // plan.tiles.moved_lanes) * groups * layer.filters for layer in layers
+    )
+    elements = {
+        "penalty": weights + columns,
+        "gradients": 3 * weights + columns + rows,
+        "penalty step": 3 * weights + columns,
+        # S and T are written once, read three times and twice; of one tap the weights themselves are read.
+        "mixed product": 2 * weights + 7 * stored + 5 * single + 3 * columns + moved_rows,
+    }
+    print(f"\n{name}, {groups} groups: {4 * weights / 2**20:.2f} MiB of weights in {len(layers)} layers")
+    result: dict[str, Any] = {}
+    for operation, count in elements.items():
+        floor = FLOOR[operation] * weights
+        result[operation] = {"bytes": 4 * count, "floor_bytes": int(4 * floor)}
+        print(f"  {operation:14s} {4 * count / 2**20:8.2f} MiB, {count / floor:5.2f} times the least")
+    return {"network": name, "groups": groups, "weights": weights, "moved": result}
 
 
 def _fixture(name: str, batch: int, device: str = "cpu") -> tuple[nn.Module, Tensor, Tensor]:
@@ -290,6 +337,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", action="store_true", help="time whole learning steps instead")
     parser.add_argument("--memory", action="store_true", help="measure the memory that learning adds instead")
+    parser.add_argument("--bytes", action="store_true", help="count what the GPU kernels move instead")
     parser.add_argument("--authors", metavar="FOLDER", help="a folder with the authors' dsp_module.py")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -299,6 +347,9 @@ def main() -> None:
         for groups in options.groups:
             if options.memory:
                 results.append(memory(name, groups, options.batch))
+                continue
+            if options.bytes:
+                results.append(moved_bytes(name, groups))
                 continue
             for threads in options.threads:
                 if options.steps:

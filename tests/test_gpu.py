@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import nets
@@ -16,6 +17,7 @@ from torch import nn
 import dsp_kernels
 import dsprune
 from dsp_kernels import GroupLayout, cost, permuted_grouped_conv2d
+from dsp_kernels.assignment import LassoTable
 from dsp_kernels.conv.chain import Chain
 from dsprune import gpu
 from dsprune.models.resnet import Bottleneck
@@ -91,6 +93,81 @@ def test_assignment_and_penalty() -> None:
     for here, there in zip(run("cpu"), run("cuda"), strict=True):
         assert there.device.type == "cuda"
         torch.testing.assert_close(there.cpu(), here, rtol=1e-10, atol=1e-12)
+
+
+ASSIGNMENT_SHAPES = [(70, 24, 3, 3), (33, 136, 1, 1), (16, 9, 5, 5), (5, 12)]
+
+
+def assignment_fixture(
+    dtype: torch.dtype, last: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """Weights of ``dtype``, log-probabilities for three groups, and step lengths."""
+    weights = [torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype) for shape in ASSIGNMENT_SHAPES]
+    if last:
+        weights = [w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logs = [torch.log_softmax(torch.randn(3, w.shape[0], dtype=wide), 0).to(DEVICE) for w in weights]
+    return weights, logs, [1e-3, 2e-3, 3e-3, 4e-3]
+
+
+def needs_backend(name: str) -> None:
+    reason = dsp_kernels.available_backends()[name]
+    if reason is not None:
+        pytest.skip(f"{name} backend: {reason}")
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_assignment_kernels(backend: str, dtype: torch.dtype, last: bool) -> None:
+    """Values, gradients, penalty step, gradient of a step, against float64 on the CPU; the same bits."""
+    needs_backend(backend)
+    weights, logs, rates = assignment_fixture(dtype, last)
+    matrix = torch.cat(logs, 1)
+    moves = [torch.randn_like(w) for w in weights]
+
+    def run(device: str, own: str | None, cast: torch.dtype | None) -> list[torch.Tensor]:
+        leaves = [w.detach().to(device, cast).requires_grad_() for w in weights]
+        free = [log.detach().to(device, None if cast is None else cast).requires_grad_() for log in logs]
+        penalties = dsp_kernels.group_lasso(leaves, free, [1.0, 0.5, 2.0, 1.5], backend=own)
+        found = [penalties.detach(), *torch.autograd.grad(penalties.sum(), [*leaves, *free])]
+        table = LassoTable([w.detach().clone() for w in leaves], 3, [1.0, 0.5, 2.0, 1.5], backend=own)
+        soft = matrix.to(device, cast)
+        found.append(table.log_gradient(soft, rates))
+        found.append(table.log_gradient(soft, rates, [m.to(device, cast) for m in moves]))
+        table.shrink(soft, rates)
+        return found + table.weights
+
+    got = run(DEVICE, backend, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, run(DEVICE, backend, None), strict=True))
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, torch.float64: 1e-10}
+    for there, here in zip(got, run("cpu", "reference", torch.float64), strict=True):
+        error = (there.double().cpu() - here).norm() / here.norm()
+        assert error < tolerance[there.dtype]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_an_assignment_table_is_captured_in_a_graph(backend: str) -> None:
+    needs_backend(backend)
+    weights, logs, rates = assignment_fixture(torch.float32)
+    matrix = torch.cat(logs, 1)
+    lengths = torch.tensor(rates, device=DEVICE)
+    before = [w.clone() for w in weights]
+    table = LassoTable(weights, 3, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        table.shrink(matrix, lengths)
+    torch.cuda.current_stream().wait_stream(stream)
+    once = [w.clone() for w in weights]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        table.shrink(matrix, lengths)
+    for weight, old in zip(weights, before, strict=True):
+        weight.copy_(old)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(weights, once, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
 
 
 def test_fresh_memory_is_poisoned_here_too() -> None:
@@ -207,6 +284,101 @@ def test_compiled_layer_and_its_gradients() -> None:
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
     for a, b in zip(grads, eager_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["3x3", "1x1", "many channels"])
+def test_triton_convolution_in_tf32(name: str) -> None:
+    """Both factors cut to 11 bits: at most 2^-9 of the sum of magnitudes, and not float32's own result."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    case = CORNERS[name]
+    (x, weight, bias, residual), exact, size = on_device(case, torch.float32)
+    assert x is not None and weight is not None
+    out = permuted_grouped_conv2d(
+        x, weight, case.layout, bias, residual=residual, activation=case.activation, backend="triton",
+        **case.geometry,
+    )  # fmt: skip
+    error = (out.cpu().double() - exact).abs()
+    assert bool((error <= 2.0**-9 * size + 1e-6).all())
+
+
+@needs_triton
+def test_triton_keeps_weights_across_streams_and_captures() -> None:
+    """Laid out on one stream, read on others and inside a capture; a plan on the device."""
+    layout = CORNERS["many channels"].layout
+    weight = torch.randn(layout.weight_numel((3, 3)), device=DEVICE).requires_grad_()
+    x = torch.randn(4, layout.in_channels, 9, 9, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    plan = layout.plan().to(DEVICE)
+
+    def run() -> torch.Tensor:
+        return dsp_kernels.conv.conv2d_from_plan(
+            x, weight, plan, out_channels=layout.out_channels, kernel_size=3, padding=1, backend="triton"
+        )
+
+    with torch.no_grad():
+        for _ in range(20):
+            weight.mul_(0.9)
+            streams = [torch.cuda.Stream() for _ in range(3)]
+            outs = []
+            for stream in streams:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    outs.append(run())
+            torch.cuda.synchronize()
+            expected = permuted_grouped_conv2d(
+                x, weight, layout, kernel_size=3, padding=1, backend="reference"
+            )
+            for out in outs:
+                torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
+            assert all(torch.equal(out, outs[0]) for out in outs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        graph.replay()
+        assert torch.equal(captured, outs[0])
+
+
+@needs_triton
+def test_triton_takes_more_than_2_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("takes 12 GB of free memory")
+    layout = GroupLayout(8, 8, [(range(8), range(4)), (range(4), range(4, 8))])
+    weight = torch.randn(layout.weight_numel(1), device=DEVICE).half()
+    x = torch.empty(
+        1, 8, 2**14 + 1, 2**14, dtype=torch.half, device=DEVICE, memory_format=torch.channels_last
+    )
+    x.normal_()
+    out = permuted_grouped_conv2d(x, weight, layout, kernel_size=1, backend="triton")
+    for rows in (slice(0, 3), slice(2**14 - 2, None)):
+        expected = permuted_grouped_conv2d(x[:, :, rows], weight, layout, kernel_size=1, backend="reference")
+        torch.testing.assert_close(out[:, :, rows], expected, rtol=1e-3, atol=1e-2)
+
+
+@needs_triton
+def test_the_tuner_measures_and_its_table_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import tune
+    from dsp_kernels.conv import launches
+    from dsp_kernels.conv import triton as room
+
+    table = tmp_path / "table.json"
+    tuner = tune.Tuner(torch.device(DEVICE, 0), table, tmp_path / "journal.json", minutes=1.0)
+    works = [w for w in tune.workloads() if w.bucket(tuner.arch) == "conv/half/n64/small"]
+    tuner.run(works)
+    (row,) = tuner.rows.values()
+    measured = [r["us"] for r in row["candidates"].values() if "us" in r]
+    assert measured and all(time > 0 for times in measured for time in times.values())
+    launches.read(table)
+    monkeypatch.setenv(launches.ENVIRONMENT, str(table))
+    room.forget()
+    case = CORNERS["many channels"]
+    (x, weight, bias, residual), exact, size = on_device(case, torch.float16)
+    assert x is not None and weight is not None
+    out = permuted_grouped_conv2d(
+        x, weight, case.layout, bias, residual=residual, backend="triton", **case.geometry
+    )
+    assert_within(out.cpu(), exact, size, _terms(case))
+    monkeypatch.delenv(launches.ENVIRONMENT)
+    room.forget()
 
 
 # ---- the chain kernel ----

@@ -148,8 +148,12 @@ def test_works_where_export_does_not() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error", "text"),
     [
-        ({}, ValueError, "flops, params: expected exactly one"),
-        ({"flops": 0.5, "params": 0.5}, ValueError, "flops, params: expected exactly one"),
+        ({}, ValueError, "flops, params, latency: expected exactly one"),
+        ({"flops": 0.5, "params": 0.5}, ValueError, "flops, params, latency: expected exactly one"),
+        ({"flops": 0.5, "latency": 0.5}, ValueError, "flops, params, latency: expected exactly one"),
+        ({"latency": 0.0}, ValueError, "latency: expected the fraction"),
+        ({"latency": 0.5, "against": "jit"}, ValueError, "against: expected one of"),
+        ({"latency": 0.5, "cache": 3}, TypeError, "cache: expected a path"),
         ({"flops": 1.0}, ValueError, "flops: expected the fraction"),
         ({"flops": -0.1}, ValueError, "flops: expected the fraction"),
         ({"params": float("nan")}, ValueError, "params: expected the fraction"),

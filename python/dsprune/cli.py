@@ -630,7 +630,7 @@ def recipe_cifar10(
 
     config = cifar10_config(
         data, depth=depth, groups=groups, flops=flops, epochs_scale=epochs_scale,
-        **_machine(seed, limit, device, threads),
+        **_machine(out, resume, seed, limit, device, threads),
     )  # fmt: skip
     _run_recipe(out, config, weights, 0, seconds, inductor, resume, force)
 
@@ -663,14 +663,22 @@ def recipe_imagenet(
         raise ValueError(f"workers: expected 0 to 256, got {workers}")
     config = imagenet_config(
         data, arch=arch, groups=groups, flops=flops, size=size, batch=batch, epochs_scale=epochs_scale,
-        **_machine(seed, limit, device, threads),
+        **_machine(out, resume, seed, limit, device, threads),
     )  # fmt: skip
     _run_recipe(out, config, weights, workers, seconds, inductor, resume, force)
 
 
-def _machine(seed: int, limit: int, device: str | None, threads: int | None) -> dict[str, Any]:
+def _machine(
+    out: Path, resume: bool, seed: int, limit: int, device: str | None, threads: int | None
+) -> dict[str, Any]:
+    """Fields of the configuration; a run that is resumed goes on with its own threads and device."""
     import torch
 
+    from dsprune.recipes.runs import Run
+
+    if resume and (out / "run.json").exists():
+        stored = Run.open(out).config
+        device, threads = device or stored.device, threads or stored.threads
     return {
         "seed": seed,
         "limit": limit,

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from .graph import as_inputs, clean_copy, evaluating, unwrap
+from .latency import Latency
 from .lower import iterate_layers
 from .nn import PermutedGroupedConv2d
 from .pack import PackedNetwork
-from .structure import _Counter
+from .structure import Structure, _Counter
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -38,12 +39,13 @@ class Summary:
 
     ``macs`` and ``params`` are what the structure needs, ``dense_macs`` and ``dense_params`` what the dense
     network has. Counted are convolutions and linear layers; ``params`` takes the removed weights of these off
-    all parameters.
+    all parameters. ``latency`` is what a latency target came to, where a structure found for one was given.
     """
 
     layers: tuple[LayerSummary, ...]
     dense_params: int
     packed: bool
+    latency: Latency | None = None
 
     def _of(self, count: str) -> Iterator[LayerSummary]:
         if count not in ("network", "prunable"):
@@ -113,6 +115,8 @@ class Summary:
         ]
         lines.append(row("prunable convolutions", "", *totals))
         lines.append(row("whole network", "", self.dense_macs, self.macs, self.dense_params, self.params))
+        if self.latency is not None:
+            lines += ["", str(self.latency)]
         return "\n".join(lines)
 
 
@@ -154,7 +158,7 @@ def _measured(packed: PackedNetwork, inputs: tuple[Any, ...]) -> dict[str, tuple
     return found
 
 
-def summary(model: nn.Module, example_input: Any) -> Summary:
+def summary(model: nn.Module, example_input: Any, *, structure: Structure | None = None) -> Summary:
     """Counts what a network needs at the image size of ``example_input``.
 
     Args:
@@ -162,6 +166,8 @@ def summary(model: nn.Module, example_input: Any) -> Summary:
             what its zeros leave to compute is counted, dead filters and channels left out; for a packed one,
             what its layers do.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments.
+        structure: what ``find_structure`` gave; where its target was a latency, the table ends with what was
+            predicted and measured.
 
     Returns:
         A ``Summary``: ``.macs``, ``.dense_macs`` (multiply-accumulates of one image), ``.params``,
@@ -169,10 +175,12 @@ def summary(model: nn.Module, example_input: Any) -> Summary:
         of counting.
 
     Raises:
-        TypeError: ``model`` is no module or ``example_input`` holds no tensor.
+        TypeError: ``model`` is no module, ``example_input`` holds no tensor, or ``structure`` is none.
     """
     inner = unwrap(model)
     inputs = as_inputs(example_input)
+    if structure is not None and not isinstance(structure, Structure):
+        raise TypeError(f"structure: expected a Structure, got {type(structure).__name__}")
     dense = inner.dense_model() if isinstance(inner, PackedNetwork) else clean_copy(inner)
     counter = _Counter(dense, inputs)
     counts = counter.count({})
@@ -200,4 +208,5 @@ def summary(model: nn.Module, example_input: Any) -> Summary:
                 name in counts.prunable,
             )
         )
-    return Summary(tuple(rows), counts.all_params, measured is not None)
+    latency = None if structure is None else structure.latency
+    return Summary(tuple(rows), counts.all_params, measured is not None, latency)

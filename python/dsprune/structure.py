@@ -3,11 +3,14 @@
 Importance of channel c to group g is the sum of W² over the group's filters, normalised over c. Channels are
 sorted, their shares summed up from the least, and those whose sum stays below one threshold β, common to the
 whole network, are dropped. The last convolution of a residual block loses whole filters by the same rule. β
-follows from the target by bisection, with liveness counted in.
+follows from the target by bisection, with liveness counted in. A latency target has a threshold a layer, by
+the times that ``latency.py`` measures.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,7 @@ from torch.nn.utils import prune
 
 from dsp_kernels import GroupLayout
 
+from . import latency as timing
 from .graph import ConvInfo, ExportError, NetworkGraph, _hooked_infos, as_inputs, clean_copy, trace, unwrap
 from .liveness import Liveness, analyse
 
@@ -31,7 +35,8 @@ class Structure(Mapping[str, GroupLayout]):
     """Who reads what, per convolution name; made by ``find_structure``.
 
     ``flops_cut`` and ``params_cut`` are the fractions removed, by the way of counting asked for;
-    ``threshold`` is β.
+    ``threshold`` is β. For a latency target ``latency`` says what was predicted and measured, β is one a
+    layer, in ``thresholds``, and ``threshold`` the largest of them.
     """
 
     layouts: dict[str, GroupLayout]
@@ -39,6 +44,8 @@ class Structure(Mapping[str, GroupLayout]):
     flops_cut: float
     params_cut: float
     count: str
+    thresholds: dict[str, float] | None = None
+    latency: timing.Latency | None = None
 
     def __getitem__(self, name: str) -> GroupLayout:
         return self.layouts[name]
@@ -51,13 +58,16 @@ class Structure(Mapping[str, GroupLayout]):
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain types, for ``json.dump``; ``from_json`` is its inverse."""
-        return {
+        data: dict[str, Any] = {
             "threshold": self.threshold,
             "flops_cut": self.flops_cut,
             "params_cut": self.params_cut,
             "count": self.count,
             "layouts": {name: layout.to_json() for name, layout in self.layouts.items()},
         }
+        if self.latency is not None:
+            data |= {"thresholds": self.thresholds, "latency": self.latency.to_json()}
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Structure:
@@ -70,6 +80,8 @@ class Structure(Mapping[str, GroupLayout]):
                 float(data["flops_cut"]),
                 float(data["params_cut"]),
                 str(data["count"]),
+                {str(k): float(v) for k, v in data["thresholds"].items()} if "thresholds" in data else None,
+                timing.Latency.from_json(data["latency"]) if "latency" in data else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"data: not a structure ({error!r})") from error
@@ -190,7 +202,8 @@ def _check_target(name: str, value: Any) -> float:
         raise TypeError(f"{name}: expected a number between 0 and 1, got {value!r}")
     if not 0 < value < 1:
         raise ValueError(
-            f"{name}: expected the fraction to remove, between 0 and 1 (both excluded), got {value!r}"
+            f"{name}: expected the fraction {'left' if name == 'latency' else 'to remove'}, between 0 and 1 "
+            f"(both excluded), got {value!r}"
         )
     return float(value)
 
@@ -235,6 +248,18 @@ def _check_assignment(
     return checked
 
 
+def _check_importance(name: str, value: Any, shape: torch.Size) -> torch.Tensor:
+    given = torch.as_tensor(value).detach().double().cpu()
+    if given.shape != shape:
+        raise ValueError(
+            f"importance[{name!r}]: expected shape {tuple(shape)}, filters and channels, "
+            f"got {tuple(given.shape)}"
+        )
+    if not bool((given.isfinite() & given.ge(0)).all()):
+        raise ValueError(f"importance[{name!r}]: expected finite numbers of at least 0")
+    return given
+
+
 def find_structure(
     model: nn.Module,
     example_input: Any,
@@ -242,10 +267,19 @@ def find_structure(
     *,
     flops: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
     count: str = "network",
     exclude: Sequence[str] = (),
+    importance: Mapping[str, torch.Tensor] | None = None,
+    against: str = "eager",
+    cache: bool | str | os.PathLike[str] = True,
 ) -> Structure:
-    """Finds what to remove so that a target is met, with one threshold for the whole network.
+    """Finds what to remove so that a target is met: exactly one of ``flops``, ``params`` and ``latency``.
+
+    FLOPs and parameters have one threshold for the whole network. For a latency each layer has its own: the
+    structure that keeps the most importance in that time, by times of the layers measured here. The network
+    is then packed and timed beside the dense one, and the search corrected until they agree within a
+    twentieth or eight rounds are over.
 
     Args:
         model: the network, float; zeros and prune masks that it has already stay. Not changed.
@@ -253,27 +287,42 @@ def find_structure(
             image size.
         assignment: convolution name -> (O,) integer group of each filter, as ``GroupLearner.assignment()``
             gives it.
-        flops: the fraction of multiply-accumulates to remove, in (0, 1). One of ``flops`` and ``params``.
+        flops: the fraction of multiply-accumulates to remove, in (0, 1).
         params: the fraction of parameters to remove, in (0, 1).
+        latency: the time that the packed network may take, as a fraction of the dense network's, in (0, 1);
+            on the model's device, with the threads that are set, at the batch and image size of
+            ``example_input``.
         count: ``"network"`` counts the whole network, ``"prunable"`` the prunable convolutions only.
         exclude: names of convolutions to leave dense.
+        importance: convolution name -> (O, I) importance of each product of a filter and a channel, not
+            negative, in place of the sum of W² over the taps; convolutions that it lacks keep that.
+        against: what the dense network's time is, for ``latency``: ``"eager"``: the model as it is;
+            ``"packed"``: the model packed without pruning.
+        cache: the JSON file that keeps layers' times, by device, dtype, threads and shape; True: one in the
+            user's cache folder (``dsprune.latency.cache_file()``), False: none.
 
     Returns:
         A ``Structure``: ``structure[name]`` is the ``GroupLayout`` of each convolution in ``assignment``. The
-        least cut that reaches the target.
+        least cut that reaches the target. ``structure.latency`` holds what was predicted and measured; a
+        warning says where the measured time is not within a tenth of the target.
 
     Raises:
         ValueError, TypeError: bad arguments, or a target beyond what the rule can remove (the text says how
             far it goes).
+        PackError: for ``latency``, the packed network does not compute what the dense one does.
 
     Source: Park et al., "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023, section on group channel
     pruning.
     """
-    if (flops is None) == (params is None):
-        raise ValueError(
-            f"flops, params: expected exactly one of the two, got flops={flops!r} and params={params!r}"
-        )
-    goal = _check_target("flops", flops) if flops is not None else _check_target("params", params)
+    targets = {"flops": flops, "params": params, "latency": latency}
+    if sum(value is not None for value in targets.values()) != 1:
+        given = ", ".join(f"{name}={value!r}" for name, value in targets.items())
+        raise ValueError(f"flops, params, latency: expected exactly one of them, got {given}")
+    kind, value = next((name, value) for name, value in targets.items() if value is not None)
+    goal = _check_target(kind, value)
+    if against not in timing.AGAINST:
+        raise ValueError(f"against: expected one of {list(timing.AGAINST)}, got {against!r}")
+    kept_curves = timing.as_cache(cache)
     if count not in ("network", "prunable"):
         raise ValueError(f"count: expected 'network' or 'prunable', got {count!r}")
     inputs = as_inputs(example_input)
@@ -281,24 +330,31 @@ def find_structure(
     infos = {info.name: info for info in counter.infos}
     groups = _check_assignment(assignment, infos, exclude)
 
+    if importance is not None and not isinstance(importance, Mapping):
+        raise TypeError(f"importance: expected a mapping of names, got {type(importance).__name__}")
     energy: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     for name in groups:
         weight = counter.model.get_parameter(counter.weight_name(name)).detach()
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"model: the weight of {name!r} is not finite")
         squares = weight.double().square().flatten(2).sum(-1).cpu()
+        if importance is not None and name in importance:
+            squares = _check_importance(name, importance[name], squares.shape)
         labels, member = groups[name].unique(return_inverse=True)
         of_groups = torch.stack([squares[member == group].sum(0) for group in range(len(labels))])
         energy[name] = (member, of_groups, squares.sum(1))
 
     def masks_at(threshold: float) -> dict[str, torch.Tensor]:
         masks = {}
-        for name, (member, of_groups, of_filters) in energy.items():
-            mask = torch.stack([drop_below(importance, threshold) for importance in of_groups])[member]
-            if infos[name].last_in_block:
-                mask &= drop_below(of_filters, threshold)[:, None]
-            masks[counter.weight_name(name)] = mask
+        for name, of_layer in energy.items():
+            masks[counter.weight_name(name)] = _layer_mask(of_layer, threshold, infos[name].last_in_block)
         return masks
+
+    if kind == "latency":
+        chosen, report = _by_latency(counter, inputs, energy, goal, against, kept_curves)
+        masks = {counter.weight_name(name): candidate.mask for name, candidate in chosen.items()}
+        thresholds = {name: candidate.threshold for name, candidate in chosen.items()}
+        return _structure(counter, masks, groups, count, max(thresholds.values()), thresholds, report)
 
     def cut_at(threshold: float) -> float:
         counts = counter.count(masks_at(threshold))
@@ -307,7 +363,6 @@ def find_structure(
     low, high = 0.0, 1.0 - 1e-9
     furthest = cut_at(high)
     if furthest < goal:
-        kind = "flops" if flops is not None else "params"
         raise ValueError(
             f"{kind}: expected at most {furthest:.4f}, what this assignment can remove, got {goal!r}"
         )
@@ -317,11 +372,137 @@ def find_structure(
             high = middle
         else:
             low = middle
-    masks = masks_at(high)
+    return _structure(counter, masks_at(high), groups, count, high)
+
+
+def _structure(
+    counter: _Counter,
+    masks: Mapping[str, torch.Tensor],
+    groups: Mapping[str, torch.Tensor],
+    count: str,
+    threshold: float,
+    thresholds: dict[str, float] | None = None,
+    latency: timing.Latency | None = None,
+) -> Structure:
     counts = counter.count(masks)
     live, _ = counter.pairs(masks)
     layouts = {name: _layout(live[name], assigned) for name, assigned in groups.items()}
-    return Structure(layouts, high, counts.flops_cut(count), counts.params_cut(count), count)
+    return Structure(
+        layouts, threshold, counts.flops_cut(count), counts.params_cut(count), count, thresholds, latency
+    )
+
+
+def _layer_mask(
+    energy: tuple[torch.Tensor, torch.Tensor, torch.Tensor], threshold: float, last_in_block: bool
+) -> torch.Tensor:
+    """Bool (O, I): what one layer keeps at a threshold."""
+    member, of_groups, of_filters = energy
+    mask = torch.stack([drop_below(importance, threshold) for importance in of_groups])[member]
+    return mask & drop_below(of_filters, threshold)[:, None] if last_in_block else mask
+
+
+def _layer_shape(
+    counter: _Counter, info: ConvInfo, member: torch.Tensor, inputs: tuple[Any, ...]
+) -> timing.LayerShape:
+    """The layer as it is timed: at the example's batch, with the input size that gives its output size."""
+    conv = counter.model.get_submodule(info.name) if info.name else counter.model
+    assert isinstance(conv, nn.Conv2d)
+    batch = next(int(v.shape[0]) for v in inputs if isinstance(v, torch.Tensor))
+    if isinstance(conv.padding, str):
+        pads = [d * (k - 1) // 2 if conv.padding == "same" else 0
+                for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]  # fmt: skip
+    else:
+        pads = list(conv.padding)
+    size = [
+        max(1, (out - 1) * s + d * (k - 1) + 1 - 2 * p)
+        for out, s, d, k, p in zip(
+            info.output_size, conv.stride, conv.dilation, conv.kernel_size, pads, strict=True
+        )
+    ]
+    return timing.LayerShape(
+        conv.in_channels,
+        conv.out_channels,
+        (batch, size[0], size[1]),
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
+        (pads[0], pads[1]),
+        (conv.dilation[0], conv.dilation[1]),
+        tuple(sorted(int((member == group).sum()) for group in range(int(member.max()) + 1))),
+    )
+
+
+def _by_latency(
+    counter: _Counter,
+    inputs: tuple[Any, ...],
+    energy: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    target: float,
+    against: str,
+    cache: timing.CurveCache,
+) -> tuple[dict[str, timing.Candidate], timing.Latency]:
+    from .lower import lower
+    from .pack import PackedNetwork, PackedState, hollow, pack
+
+    first = next(counter.model.parameters())
+    infos = {info.name: info for info in counter.infos}
+    curves: dict[str, timing.Curve] = {}
+    for name, (member, _, _) in energy.items():
+        curves[name] = cache.curve(
+            _layer_shape(counter, infos[name], member, inputs), first.device, first.dtype
+        )
+    cache.write()
+
+    def layer_ms(name: str, pairs: torch.Tensor) -> float:
+        return infos[name].uses * curves[name](float(pairs.float().mean()))
+
+    layers: dict[str, list[timing.Candidate]] = {}
+    for name, (member, of_groups, of_filters) in energy.items():
+        last = infos[name].last_in_block
+        sizes = torch.bincount(member).double() / len(member)
+        options: list[timing.Candidate] = []
+        for threshold in timing.THRESHOLDS:
+            mask = _layer_mask((member, of_groups, of_filters), threshold, last)
+            if options and torch.equal(options[-1].mask, mask):
+                continue
+            groups = range(len(of_groups))
+            keeps = [drop_below(of_groups[g], threshold) for g in groups]
+            kept = sum(float(sizes[g]) * timing.log_kept(of_groups[g], keeps[g]) for g in groups)
+            if last:
+                kept += timing.log_kept(of_filters, drop_below(of_filters, threshold))
+            options.append(timing.Candidate(threshold, mask, kept, layer_ms(name, mask)))
+        layers[name] = options
+
+    def weights(masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {counter.weight_name(name): mask for name, mask in masks.items()}
+
+    def time_of(masks: Mapping[str, torch.Tensor]) -> float:
+        live, _ = counter.pairs(weights(masks))
+        return sum(layer_ms(name, live[name]) for name in masks)
+
+    def build(masks: Mapping[str, torch.Tensor]) -> nn.Module:
+        if counter.graph is not None:  # as pack does it, without tracing again
+            tensors = dict(counter.graph.tensors)
+            for name, mask in weights(masks).items():
+                tensors[name] = tensors[name].detach() * mask.to(tensors[name])[:, :, None, None]
+            graph = dataclasses.replace(counter.graph, tensors=tensors, cache={})
+            try:
+                network = lower(graph)
+            except NotImplementedError:
+                pass
+            else:
+                state = PackedState({}, {})
+                return PackedNetwork(
+                    network, skeleton, inputs, state=state, limits=graph.limits, backend=None
+                ).eval()
+        pruned = clean_copy(counter.model)
+        with torch.no_grad():
+            for name, mask in weights(masks).items():
+                weight = pruned.get_parameter(name)
+                weight.mul_(mask.to(weight)[:, :, None, None])
+        return pack(pruned, inputs)
+
+    skeleton = hollow(counter.model)
+    search = timing.Search(layers, time_of, build, counter.model.eval(), inputs, against, first.device)
+    return search.run(target)
 
 
 def _layout(pairs: torch.Tensor, assigned: torch.Tensor) -> GroupLayout:

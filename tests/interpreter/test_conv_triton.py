@@ -30,9 +30,9 @@ from dsprune.nn import PermutedGroupedConv2d
 DTYPES = [torch.float32, torch.float16]
 # Few, large programs: each operation of the interpreter costs the same whatever its size.
 LAUNCHES = {
-    "one tile": room.Launch(256, 32, 64, 4, 2, 1),
-    "many tiles": room.Launch(64, 16, 32, 4, 2, 1),
-    "split": room.Launch(128, 16, 16, 4, 2, 3),
+    "one tile": room.Launch(128, 32, 64, 4, 2, 1),
+    "many tiles": room.Launch(16, 16, 64, 4, 2, 1),
+    "split": room.Launch(64, 16, 32, 4, 2, 3),
 }
 LAYOUT = GroupLayout(5, 6, [([4, 0, 2], [1, 4]), (range(5), [0]), ([3], []), ([1, 4], [5])])
 
@@ -57,8 +57,8 @@ def small_cases(draw: st.DrawFn) -> Case:
         in_channels=draw(st.one_of(st.integers(1, 20), st.sampled_from([8, 16, 24, 32]))),
         out_channels=draw(st.one_of(st.integers(1, 20), st.sampled_from([8, 16, 24, 32]))),
         n_groups=draw(st.integers(1, 8)),
-        batch=draw(st.integers(1, 2)),
-        size=(draw(st.integers(least[0], least[0] + 3)), draw(st.integers(least[1], least[1] + 4))),
+        batch=draw(st.sampled_from([1, 1, 2])),
+        size=(draw(st.integers(least[0], least[0] + 2)), draw(st.integers(least[1], least[1] + 3))),
         kernel=kernel,
         stride=draw(_pairs([1, 1, 2, 3])),
         padding=padding,
@@ -73,7 +73,7 @@ def small_cases(draw: st.DrawFn) -> Case:
 # ---- values ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=24)
 @given(small_cases(), st.sampled_from(sorted(LAUNCHES)), st.sampled_from(DTYPES))
 def test_forward(case: Case, launch: str, dtype: torch.dtype) -> None:
     with room.launching(LAUNCHES[launch]):
@@ -82,7 +82,7 @@ def test_forward(case: Case, launch: str, dtype: torch.dtype) -> None:
     assert out.stride() == dense(x.float(), case.tensors(torch.float32)[1], case).stride()
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(small_cases(), st.sampled_from(sorted(LAUNCHES)), st.sampled_from(DTYPES))
 def test_gradients(case: Case, launch: str, dtype: torch.dtype) -> None:
     with room.launching(LAUNCHES[launch]):

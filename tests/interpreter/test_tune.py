@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """The best by the clock gets into the table, other rows stay, and calls are launched by it."""
     before = {"sm_90": {"grad_weight/half": Launch(32, 64, 64, 4, 3, 0)}}
     (tmp_path / "table.json").write_text(launches.to_json(before))
+    every = tune.candidates
+
+    def fewer(best: Any, key: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """All of the forward's; of the others what the clock likes."""
+        if key.startswith("conv/"):
+            yield from every(best, key)
+        else:
+            yield from (("stages", (2,)), ("warps", (8,)), ("BLOCK_M", (128,)))
+            if key.startswith("chain/"):
+                yield "BLOCK_S", (16,)
+
+    monkeypatch.setattr(tune, "candidates", fewer)
     mine = tuner(tmp_path, likes(BLOCK_M=128, BLOCK_S=16, stages=2, warps=8))
     assert mine.run(tune.tiny()) == []
     found = launches.read(tmp_path / "table.json")
@@ -51,7 +64,7 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     rows = found["interpreter"]
     assert rows["conv/half/n16/small"] == Launch(128, 16, 64, 8, 2, 0)
     assert rows["grad_input/half/n16/small"] == Launch(128, 16, 64, 8, 2, 0)
-    assert rows["grad_weight/half"] == Launch(64, 64, 64, 8, 2, 0), "128 pixels are not among its values"
+    assert rows["grad_weight/half"] == Launch(128, 64, 64, 8, 2, 0)
     assert rows["chain/half/s32/t2x16/n16"] == ChainLaunch(128, 16, 8, 2)
     text = tune.report(mine, ["conv/half/n128/large"])
     assert "conv/half/n16/small: BLOCK_M 128" in text and "conv/half/n128/large: no time left" in text
@@ -147,6 +160,26 @@ def test_what_is_not_worth_compiling() -> None:
     assert "256 sums" in str(tune.too_large(Launch(256, 128, 32, 4, 2, 1), "conv/half/n128/large", limit))
     assert tune.too_large(Launch(64, 64, 64, 4, 3, 1), "grad_weight/half", limit) is None
     assert "shared" in str(tune.too_large(Launch(64, 64, 64, 4, 4, 1), "grad_weight/tf32", limit))
+
+
+def test_every_bucket_has_several_candidates_that_fit() -> None:
+    for work in tune.workloads():
+        key = work.bucket("sm_90")
+        start: Any = ChainLaunch(64, 64, 4, 3)
+        if work.op != "chain":
+            kernel = work.geometry[0]
+            start = room.choose_launch(work.op, work.precision, work.layouts[0], kernel, work.pixels, "sm_90")
+            assert work.op == "grad_weight" or f"/n{start.BLOCK_N}/" in key
+        limit = 99 * 1024
+        assert tune.too_large(start, key, limit) is None
+        fitting = {
+            other
+            for name, values in tune.candidates(start, key)
+            for value in values
+            if (other := dataclasses.replace(start, **{name: value})) != start
+            and tune.too_large(other, key, limit) is None
+        }
+        assert len(fitting) >= 4, key
 
 
 def test_every_bucket_of_the_shipped_table_has_layers() -> None:

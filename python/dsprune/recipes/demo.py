@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import statistics
 import time
@@ -144,13 +145,15 @@ def open_or_create(out: Path, config: Config, *, resume: bool, moved: Sequence[s
     if not (resume and (out / "run.json").exists()):
         return Run.create(out, config)
     run = Run.open(out)
-    run.reconfigure(**{name: getattr(config, name) for name in moved})
-    theirs, ours = run.config.to_json(), config.to_json()
+    stored = dataclasses.replace(run.config, **{name: getattr(config, name) for name in moved})
+    theirs, ours = stored.to_json(), config.to_json()
     changed = [key for key in ours if theirs[key] != ours[key]]
     if changed:
         raise CheckpointError(
             f"{out}: was begun with other settings ({', '.join(changed)}); start without --resume"
         )
+    if stored != run.config:
+        run.reconfigure(**{name: getattr(config, name) for name in moved})
     return run
 
 

@@ -259,7 +259,7 @@ def _stages(
         "test", lambda: {name: training.evaluate(model, data.test) for name, model in networks.items()}
     )
     report = {
-        **_facts(run, data, weights, cost),
+        **_facts(run, data, cost),
         "validation_accuracy": {
             stage: training.evaluate(networks[stage], data.validation).accuracy
             for stage in ("dense", "pruned", "finetuned")
@@ -328,7 +328,7 @@ def _version(name: str) -> str:
         return "not installed as a package"
 
 
-def _facts(run: Run, data: ImageData, weights: Path | None, cost: Mapping[str, float]) -> dict[str, Any]:
+def _facts(run: Run, data: ImageData, cost: Mapping[str, float]) -> dict[str, Any]:
     config = run.config
     on_gpu = data.device.type == "cuda"
     row = published(config.data, config.title, config.learn.groups, config.prune.flops)
@@ -341,7 +341,7 @@ def _facts(run: Run, data: ImageData, weights: Path | None, cost: Mapping[str, f
         },
         "settings": config.to_json(),
         "published_settings": _as_published(config),
-        "dense_weights": None if weights is None else str(weights),
+        "dense_weights": run.read("dense", data)[2].get("weights"),
         "published": None if row is None else dict(zip(names, row, strict=True)),
         "cost": dict(cost),
         "versions": {

@@ -48,7 +48,7 @@ def make_dense(
             model, data, run.config.pretrain,
             seed=run.config.seed, checkpoint=run.checkpoint("pretrain"), resume=resume, progress=progress,
         )  # fmt: skip
-    run.write("dense", model, history=history)
+    run.write("dense", model, history=history, weights=None if weights is None else str(weights))
     run.checkpoint("pretrain").unlink(missing_ok=True)
 
 

@@ -29,7 +29,7 @@ def tiny_case() -> cases.Case:
 
 def test_random_structure_meets_its_cut() -> None:
     model = tiny_case().make()
-    assert 0.6 <= summary(model, torch.randn(1, 3, 8, 8)).flops_cut() < 0.63
+    assert 0.6 <= summary(model, torch.randn(1, 3, 8, 8)).flops_cut("prunable") < 0.63
     assert not any(name.endswith("_mask") for name in model.state_dict())
 
 
@@ -83,3 +83,21 @@ def test_calls_take_turns_in_bursts() -> None:
     assert "ab" in "".join(order) and "ba" in "".join(order)
     with pytest.raises(ValueError, match="seconds: expected more than 0"):
         networks.interleaved_medians({}, seconds=0)
+
+
+@pytest.mark.parametrize("suite", ["test_layers.py", "test_networks.py"])
+def test_benchmark_suites_run(suite: str) -> None:
+    """Each form of one layer and one network, called once: outputs are compared, nothing is timed."""
+    chosen = (
+        "strided and not 32" if suite == "test_layers.py" else "70 and not 32 and not 128 and not training"
+    )
+    options = ["--benchmark-disable", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", f"bench/{suite}", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout

@@ -91,7 +91,10 @@ def test_help_lists_the_commands() -> None:
 
 BAD = {
     "depth": (["learn", "--run", "{new}", "--depth", "21"], "depth: expected one of [20, 32, 44, 56, 110]"),
-    "data": (["learn", "--run", "{new}", "--data", "mnist"], "data: expected one of ['digits', 'cifar10', 'imagenet']"),
+    "data": (
+        ["learn", "--run", "{new}", "--data", "mnist"],
+        "data: expected one of ['digits', 'cifar10', 'imagenet']",
+    ),
     "size": (["learn", "--run", "{new}", "--size", "4"], "size: expected 8 to 512"),
     "seed": (["learn", "--run", "{new}", "--seed", "-1"], "seed: expected 0"),
     "groups": (["learn", "--run", "{new}", "--groups", "0"], "groups: expected at least 1"),

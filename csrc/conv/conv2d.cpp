@@ -91,8 +91,10 @@ void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const floa
     if (b0 < b1 && layout.gathered()) {
       float* scratch = reinterpret_cast<float*>(
           task_scratch().reserve(static_cast<size_t>(layout.scratch_floats()) * sizeof(float)));
+      // Threads take images in turn: this one's next is about so far away.
+      const int64_t ahead = n + threads < s.batch ? threads * in_image : 0;
       layout.gather(image, in_planes, first, pixels, 0, static_cast<int64_t>(layout.used_channels.size()),
-                    scratch);
+                    scratch, ahead);
       in = scratch;
     }
     layout.run(sets, 0, layout.chunks(sets), b0, b1, in, weight, layout.bias.data(), to, out_planes, from,
@@ -415,7 +417,8 @@ void grad_weight(const ConvShape& s, const Plan& plan, const float* grad, const 
               task_scratch().reserve(static_cast<size_t>(floats * images) * sizeof(float)));
           for (int64_t i = 0; i < images; ++i) {
             layout.gather(x + (n + i) * in_image, in_planes, first, pixels, 0,
-                          static_cast<int64_t>(layout.used_channels.size()), scratch + i * floats);
+                          static_cast<int64_t>(layout.used_channels.size()), scratch + i * floats,
+                          n + together + i < n1 ? together * in_image : 0);
           }
           args.x = scratch;
           args.x_image = floats;

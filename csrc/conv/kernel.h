@@ -70,12 +70,13 @@ struct GradArgs {
 using GradFn = void (*)(const GradArgs& args);
 
 // Rows of `count` values: value j of a row is from[j * stride] for j in [first, last), else 0. No more than
-// `width` values may be read from `from + first * stride` on.
+// `width` values may be read from `from + first * stride` on. Where `ahead` is not 0, the rows that lie so
+// far behind those that are read are fetched into the second-level cache.
 struct GatherArgs {
   float* dst;
   const float* from;
   int64_t dst_pitch, from_pitch;
-  int64_t rows, count, first, last, width, stride;
+  int64_t rows, count, first, last, width, stride, ahead;
 };
 using GatherFn = void (*)(const GatherArgs& args);
 // dst[2 j] = even[j], dst[2 j + 1] = odd[j] for the `count` values of dst; a null source is 0 throughout

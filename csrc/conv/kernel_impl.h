@@ -312,6 +312,9 @@ inline void gather(const GatherArgs& a) {
   float* dst = a.dst;
   const int64_t real = a.last - a.first;
   for (int64_t row = 0; row < a.rows; ++row) {
+    if (a.ahead != 0) {
+      for (int64_t j = 0; j < a.width; j += 16) __builtin_prefetch(from + a.ahead + j, 0, 2);
+    }
     for (int64_t j = 0; j < a.first; ++j) dst[j] = 0;
     if (a.stride == 1) {
       copy_row(dst + a.first, from, real);

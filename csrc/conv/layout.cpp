@@ -374,7 +374,7 @@ void ConvLayout::build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual
 }
 
 void ConvLayout::gather(const float* image, const Planes& in, int64_t first_pixel, int64_t pixels,
-                        int64_t slot_begin, int64_t slot_end, float* scratch) const {
+                        int64_t slot_begin, int64_t slot_end, float* scratch, int64_t ahead) const {
   const KernelTable& k = kernels();
   const int64_t y0 = first_pixel / s_.out_w;
   const int64_t rows = pixels / s_.out_w + (rows_ - strip_pixels / s_.out_w);
@@ -401,6 +401,7 @@ void ConvLayout::gather(const float* image, const Planes& in, int64_t first_pixe
         args.last = std::max(args.first,
                              s_.width - 1 - x < 0 ? 0 : std::min(in_pitch, (s_.width - 1 - x) / s_.sw + 1));
         args.width = s_.width - (x + args.first * s_.sw);
+        args.ahead = x_shift == x_variants_.front() ? ahead : 0;
         for (int64_t i = 0; i < top * in_pitch; ++i) to[i] = 0;
         if (bottom > top && args.last > args.first) {
           args.dst = to + top * in_pitch;

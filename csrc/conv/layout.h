@@ -58,9 +58,10 @@ class ConvLayout {
   void build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual_pitch, int64_t chunk_bytes,
                    TileSet sets[], int only_log = -1);
 
-  // Copies what output pixels [first, first + pixels) need of one image into scratch.
+  // Copies what output pixels [first, first + pixels) need of one image into scratch. The same part of the
+  // image that lies `ahead` floats further is fetched into the cache; 0: none.
   void gather(const float* image, const Planes& in, int64_t first_pixel, int64_t pixels, int64_t slot_begin,
-              int64_t slot_end, float* scratch) const;
+              int64_t slot_end, float* scratch, int64_t ahead = 0) const;
 
   // Where each (channel, ky, kx) of a group reads, from a tile's place.
   void tap_offsets(const Group& group, std::vector<int64_t>* offsets) const;

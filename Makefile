@@ -16,7 +16,7 @@ CORE := CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h'
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test pytest bench gpu lint format sanitize clean
+.PHONY: help setup demo test pytest bench gpu docs lint format sanitize clean
 
 help:
 	@echo "make setup      .venv with the package in it"
@@ -24,6 +24,7 @@ help:
 	@echo "make test       lint, native build with warnings as errors, sanitized native tests, pytest"
 	@echo "make bench      benchmarks on this CPU: outputs/bench"
 	@echo "make gpu OUT=d  GPU tests and benchmarks with the system's Python: JSON under d"
+	@echo "make docs       the docstrings as HTML: outputs/docs"
 	@echo "make lint, format, sanitize, clean"
 
 setup: $(NATIVE)
@@ -52,6 +53,12 @@ $(CHECKED): $(VENV) $(CORE)
 
 demo: $(NATIVE)
 	$(BIN)/dsprune demo --out outputs/demo
+
+# What users call; the rest is for those who read the code.
+DOCUMENTED := dsprune dsprune.export dsprune.latency dsprune.interop dsprune.integrations \
+	dsp_kernels dsp_kernels.layout dsp_kernels.program dsp_kernels.conv dsp_kernels.assignment
+docs: $(VENV)
+	$(BIN)/python -W error -m pdoc --docformat google --output-directory outputs/docs $(DOCUMENTED)
 
 bench: $(NATIVE)
 	$(BIN)/python -m bench --out outputs/bench

@@ -64,7 +64,7 @@ def test_more_groups_than_are_summed_at_a_time(room):
     assert_close(got, second_order(reference.group_lasso_definition, weights, logs, scales), 1e-9)
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(
     filters=st.integers(1, 10),
     channels=st.integers(1, 10),
@@ -278,6 +278,8 @@ def test_kernels_stay_in_their_memory(last, room, monkeypatch):
     # Beyond one tile and short of the next, in filters, chunks of filters, channels and lanes.
     shapes = [(3, 260, 1, 1), (9, 12, 2, 2), (70, 1)]
     assert 260 > SHIPPED[8].moved_lanes > SHIPPED[8].lanes // 2 and SHIPPED[8].chunk < 70
+    if last:  # the order matters where there are several taps
+        shapes = [(9, 12, 2, 2), (3, 130, 2, 1), (4, 5)]
     weights, logs, scales = layers(2, shapes=shapes)
     if last:
         weights = [w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
@@ -431,7 +433,7 @@ def test_table_log_gradient(mixed, last):
     rates = [1e-2 * (index + 1) for index in range(len(ours.weights))]
     got, want = (table.log_gradient(matrix, rates, moves) for table in (ours, theirs))
     assert relative(got, want) < 1e-9
-    if not last:
+    if mixed and not last:
         rates = torch.tensor(rates, dtype=torch.float64)
         assert torch.equal(ours.log_gradient(matrix, rates, moves), got)
 

@@ -6,8 +6,11 @@ GPU_MINUTES ?= 8
 TUNE_MINUTES ?= 4
 OUT ?= outputs/gpu
 PYTEST_ARGS ?=
+PYTEST_JOBS ?= 2
 
 BIN := .venv/bin
+# A process for each job, with one thread each where a test does not ask for more.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(PYTEST_JOBS) -p no:benchmark
 VENV := .venv/.ready
 NATIVE := build/native.stamp
 CHECKED := build/native-werror.stamp
@@ -67,8 +70,8 @@ test: lint $(CHECKED) sanitize pytest
 
 # Whether Triton interprets or compiles is settled at import, so its interpreter has a run of its own.
 pytest: $(CHECKED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	$(PYTEST) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 lint: $(VENV)
 	$(BIN)/ruff check .

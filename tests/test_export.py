@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ from dsprune.nn import PackedConv2d, PermutedGroupedConv2d
 TORCH_FUTURE = "ignore:.*treespec:FutureWarning"  # torch.export.load about itself
 
 
+@functools.cache
 def packed_net(make: type[nn.Module], **kwargs: Any) -> dsprune.PackedNetwork:
+    """One packing for all tests: none of them changes it."""
     torch.manual_seed(0)
     model = nets.structured_zeros(nets.random_norms(make()), 0).eval()
     return dsprune.pack(model, torch.randn(1, 3, 16, 16), **kwargs)

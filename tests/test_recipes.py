@@ -28,6 +28,8 @@ from dsprune.recipes import demo, folders, recipe, runs, stages, training
 from dsprune.recipes.data import load_data
 from dsprune.recipes.folders import DataError, cifar10, imagenet
 
+pytestmark = pytest.mark.timeout(900)
+
 TRIAL = ["--epochs-scale", "0.001", "--seconds", "0.01", "--threads", "1", "--device", "cpu"]
 CIFAR = ["--depth", "20", "--groups", "2", "--limit", "30", *TRIAL]
 
@@ -485,7 +487,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
     command += ["--out", str(run), *CIFAR, "--resume"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     awaited = random.SystemRandom().choice(["dense", "learned", "pruned"])
-    end = time.monotonic() + 200
+    end = time.monotonic() + 600
     while not (run / f"{awaited}.safetensors").exists() and time.monotonic() < end:
         assert process.poll() is None
         time.sleep(0.005)

@@ -625,3 +625,18 @@ def test_dense_reference_uses_the_mask() -> None:
     x, weight, _, _ = case.tensors(torch.float64)
     poisoned = torch.where(case.layout.mask()[:, :, None, None], weight, float("nan"))
     assert dense(x, poisoned, case).equal(dense(x, weight, case))
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_the_activations_gradient_at_infinities_is_torchs(activation: str) -> None:
+    """An infinite gradient does not pass where the output is cut off, and NaN lets the gradient through."""
+    layout = GroupLayout(1, 1, [([0], [0])])
+    values = torch.tensor([-1.0, 2.0, float("nan"), -3.0, 9.0, 0.0]).reshape(1, 1, 1, 6)
+    grad = torch.tensor([float("inf"), 3.0, 5.0, float("nan"), float("inf"), 1.0]).reshape(1, 1, 1, 6)
+    ours, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
+    out = permuted_grouped_conv2d(
+        ours, torch.ones(1), layout, kernel_size=1, activation=activation, backend="reference"
+    )
+    out.backward(grad)
+    getattr(torch.nn.functional, activation)(theirs).backward(grad)
+    torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True)

@@ -156,9 +156,9 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, plan, output = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if ctx.activation == "relu":
-        grad = grad * (output > 0)
+        grad = grad.masked_fill(output <= 0, 0)  # as torch: no infinity times 0, and NaN lets it through
     elif ctx.activation == "relu6":
-        grad = grad * ((output > 0) & (output < 6))
+        grad = grad.masked_fill((output <= 0) | (output >= 6), 0)
     grad_x = grad_w = grad_b = grad_r = None
     if needs[0]:
         grad_x = _grad_input_op(grad, weight, plan, x.shape, *ctx.geometry, ctx.backend)

@@ -163,7 +163,7 @@ def shifted(images: torch.Tensor, pixels: int, generator: torch.Generator) -> to
 def batches(
     split: Split, batch: int, shift: int, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of shuffled, shifted training batches (channels_last, which trains faster on a CPU).
+    """One epoch of shuffled, shifted training batches (in channels_last).
 
     The last, smaller batch is kept unless it has a single image, which BatchNorm cannot train on.
     """

@@ -16,6 +16,8 @@ from dsp_kernels.assignment import LassoTable, reference
 from dsp_kernels.assignment.op import standard_gumbel
 
 OPS = torch.ops.dsp_kernels
+HAS_NATIVE = available_backends()["native"] is None
+needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=f"native: {available_backends()['native']}")
 SHAPES = [(5, 3, 2, 2), (4, 6), (6, 2, 3, 1), (1, 4, 3, 3)]
 
 
@@ -629,10 +631,34 @@ def test_table_refuses_a_matrix_of_another_network():
     assert all(torch.equal(a, b) for a, b in zip(table.weights, before, strict=True))
 
 
+CPU_BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "device", "number"])
+def test_table_refuses_tensors_unlike_the_weights(wrong, backend):
+    weight = torch.randn(8, 4, 3, 3)
+    before, room = weight.clone(), torch.full((8, 4, 3, 3), 7.0)
+    table, matrix = LassoTable([weight], 2, backend=backend), hard_logs([0, 1] * 4, 2, torch.float32)
+    given = {
+        "shape": [room[:1]],  # the weight's strides, and memory behind it
+        "dtype": [room.double()],
+        "device": [room.to("meta")],
+        "number": [room, room],
+    }[wrong]
+    where = "" if wrong == "number" else r"\[0\]"
+    for name, call in {
+        "keep": lambda: table.shrink(matrix, [0.1], keep=given),
+        "targets": lambda: table.copy_to(given),
+        "sources": lambda: table.copy_from(given),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}{where}: expected"):
+            call()
+    assert torch.equal(weight, before) and bool((room == 7).all())
+
+
 # ---- the compiled core against the reference ----
 
-HAS_NATIVE = available_backends()["native"] is None
-needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=f"native: {available_backends()['native']}")
 NATIVE_SHAPES = [
     (5, 3, 2, 2),
     (4, 6),

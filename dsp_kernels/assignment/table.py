@@ -130,21 +130,37 @@ class LassoTable:
     def _numbers(rates: Sequence[float] | Tensor) -> Sequence[float]:
         return rates.tolist() if isinstance(rates, Tensor) else rates
 
+    def _check_like(self, name: str, tensors: Sequence[Tensor], *, any_dtype: bool = False) -> None:
+        """ValueError unless ``tensors`` are one a layer, of their weight's shape, device and dtype."""
+        if len(tensors) != len(self.weights):
+            raise ValueError(f"{name}: expected {len(self.weights)} tensors, one a layer, got {len(tensors)}")
+        for index, (tensor, weight) in enumerate(zip(tensors, self.weights, strict=True)):
+            if (
+                tensor.shape != weight.shape
+                or tensor.device != weight.device
+                or not (any_dtype or tensor.dtype == weight.dtype)
+            ):
+                raise ValueError(
+                    f"{name}[{index}]: expected {weight.dtype} of shape {tuple(weight.shape)} on "
+                    f"{weight.device}, got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+                )
+
     def _ordered(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether tensors have the dtype and the memory order of the weights."""
+        """Whether checked tensors have the memory order of the weights."""
         return all(
-            tensor.stride() == weight.stride() and tensor.dtype == weight.dtype
-            for tensor, weight in zip(tensors, self.weights, strict=True)
+            tensor.stride() == weight.stride() for tensor, weight in zip(tensors, self.weights, strict=True)
         )
 
     @torch.no_grad()
     def copy_to(self, targets: Sequence[Tensor]) -> None:
         """targets <- weights, bit for bit."""
+        self._check_like("targets", targets)
         self._copy(list(targets), self.weights)
 
     @torch.no_grad()
     def copy_from(self, sources: Sequence[Tensor]) -> None:
         """weights <- sources, bit for bit."""
+        self._check_like("sources", sources)
         self._copy(self.weights, list(sources))
 
     def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -179,8 +195,11 @@ class LassoTable:
 
         ``proximal``: instead the exact minimiser of |X - W|^2 / 2 + rate R(X) for a hard assignment
         (log-probabilities 0 and -inf), which shrinks each (group, channel) block by rate * s in norm and
-        gives exact zeros. ``keep``: tensors shaped as the weights that receive the weights as they were.
+        gives exact zeros. ``keep``: tensors of the weights' shapes, dtype and device that receive the
+        weights as they were.
         """
+        if keep is not None:
+            self._check_like("keep", keep)
         if self._runs_on_device():
             fused = keep is not None and self._ordered(keep)
             if keep is not None and not fused:

@@ -651,10 +651,23 @@ def test_table_refuses_tensors_unlike_the_weights(wrong, backend):
         "keep": lambda: table.shrink(matrix, [0.1], keep=given),
         "targets": lambda: table.copy_to(given),
         "sources": lambda: table.copy_from(given),
+        "displacements": lambda: table.log_gradient(matrix, [0.1], given),
     }.items():
+        if (name, wrong) == ("displacements", "dtype"):
+            continue  # cast
         with pytest.raises(ValueError, match=f"{name}{where}: expected"):
             call()
     assert torch.equal(weight, before) and bool((room == 7).all())
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_table_takes_displacements_of_another_dtype(dtype, backend):
+    weight = torch.randn(8, 4, 3, 3)
+    table, matrix = LassoTable([weight], 2, backend=backend), hard_logs([0, 1] * 4, 2, torch.float32)
+    move = torch.randint(-3, 4, weight.shape)
+    want = table.log_gradient(matrix, [0.1], [move.float()])
+    assert torch.equal(table.log_gradient(matrix, [0.1], [move.to(dtype)]), want)
 
 
 # ---- the compiled core against the reference ----

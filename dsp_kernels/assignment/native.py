@@ -48,7 +48,8 @@ def is_plain(weight: Tensor) -> bool:
 
 
 def _like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """``tensor`` in the memory order of a plain ``weight``, copied where it must be."""
+    """``tensor`` with the dtype and memory order of a plain ``weight``, copied where it must be."""
+    tensor = tensor.to(weight.dtype)
     if _tap_major(weight):
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor.contiguous()

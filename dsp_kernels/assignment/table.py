@@ -264,8 +264,11 @@ class LassoTable:
 
         With W' = W - rate dR/dW(W), this is dR/dl at W', plus, where ``displacements`` D are given (one a
         layer, shaped as the weights), the mixed product d<dR/dW(W), D - rate dR/dW(W')>/dl. D is the move
-        that the optimizer would make at W'; the penalty's own move at W' is added here.
+        that the optimizer would make at W'; the penalty's own move at W' is added here. They may have any
+        real dtype.
         """
+        if displacements is not None:
+            self._check_like("displacements", displacements, any_dtype=True)
         if self._runs_on_device():
             logs = self._logs(log_probabilities)
             found: Tensor = self._network.log_gradient(self.weights, logs, rates, displacements)

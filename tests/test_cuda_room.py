@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import shutil
 import subprocess
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from conv_cases import CORNERS, Case, cases, check_forward, check_gradients
 from hypothesis import given, settings
 
 from dsp_kernels import GroupLayout, available_backends, permuted_grouped_conv2d
-from dsp_kernels.conv import conv2d_from_plan, cuda, op
+from dsp_kernels.conv import conv2d_from_plan, cuda, op, triton
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -170,6 +172,52 @@ def test_a_table_and_a_weight_are_made_once(emulated: Emulated) -> None:
     weight.neg_()
     assert conv2d_from_plan(x, weight, plan, **arguments).equal(-before)
     assert emulated.calls[-3:] == ["run", "prepare", "run"]
+
+
+def test_what_is_kept_of_a_weight_has_a_limit(emulated: Emulated) -> None:
+    """Each batch size has a table: the last few laid out weights stay, and no table for their sake."""
+    layout = GroupLayout(3, 4, [([0, 2], [0, 1, 3])])
+    weight = torch.randn(6)
+
+    def run(batch: int) -> list[str]:
+        emulated.calls.clear()
+        permuted_grouped_conv2d(torch.randn(batch, 3, 4, 4), weight, layout, kernel_size=1, backend="cuda")
+        return [name for name in emulated.calls if name != "table"]
+
+    triton.forget()
+    cuda.forget()
+    for batch in range(1, 2 * triton._FORMS):
+        assert run(batch) == ["prepare", "run"] and run(batch) == ["run"]
+    (kept,) = triton._weights._values.values()
+    assert len(kept) == triton._FORMS
+    assert run(triton._FORMS) == ["run"]  # the oldest that is kept, and the newest from now on
+    assert run(99) == ["prepare", "run"] and run(triton._FORMS) == ["run"]
+    tables = [weakref.ref(table.device) for table in cuda._tables._values.values()]
+    assert len(tables) == 2 * triton._FORMS
+    cuda.forget()
+    gc.collect()
+    assert [table() for table in tables] == [None] * len(tables)
+    assert run(1) == ["prepare", "run"]
+    (kept,) = triton._weights._values.values()
+    assert len(kept) == 1  # those laid out for tables that are gone went too
+
+
+def test_what_a_call_reads_is_recorded(emulated: Emulated) -> None:
+    layout = GroupLayout(3, 4, [([0, 2], [0, 1, 3])])
+    x, weight, other = torch.randn(1, 3, 4, 4), torch.randn(6), torch.randn(6)
+
+    def run(weight: torch.Tensor, batch: int = 1) -> None:
+        permuted_grouped_conv2d(x.expand(batch, -1, -1, -1), weight, layout, kernel_size=1, backend="cuda")
+
+    triton.forget()
+    cuda.forget()
+    run(weight)
+    run(other, 2)
+    with triton.recording() as held:
+        run(weight)
+    run(other)
+    table, kept = list(cuda._tables._values.values())[-1], list(triton._weights._values.values())
+    assert [id(tensor) for tensor in held] == [id(table.device), id(kept[0][0].laid_out)]
 
 
 def test_bad_arguments_are_refused_by_name(emulated: Emulated) -> None:

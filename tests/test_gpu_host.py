@@ -480,8 +480,10 @@ def test_copies_have_graphs_of_their_own(residual: dsprune.PackedNetwork) -> Non
         other = copied(packed)
         torch.testing.assert_close(other(x), packed(x), rtol=1e-5, atol=1e-5)
     assert len(capturer.captured) == 1
-    cache = gpu.GraphCache(nn.Identity(), "triton")
-    assert pickle.loads(pickle.dumps(cache)).backend == "triton"
+    cache = gpu.GraphCache(nn.Identity(), "triton", capturer=FakeCapturer("none left"), kept=3, chain="off")
+    for again in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+        assert (again.backend, again.kept, again.chain) == ("triton", 3, "off")
+        assert again.capturer.error == "none left" and again.network is not cache.network
 
 
 def test_the_form_that_a_graph_runs_is_told(bottlenecks: dsprune.PackedNetwork) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..backends import native_module
 from ..layout import GroupLayout
 from .shapes import Pair, is_channels_last, output_size
-from .triton import _capturing, _Kept, _layout, _precision, prepared_weight
+from .triton import _capturing, _Kept, _layout, _precision, prepared_weight, record
 
 __all__ = ["forget", "forward", "grad_input", "grad_weight"]
 
@@ -138,6 +138,7 @@ def _table(operation: int, x: Tensor, plan: Tensor, size: Sequence[int], kernel:
         words, prepared, workspace = _make(operation, precision, layout, geometry, blocks)
         # From memory that is not pinned: the copy is done when this returns, for every stream.
         found = _tables.put(key, _Table(words, words.to(device, copy=True), prepared, workspace))
+    record(found.device)
     return found
 
 

@@ -12,14 +12,16 @@ recently used first out. A plan on a GPU is read once, at first use, which waits
 afterwards, so that calls can be captured in a CUDA graph once they have run outside of it.
 
 The weight is laid out in tiles by a small kernel: at each call where its gradient is wanted, once for each of
-its versions where it is not (``requires_grad`` is off, or gradients are). What writes to a weight past its
-version counter (``weight.data``) is not seen then, until a call that wants its gradient comes between.
+its versions where it is not (``requires_grad`` is off, or gradients are), and kept for the last few tables.
+What writes to a weight past its version counter (``weight.data``) is not seen then, until a call that wants
+its gradient comes between.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -48,6 +50,7 @@ _SMALL = 16384
 _MOST_SLICES = 64
 _WORKSPACE = 2**26  # elements of float32 that slices of the weight's gradient may take
 _BLOCK = 1024
+_FORMS = 4  # laid out copies that are kept of one weight, each for a table of its own
 
 T = TypeVar("T")
 
@@ -255,6 +258,29 @@ def _launch(op: str, x: Tensor, layout: GroupLayout, kernel: Pair, pixels: int) 
 # ---- tables and weights on the device ----
 
 
+_recorded: ContextVar[list[Tensor] | None] = ContextVar("dsp_kernels_recorded", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Tensor]]:
+    """The list of what calls inside, on this thread, read of the tables and weights that are kept. A CUDA
+    graph knows their addresses alone: they must outlive it, whatever is forgotten here.
+    """
+    held: list[Tensor] = []
+    token = _recorded.set(held)
+    try:
+        yield held
+    finally:
+        _recorded.reset(token)
+
+
+def record(*tensors: Tensor) -> None:
+    """Notes that a call reads these, which are kept beyond it."""
+    held = _recorded.get()
+    if held is not None:
+        held.extend(tensors)
+
+
 @dataclass(frozen=True)
 class _OnDevice:
     """Tables, and the tensors of them that the kernels read, on the device."""
@@ -274,16 +300,19 @@ def _on_device(key: tuple[Hashable, ...], device: torch.device, make: Callable[[
             name: value.to(device) for name, value in vars(tables).items() if isinstance(value, Tensor)
         }
         found = _tables.put(key, _OnDevice(tables, tensors))
+    record(*found.tensors.values())
     return found
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A weight as the kernels read it, made for ``table`` at a version, and the stream that filled it."""
+    """A weight as the kernels read it, made for ``table`` at a version, and the stream that filled it. The
+    table is not held: a weight laid out for one that was dropped is dropped in turn.
+    """
 
     storage: StorageWeakRef
     version: int
-    table: Tensor
+    table: weakref.ref[Tensor]
     laid_out: Tensor
     stream: int
     event: Any
@@ -291,7 +320,7 @@ class _Prepared:
 
 def prepared_weight(weight: Tensor, table: Tensor, make: Callable[[], Tensor]) -> Tensor:
     """``make()``, the contiguous ``weight`` laid out for ``table``; see the module's text for when it is
-    kept.
+    kept, which the last few are for each weight.
     """
     identity = _identity(weight)
     if identity is None:
@@ -306,13 +335,18 @@ def prepared_weight(weight: Tensor, table: Tensor, make: Callable[[], Tensor]) -
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     handle = 0 if stream is None else stream.cuda_stream
     kept: tuple[_Prepared, ...] = _weights.get(key) or ()
-    kept = tuple(p for p in kept if p.version == version and not p.storage.expired())
+    kept = tuple(
+        p for p in kept if p.version == version and not p.storage.expired() and p.table() is not None
+    )
     for found in kept:
-        if found.table is table:
+        if found.table() is table:
+            if found is not kept[-1]:
+                _weights.put(key, (*(p for p in kept if p is not found), found))
             if stream is not None and found.stream != handle and not _capturing(device):
                 # A capture is preceded by a synchronisation, and may not wait for what lies outside of it.
                 stream.wait_event(found.event)
                 found.laid_out.record_stream(stream)
+            record(found.laid_out)
             return found.laid_out
     out = make()
     if _capturing(device):
@@ -320,7 +354,9 @@ def prepared_weight(weight: Tensor, table: Tensor, make: Callable[[], Tensor]) -
     _weights.drop(lambda value: value[0].storage.expired())
     event = None if stream is None else stream.record_event()
     storage = StorageWeakRef(weight.untyped_storage())
-    _weights.put(key, (*kept, _Prepared(storage, version, table, out, handle, event)))
+    made = _Prepared(storage, version, weakref.ref(table), out, handle, event)
+    _weights.put(key, (*kept[1 - _FORMS :], made))
+    record(out)
     return out
 
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dsp_kernels import GroupLayout, backends, cost
 from dsp_kernels.conv import chain as chains
+from dsp_kernels.conv.triton import recording
 
 from .nn import PermutedGroupedConv2d
 
@@ -667,19 +668,6 @@ _capturing = threading.Lock()  # one capture at a time in a process
 WARM_UP = 3
 
 
-def _prepared() -> list[Any]:
-    """The tables and laid out weights that the launchers keep at present. A graph knows their addresses
-    alone: they must outlive it, whatever the launchers forget.
-    """
-    from dsp_kernels.conv import cuda, triton
-
-    held: list[Any] = []
-    for kept in (triton._tables, triton._weights, cuda._tables):
-        with kept._lock:
-            held += kept._values.values()
-    return held
-
-
 class _CudaReplay:
     def __init__(self, graph: Any, buffer: torch.Tensor, outputs: Any, held: list[Any]) -> None:
         self.graph, self.input, self.outputs, self.held = graph, buffer, outputs, held
@@ -723,9 +711,9 @@ class CudaCapturer:
             torch.cuda.current_stream(x.device).wait_stream(side)
             torch.cuda.synchronize(x.device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"), recording() as held:
                 outputs = call(buffer)
-            return _CudaReplay(graph, buffer, outputs, _prepared())
+            return _CudaReplay(graph, buffer, outputs, held)
 
 
 @dataclass
@@ -736,6 +724,12 @@ class Captured:
     prediction: Prediction
     replay: Replay
     lock: threading.Lock
+
+
+def _new_cache(
+    network: nn.Module, backend: str | None, capturer: Capturer, kept: int, chain: str
+) -> GraphCache:
+    return GraphCache(network, backend, capturer=capturer, kept=kept, chain=chain)
 
 
 class GraphCache:
@@ -770,7 +764,8 @@ class GraphCache:
         self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (GraphCache, (self.network, self.backend))  # graphs are made again where they are needed
+        # Graphs are made again where they are needed.
+        return (_new_cache, (self.network, self.backend, self.capturer, self.kept, self.chain))
 
     def find(self, args: tuple[Any, ...]) -> Captured | None:
         """The graph to replay for these arguments; None where layers must run one by one (see ``reason``)."""

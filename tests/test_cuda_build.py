@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,20 +60,31 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def architectures() -> list[str]:
-    """("80", "86", ...) for which the module holds machine code; skips where there is none."""
+def named() -> list[str]:
+    """What CMake was told to build for: "80-real", "native" and the like; skips where there is nothing."""
     if available_backends()["native"] is not None:
         pytest.skip(f"native: {available_backends()['native']}")
     built = native_module().build_info()["cuda_architectures"]
     if built is None:
         pytest.skip("the module was built without nvcc")
-    return [name.split("-")[0] for name in built.split()]
+    return str(built).replace(";", " ").split()
+
+
+def architectures() -> list[str]:
+    """("80", "86", ...) for which the module holds machine code; skips where there is none."""
+    named()
+    return listed()
 
 
 def cuobjdump(*arguments: str) -> str:
     nvidia = pytest.importorskip("triton.backends.nvidia", reason="cuobjdump comes with Triton")
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     return subprocess.run([tool, *arguments, MODULE], check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def listed() -> list[str]:
+    return sorted(set(re.findall(r"\.sm_(\w+)\.cubin", cuobjdump("-lelf"))))
 
 
 def kernel_of(symbol: str) -> tuple[str, str]:
@@ -110,11 +123,23 @@ def instructions(architecture: str) -> dict[tuple[str, str], list[str]]:
 
 
 def test_every_architecture_is_there_and_ptx_for_newer_ones() -> None:
-    built = architectures()
-    assert set(resources()) == set(built)
-    if len(built) > 1:  # not the device at hand alone
+    built, asked = architectures(), named()
+    assert built and set(resources()) == set(built)
+    if asked == ["native"]:  # the devices at hand; after `make gpu`
+        return
+    assert {name.split("-")[0] for name in asked} == set(built)
+    if len(built) > 1:
         assert set(built) >= {"80", "86", "89", "90", "100"}
         assert "sm_100.ptx" in cuobjdump("-lptx")
+
+
+def test_a_module_for_the_device_at_hand_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CMake knows its architecture by the name "native" alone."""
+    expected = architectures()
+    native = SimpleNamespace(build_info=lambda: {"cuda_architectures": "native"})
+    monkeypatch.setattr(sys.modules[__name__], "native_module", lambda: native)
+    assert named() == ["native"] and architectures() == expected
+    test_every_architecture_is_there_and_ptx_for_newer_ones()
 
 
 def test_every_kernel_is_there() -> None:

@@ -18,6 +18,7 @@ from dsp_kernels.assignment.op import standard_gumbel
 OPS = torch.ops.dsp_kernels
 HAS_NATIVE = available_backends()["native"] is None
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=f"native: {available_backends()['native']}")
+CPU_BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 SHAPES = [(5, 3, 2, 2), (4, 6), (6, 2, 3, 1), (1, 4, 3, 3)]
 
 
@@ -599,11 +600,48 @@ def test_table_shrink_leaves_zeros_zero():
         assert all(torch.equal(w, torch.zeros_like(w)) for w in table.weights)
 
 
-def test_table_notices_a_changed_weight():
-    table, _ = table_of()
+TABLE_METHODS = {
+    "copy_to": lambda table, matrix, others: table.copy_to(others),
+    "copy_from": lambda table, matrix, others: table.copy_from(others),
+    "penalties": lambda table, matrix, others: table.penalties(matrix),
+    "shrink": lambda table, matrix, others: table.shrink(matrix, [0.1] * 4, keep=others),
+    "log_gradient": lambda table, matrix, others: table.log_gradient(matrix, [0.1] * 4, others),
+}
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("method", TABLE_METHODS)
+def test_table_notices_a_changed_weight(method, backend):
+    weights, logs, scales = layers()
+    table, matrix = LassoTable(weights, 3, scales, backend=backend), torch.cat(logs, 1)
     assert table.stale() is None
-    table.weights[2].data = torch.zeros(1, 1, dtype=torch.float64)
-    assert table.stale() == 2
+    old = [w.data for w in weights]
+    others = [torch.randn_like(w) for w in weights]
+    for changed in (old[2][:1].clone(), old[2].float(), old[2].to("meta")):
+        table.weights[2] = changed
+        assert table.stale() == 2
+        for taken in (others, [torch.randn_like(w) for w in table.weights]):
+            before = [w.clone() for w in (*table.weights, *taken)]
+            with pytest.raises(
+                ValueError, match=r"weights\[2\]: expected torch\.float64 of shape \(6, 2, 3, 1\)"
+            ):
+                TABLE_METHODS[method](table, matrix, taken)
+            after = [*table.weights, *taken]
+            assert all(b.is_meta or torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    table.weights[2] = old[2]
+    TABLE_METHODS[method](table, matrix, others)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("rates", [[0.1] * 3, [0.1] * 5, torch.zeros(3), torch.zeros(4, 1)])
+def test_table_refuses_rates_of_another_number(rates, backend):
+    weights, logs, scales = layers()
+    table = LassoTable(weights, 3, scales, backend=backend)
+    before = [w.clone() for w in weights]
+    for method in (table.shrink, table.log_gradient):
+        with pytest.raises(ValueError, match="rates: expected"):
+            method(torch.cat(logs, 1), rates)
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -629,9 +667,6 @@ def test_table_refuses_a_matrix_of_another_network():
     with pytest.raises(ValueError, match="log_probabilities: expected"):
         table.shrink(matrix[:, 1:], [0.1] * 4)
     assert all(torch.equal(a, b) for a, b in zip(table.weights, before, strict=True))
-
-
-CPU_BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -98,10 +98,11 @@ class Network:
     def numbers(self, values: Sequence[float] | Tensor) -> Tensor:
         """One number a layer, on the device."""
         if isinstance(values, Tensor):
-            if values.shape != (len(self.layers),) or values.dtype != self.dtype:
+            shape = (len(self.layers),)
+            if values.shape != shape or values.dtype != self.dtype or values.device != self.device:
                 raise ValueError(
-                    f"rates: expected {self.dtype} of shape ({len(self.layers)},), "
-                    f"got {values.dtype} of shape {tuple(values.shape)}"
+                    f"rates: expected {self.dtype} of shape {shape} on {self.device}, "
+                    f"got {values.dtype} of shape {tuple(values.shape)} on {values.device}"
                 )
             return values.contiguous()
         key = tuple(values)

@@ -36,7 +36,8 @@ class LassoTable:
     Everything runs under ``torch.no_grad``. Methods of these two launch a fixed number of kernels, whatever
     the number of layers, do not wait for the device, and can be captured in a CUDA graph once they have run.
 
-    Methods raise ValueError where a weight's shape, dtype or device is no longer that of the table.
+    Methods raise ValueError, before anything is changed, where a weight's shape, dtype or device is no longer
+    that of the table, or an argument does not fit it.
     """
 
     def __init__(
@@ -93,12 +94,23 @@ class LassoTable:
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The columns of a (G, N) matrix by layer, as views."""
-        if matrix.shape != (self.groups, self.filters) or matrix.dtype != self.dtype:
+        shape = (self.groups, self.filters)
+        if matrix.shape != shape or matrix.dtype != self.dtype or matrix.device != self.device:
             raise ValueError(
-                f"log_probabilities: expected {self.dtype} of shape {(self.groups, self.filters)}, "
-                f"got {matrix.dtype} of shape {tuple(matrix.shape)}"
+                f"log_probabilities: expected {self.dtype} of shape {shape} on {self.device}, "
+                f"got {matrix.dtype} of shape {tuple(matrix.shape)} on {matrix.device}"
             )
         return [matrix[:, a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+
+    def _check_weights(self) -> None:
+        index = self.stale()
+        if index is not None:
+            shape, dtype = self._shapes[index]
+            weight = self.weights[index]
+            raise ValueError(
+                f"weights[{index}]: expected {dtype} of shape {tuple(shape)} on {self.device} as when "
+                f"the table was made, got {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
+            )
 
     def _runs_native(self) -> bool:
         return self.backend == "native" and all(map(native.is_plain, self.weights))
@@ -107,12 +119,6 @@ class LassoTable:
         """Whether the kernels run; what they know of the weights is made again where their order changed."""
         if self.backend not in ("triton", "cuda"):
             return False
-        index = self.stale()
-        if index is not None:
-            raise ValueError(
-                f"weights[{index}]: expected {self._shapes[index]}, got "
-                f"{(self.weights[index].shape, self.weights[index].dtype)} on {self.weights[index].device}"
-            )
         strides = [weight.stride() for weight in self.weights]
         if strides != self._strides:
             module = room(self.backend)
@@ -125,6 +131,16 @@ class LassoTable:
         """The (G, N) matrix with the rows contiguous, after checking it."""
         self.split(matrix)
         return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+    def _check_rates(self, rates: Sequence[float] | Tensor) -> None:
+        count = len(self.weights)
+        if isinstance(rates, Tensor) and rates.shape != (count,):
+            raise ValueError(
+                f"rates: expected {self.dtype} of shape ({count},), "
+                f"got {rates.dtype} of shape {tuple(rates.shape)}"
+            )
+        if len(rates) != count:
+            raise ValueError(f"rates: expected {count} numbers, one a layer, got {len(rates)}")
 
     @staticmethod
     def _numbers(rates: Sequence[float] | Tensor) -> Sequence[float]:
@@ -154,12 +170,14 @@ class LassoTable:
     @torch.no_grad()
     def copy_to(self, targets: Sequence[Tensor]) -> None:
         """targets <- weights, bit for bit."""
+        self._check_weights()
         self._check_like("targets", targets)
         self._copy(list(targets), self.weights)
 
     @torch.no_grad()
     def copy_from(self, sources: Sequence[Tensor]) -> None:
         """weights <- sources, bit for bit."""
+        self._check_weights()
         self._check_like("sources", sources)
         self._copy(self.weights, list(sources))
 
@@ -173,6 +191,7 @@ class LassoTable:
     @torch.no_grad()
     def penalties(self, log_probabilities: Tensor) -> Tensor:
         """The scaled penalty of each layer, (L,)."""
+        self._check_weights()
         if self._runs_on_device():
             out: Tensor = self._network.penalties(self.weights, self._logs(log_probabilities))
             return out
@@ -198,8 +217,11 @@ class LassoTable:
         gives exact zeros. ``keep``: tensors of the weights' shapes, dtype and device that receive the
         weights as they were.
         """
+        self._check_weights()
+        self._check_rates(rates)
         if keep is not None:
             self._check_like("keep", keep)
+        self.split(log_probabilities)
         if self._runs_on_device():
             fused = keep is not None and self._ordered(keep)
             if keep is not None and not fused:
@@ -267,6 +289,8 @@ class LassoTable:
         that the optimizer would make at W'; the penalty's own move at W' is added here. They may have any
         real dtype.
         """
+        self._check_weights()
+        self._check_rates(rates)
         if displacements is not None:
             self._check_like("displacements", displacements, any_dtype=True)
         if self._runs_on_device():

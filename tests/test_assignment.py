@@ -886,6 +886,61 @@ def test_strided_weights_and_matrices_are_read_rightly():
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"logs": lambda log: log[:, 2:4]},
+            r"log_probabilities\[1\]: shape: expected \(groups, 6\), got \(3, 2\)",
+        ),
+        ({"logs": lambda log: log.float()}, r"log_probabilities\[1\]: dtype"),
+        ({"logs": lambda log: log[0]}, r"log_probabilities\[1\]: shape"),
+        ({"logs": lambda log: log[:0]}, r"log_probabilities\[1\]: shape"),
+        ({"weights": lambda weight: weight[:4]}, r"log_probabilities\[1\]: shape"),
+        ({"weights": lambda weight: weight.float()}, r"weights\[1\]: accumulation dtype"),
+        ({"weights": lambda weight: weight[:0]}, r"weights\[1\]: expected a filled"),
+        ({"logs": None}, "log_probabilities: number of layers: expected 2, got 1"),
+        ({"scales": None}, "scales: number of layers: expected 2, got 1"),
+        ({"grad": lambda grad: grad[:1]}, r"grad: shape: expected \(2,\), got \(1,\)"),
+        ({"towards": lambda towards: towards[:4]}, r"weight_directions\[1\]: shape"),
+        ({"log_towards": lambda towards: towards[:, 2:4]}, r"log_directions\[1\]: shape"),
+        ({"log_towards": lambda towards: towards.float()}, r"log_directions\[1\]: dtype"),
+    ],
+)
+def test_native_operators_refuse_what_they_would_read_past_its_end(change, text):
+    weights, logs, scales = layers(shapes=[(4, 6), (6, 4, 3, 3)])
+    given = {"weights": weights, "logs": logs, "scales": scales[:2], "grad": torch.ones(2)}
+    given |= {"towards": list(weights), "log_towards": list(logs)}
+    ((name, changed),) = change.items()
+    if changed is None:
+        given[name] = given[name][:1]
+    elif name == "grad":
+        given[name] = changed(given[name])
+    else:
+        given[name] = [given[name][0], changed(given[name][1])]
+    common = (given["weights"], given["logs"], given["scales"], "native")
+    with pytest.raises(ValueError, match=text):
+        OPS.group_lasso_hessian(given["grad"], given["towards"], given["log_towards"], *common)
+    if name in ("weights", "logs", "scales", "grad"):
+        with pytest.raises(ValueError, match=text):
+            OPS.group_lasso_backward(given["grad"], *common)
+    if name in ("weights", "logs", "scales"):
+        with pytest.raises(ValueError, match=text):
+            OPS.group_lasso(*common)
+
+
+@needs_native
+def test_native_hessian_casts_the_directions_of_weights():
+    weights, logs, scales = layers(shapes=SHAPES[:2])
+    towards, grad = [w.float() for w in weights], torch.ones(2, dtype=torch.float64)
+    got, want = (
+        OPS.group_lasso_hessian(grad, taken, logs, weights, logs, scales[:2], "native")
+        for taken in (towards, [t.double() for t in towards])
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_native
 def test_layers_may_differ_in_their_number_of_groups():
     weights, _, scales = layers(shapes=SHAPES[:3])
     logs = [

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_layers
 from .plan import Layer
 
 __all__ = [
@@ -167,6 +168,7 @@ def group_lasso(
     kind: Callable[..., Any], weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Sequence[float]
 ) -> Tensor:
     """See :func:`dsp_kernels.assignment.reference.group_lasso`; ``kind`` is the backend's ``Network``."""
+    check_layers(weights, logs, scales)
     plain = _plain(weights)
     parts = _parts(plain, logs)
     results = []
@@ -195,6 +197,7 @@ def group_lasso_backward(
     scales: Sequence[float],
 ) -> list[Tensor]:
     """See :func:`dsp_kernels.assignment.reference.group_lasso_backward`."""
+    check_layers(weights, logs, scales, grad)
     plain = _plain(weights)
     outs = [torch.empty_like(weight) for weight in plain]
     log_outs: list[Tensor] = list(logs)
@@ -217,6 +220,7 @@ def group_lasso_hessian(
     scales: Sequence[float],
 ) -> list[Tensor]:
     """See :func:`dsp_kernels.assignment.reference.group_lasso_hessian`."""
+    check_layers(weights, logs, scales, grad, weight_directions, log_directions)
     plain = _plain(weights)
     outs = [torch.empty_like(weight) for weight in plain]
     log_outs: list[Tensor] = list(logs)

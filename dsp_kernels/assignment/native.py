@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native_module
+from .arguments import check_layers
 
 __all__ = [
     "Operation",
@@ -78,10 +79,16 @@ def run(
 
     Outputs are plain tensors of their weight's memory order, or matrices whose rows are contiguous.
     """
-    dtype = weights[0].dtype
+    check_layers(weights, logs, scales, None, directions, log_directions)
+    dtype, groups = weights[0].dtype, logs[0].shape[0]
     words, numbers = array("q"), array("d")
     alive: list[Tensor] = []  # copies that must outlive the call
     for index, weight in enumerate(weights):
+        if not is_plain(weight) or weight.dtype != dtype or logs[index].shape[0] != groups:
+            raise ValueError(
+                f"weights[{index}]: expected a plain CPU tensor of {dtype} with {groups} groups, got "
+                f"{weight.dtype} on {weight.device} with {logs[index].shape[0]} groups"
+            )
         log = _rows(logs[index])
         alive.append(log)
         direction_at = keep_at = out_at = log_out_at = log_out_stride = towards_at = towards_stride = 0
@@ -114,7 +121,7 @@ def run(
         len(words),
         numbers.buffer_info()[0],
         len(numbers),
-        logs[0].shape[0],
+        groups,
         0 if result is None else result.data_ptr(),
         torch.get_num_threads(),
     )
@@ -142,6 +149,7 @@ def _by_groups(logs: Sequence[Tensor]) -> list[list[int]]:
 
 def group_lasso(weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     """See :func:`dsp_kernels.assignment.reference.group_lasso`."""
+    check_layers(weights, logs, scales)
     plain = _plain(weights)
     out = torch.empty(len(plain), dtype=logs[0].dtype)
     for picked in _by_groups(logs):
@@ -162,6 +170,7 @@ def group_lasso_backward(
     grad: Tensor, weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Sequence[float]
 ) -> list[Tensor]:
     """See :func:`dsp_kernels.assignment.reference.group_lasso_backward`."""
+    check_layers(weights, logs, scales, grad)
     plain = _plain(weights)
     weight_outs = [torch.empty_like(weight) for weight in plain]
     log_outs = [torch.empty(log.shape, dtype=log.dtype) for log in logs]
@@ -188,6 +197,7 @@ def group_lasso_hessian(
     scales: Sequence[float],
 ) -> list[Tensor]:
     """See :func:`dsp_kernels.assignment.reference.group_lasso_hessian`."""
+    check_layers(weights, logs, scales, grad, weight_directions, log_directions)
     plain = _plain(weights)
     weight_outs = [torch.empty_like(weight) for weight in plain]
     log_outs = [torch.empty(log.shape, dtype=log.dtype) for log in logs]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 import os
 import random
 import signal
@@ -15,6 +17,8 @@ import ddp_worker
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import dsprune
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,6 +61,38 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path: Path) -> None:
     assert all(one[name].abs().max() > 1e-3 for name in one if name.startswith("exact.logits."))
     for rank in range(2):
         assert "differ in: noise (seed or generator)" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def save_badly(rank: int, folder: Path) -> None:
+    """Saves where that cannot be, and then where it can; writes what was raised."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    (folder / "file").touch()
+    raised = []
+    parts = {"order": torch.Generator().manual_seed(rank)}
+    for path, meta in ((folder / "file" / "a", {}), (folder / "a", {"bad": object()}), (folder / "a", {})):
+        try:
+            dsprune.save_training(path, parts, meta)
+        except (OSError, TypeError, ValueError) as error:
+            raised.append(f"{type(error).__name__}: {error}")
+    (folder / f"{rank}.json").write_text(json.dumps(raised))
+    torch.distributed.destroy_process_group()
+
+
+def test_where_the_first_process_cannot_write_all_raise(tmp_path: Path) -> None:
+    other = torch.multiprocessing.get_context("spawn").Process(target=save_badly, args=(1, tmp_path))
+    other.start()
+    save_badly(0, tmp_path)
+    other.join(60)
+    assert other.exitcode == 0
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert len(first) == len(second) == 2 and (tmp_path / "a").exists()
+    for one, same in zip(first, second, strict=True):
+        text = one.partition(": ")[2]
+        assert text and same.endswith(f"process 0 could not save: {text}")
+    assert second[0].startswith("OSError: ") and second[1].startswith("TypeError: ")
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dsprune
 from dsp_kernels import GroupLayout
+from dsprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from dsprune.resume import CheckpointError
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -289,11 +290,18 @@ def test_without_random_states(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="saved without random states; give random=False"):
         dsprune.load_training(path, {"model": nn.Linear(2, 2), "order": torch.Generator()})
     other = nn.Linear(2, 2)
-    state = (draw := torch.Generator().manual_seed(8)).get_state()
+    draw = torch.Generator().manual_seed(8)
     torch.set_rng_state(before)
     assert dsprune.load_training(path, {"model": other, "order": draw}, random=False) == {}
     assert torch.equal(other.weight, model.weight)
-    assert torch.equal(draw.get_state(), state) and torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(draw.get_state(), generator.get_state())  # a part, whatever the global states
+    assert torch.equal(torch.get_rng_state(), before)
+    # Made by more processes: which of its states would be this one's?
+    tensors, content = read_checkpoint(path)
+    write_checkpoint(path, tensors, {**content, "processes": 2})
+    state = draw.manual_seed(8).get_state()
+    dsprune.load_training(path, {"model": other, "order": draw}, random=False)
+    assert torch.equal(draw.get_state(), state)
 
 
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
@@ -310,8 +318,6 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     path.write_bytes(whole[:-20])
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         dsprune.load_training(path, {"model": model})
-    from dsprune.recipes.checkpoint import write_checkpoint
-
     write_checkpoint(path, {}, {"stage": "learn"})
     with pytest.raises(CheckpointError, match=r"was not written by dsprune\.save_training"):
         dsprune.load_training(path, {"model": model})

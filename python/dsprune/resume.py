@@ -122,7 +122,8 @@ def save_training(
 
     Raises:
         TypeError: a part without a state, or a state that holds something other than tensors and plain
-            values. OSError: the file cannot be written; an older one is then untouched.
+            values. OSError: the file cannot be written; an older one is then untouched. What stops the first
+            process from writing is raised in every process.
     """
     rank, processes = _processes()
     tensors: dict[str, Tensor] = {}
@@ -144,11 +145,30 @@ def save_training(
     for name, value in per_process.items():
         for index, state in enumerate(_gathered(value, processes)):
             tensors[f"{name}@{index}"] = state
+    failure: Exception | None = None
     if rank == 0:
-        content = {"kind": _KIND, "parts": states, "processes": processes, "meta": dict(meta or {})}
-        write_checkpoint(Path(path), tensors, content)
+        try:
+            content = {"kind": _KIND, "parts": states, "processes": processes, "meta": dict(meta or {})}
+            write_checkpoint(Path(path), tensors, content)
+        except Exception as error:  # told to the others, which would wait for ever
+            failure = error
     if processes > 1:
-        dist.barrier()
+        failure = _shared(failure, rank)
+    if failure is not None:
+        raise failure
+
+
+def _shared(failure: Exception | None, rank: int) -> Exception | None:
+    """What went wrong in the first process, in all of them; they wait for it here."""
+    kinds = (OSError, TypeError, ValueError, RuntimeError)
+    status: list[Any] = [None]
+    if failure is not None:
+        kind = next((i for i, kind in enumerate(kinds) if isinstance(failure, kind)), len(kinds) - 1)
+        status = [(kind, str(failure))]
+    dist.broadcast_object_list(status, src=0)
+    if rank == 0 or status[0] is None:
+        return failure
+    return kinds[status[0][0]](f"process 0 could not save: {status[0][1]}")
 
 
 def load_training(
@@ -161,8 +181,9 @@ def load_training(
     Args:
         path: the file.
         parts: the same names as when it was saved, with objects of the same make.
-        random: whether the global random states, and those of the ``torch.Generator`` parts, are set too.
-            They belong to a number of processes; False goes on with another number, not to the same bits.
+        random: whether the global random states are set too. They belong to a number of processes; False
+            goes on with another number, not to the same bits. ``torch.Generator`` parts are set wherever the
+            number of processes is that of the file, and left alone otherwise.
 
     Returns:
         ``meta`` as it was given.
@@ -192,7 +213,7 @@ def load_training(
         raise CheckpointError(f"{source}: was saved without random states; give random=False")
     for name, part in parts.items():
         if isinstance(part, torch.Generator):
-            if random:
+            if content["processes"] == processes:
                 part.set_state(tensors[f"generator.{name}@{rank}"])
             continue
         state = join_state(content["parts"][name], tensors)

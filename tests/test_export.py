@@ -260,6 +260,23 @@ def test_a_wrong_file_is_noticed(onnx: Any, tmp_path: Path, monkeypatch: pytest.
     assert target.read_bytes() == b"older"
 
 
+@pytest.mark.filterwarnings("ignore:layers are replaced")
+def test_onnx_of_a_network_in_training_mode(onnx: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = nets.structured_zeros(nets.random_norms(nets.Plain()), 0)
+    x = torch.randn(1, 3, 16, 16)
+    packed = dsprune.pack(model, x, train=True).train()
+    next(m for m in packed.modules() if isinstance(m, nn.BatchNorm2d)).eval()  # frozen, as users do
+    modes = [m.training for m in packed.modules()]
+    state = {name: value.clone() for name, value in packed.state_dict().items()}
+    path = dsprune.export_onnx(packed, x, tmp_path / "net.onnx", check=True)
+    assert [m.training for m in packed.modules()] == modes and True in modes
+    assert all(torch.equal(value, state[name]) for name, value in packed.state_dict().items())
+    with torch.no_grad():
+        assert float((run(path, x) - packed.eval()(x)).abs().max()) < 1e-4
+
+
 # ---- what is refused ----
 
 

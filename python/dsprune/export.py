@@ -24,7 +24,7 @@ from torch import fx, nn
 from dsp_kernels import tail
 from dsp_kernels.backends import choose
 
-from .graph import _dynamic_shapes, _quiet, _widen_batch, as_inputs, aten, unwrap
+from .graph import _dynamic_shapes, _quiet, _widen_batch, as_inputs, aten, evaluating, unwrap
 from .io import write_atomically
 from .nn import PackedConv2d, PermutedGroupedConv2d
 from .pack import PackedNetwork, _leaves
@@ -442,7 +442,7 @@ def _compare_onnx(data: bytes, packed: PackedNetwork, inputs: tuple[Any, ...]) -
             node.name: tensor.detach().cpu().numpy()
             for node, tensor in zip(session.get_inputs(), tensors, strict=True)
         }
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(packed):
             expected = _leaves(packed(*args))
         for given, wanted in zip(session.run(None, feed), expected, strict=True):
             out = torch.as_tensor(given)

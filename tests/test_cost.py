@@ -388,7 +388,9 @@ def dense50() -> torch.nn.Module:
 
 
 def test_dense_resnet50(dense50: torch.nn.Module) -> None:
-    """The design's figure for one kernel a convolution at batch 256 in bfloat16: 4249 us."""
+    """The roofline by hand: 4249 us at batch 256 in bfloat16, with one kernel a convolution, 4.3 TB/s, 790
+    TFLOP/s, and each activation written once and read once by each reader.
+    """
     found = gpu.predict(dense50, (256, 3, 224, 224), chain="off")
     assert 1e6 * found.floor == pytest.approx(4249, abs=1)
     assert 1.0 < found.seconds / found.floor < 1.1

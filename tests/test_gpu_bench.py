@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +131,7 @@ def test_what_fails_and_what_is_left_out_is_told(
 
     monkeypatch.setattr(bench, "branches", wrong)
     row = bench.network_row(mine, cell, model, 8, compiled=False)
-    assert row["failed"] == {"multi-branch, graph": "outputs differ by 1"} or "differ by" in str(
-        row["failed"]
-    )
+    assert row["failed"] == {"multi-branch, graph": "outputs differ by 1"}
     assert "multi-branch, graph" not in row["times_ms"]
     monkeypatch.setattr(bench.HostCapturer, "capture", broken)
     row = bench.network_row(mine, cell, model, 8, compiled=False)
@@ -143,6 +143,33 @@ def test_what_fails_and_what_is_left_out_is_told(
     text = (tmp_path / "gpu.md").read_text()
     assert "- tiny, 40%, batch 1, eager, graph: RuntimeError: out of memory" in text
     assert "- resnet50: no time left" in text
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"), [("pytest", True), ("bench.tune", False), ("bench.gpu", True), ("", False)]
+)
+def test_make_gpu_runs_all_and_fails_with_the_tests(fails: str, told: bool, tmp_path: Path) -> None:
+    """With a stand-in for Python."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("no make on PATH")
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f"""#!/bin/sh
+echo "$*" >> "{log}"
+case "$*" in *"-m {fails or "nothing"} "*) exit 3;; esac
+""")
+    python.chmod(0o755)
+    done = subprocess.run(
+        [make, "gpu", f"GPU_PYTHON={python}", f"OUT={tmp_path / 'out'}"],
+        cwd=Path(bench.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    calls = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("-m ")]
+    assert calls == ["pytest", "bench.tune", "bench.gpu"]
+    assert (done.returncode != 0) == told
+    assert ("make gpu: failed with status 3" in done.stdout) == told
 
 
 def test_multi_branch_form() -> None:

@@ -82,8 +82,11 @@ class ImageData:
         return torch.zeros(1, self.channels, self.size, self.size, device=self.device)
 
 
-def stratified_split(labels: torch.Tensor, shares: tuple[float, ...], seed: int) -> list[torch.Tensor]:
-    """Disjoint, sorted index sets: one for each share (rounded class by class), and last what remains."""
+def stratified_split(
+    labels: torch.Tensor, shares: tuple[float, ...], seed: int, *, least: int = 0
+) -> list[torch.Tensor]:
+    """Disjoint, sorted index sets: one for each share (rounded class by class, to `least` of a class at
+    least), and last what remains."""
     generator = torch.Generator().manual_seed(seed)
     parts: list[list[torch.Tensor]] = [[] for _ in range(len(shares) + 1)]
     for label in labels.unique():
@@ -91,7 +94,7 @@ def stratified_split(labels: torch.Tensor, shares: tuple[float, ...], seed: int)
         members = members[torch.randperm(len(members), generator=generator)]
         start = 0
         for part, share in zip(parts, shares, strict=False):
-            count = round(share * len(members))
+            count = max(least, round(share * len(members)))
             part.append(members[start : start + count])
             start += count
         parts[-1].append(members[start:])

@@ -54,7 +54,7 @@ def _validated(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Ten
     least = int(counts[counts > 0].min())
     if least < 2:
         raise DataError("a class with a single training image leaves none to validate on")
-    validation, train = stratified_split(labels, (max(share, 1 / least),), seed)
+    validation, train = stratified_split(labels, (share,), seed, least=1)
     return train, validation
 
 

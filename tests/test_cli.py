@@ -147,6 +147,15 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert error.startswith("dsprune: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [[], ["recipe"]])
+def test_nothing_asked_for_shows_the_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert cli.main([*arguments, "--help"]) == 0
+    assert shown.strip() == capsys.readouterr().out.strip() and shown.count("\n") > 8
+    assert shown.startswith(" ".join(["Usage: dsprune", *arguments, "[OPTIONS]"]))
+
+
 def test_stages_ask_for_the_one_before(
     learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

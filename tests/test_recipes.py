@@ -347,6 +347,31 @@ def test_bad_options(case: str, cifar: Path, tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        (["cifar10"], "cifar10-resnet20-g4"),
+        (["cifar10", "--depth", "56", "--groups", "3"], "cifar10-resnet56-g3"),
+        (["imagenet", "--arch", "resnet18"], "imagenet-resnet18-g2"),
+    ],
+)
+def test_a_folder_is_chosen(given: list[str], folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Path] = []
+    monkeypatch.setattr(cli, "_run_recipe", lambda out, *rest: chosen.append(out))
+    assert cli.main(["recipe", *given, "--data", "d"]) == 0
+    assert cli.main(["recipe", *given, "--data", "d", "--out", "mine"]) == 0
+    assert chosen == [Path("outputs") / folder, Path("mine")]
+
+
+def test_a_small_class_takes_no_more_of_the_others() -> None:
+    labels = torch.tensor([0] * 200 + [1] * 2 + [2] * 30)
+    train, validation = folders._validated(labels, 0.1, 0)
+    assert labels[validation].bincount().tolist() == [20, 1, 3]
+    assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(232))
+    with pytest.raises(DataError, match="a single training image"):
+        folders._validated(torch.tensor([0, 0, 1]), 0.1, 0)
+
+
 # ---- the published settings ----
 
 

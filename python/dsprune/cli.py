@@ -643,8 +643,12 @@ DataFolder = Annotated[
     Path, typer.Option("--data", help="The folder with the data set.", show_default=False, metavar="DIR")
 ]
 OutFolder = Annotated[
-    Path, typer.Option("--out", "--run", help="The run folder.", show_default=False, metavar="RUN")
-]
+    Path | None,
+    typer.Option(
+        "--out", "--run", help="The run folder. [outputs/RECIPE-NETWORK-gGROUPS]", show_default=False,
+        metavar="RUN",
+    ),
+]  # fmt: skip
 TargetOption = Annotated[
     float | None,
     typer.Option("--flops", help="Fraction of the prunable FLOPs to remove. [the paper's]"),
@@ -663,7 +667,7 @@ RunSeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 @recipes.command("cifar10")
 def recipe_cifar10(
     data: DataFolder,
-    out: OutFolder,
+    out: OutFolder = None,
     depth: Annotated[int, typer.Option(help="Depth of the ResNet: 20 or 56.")] = 20,
     groups: Annotated[int, typer.Option(help="Groups of filters in each layer: 2, 3 or 4.")] = 4,
     flops: TargetOption = None,
@@ -681,6 +685,7 @@ def recipe_cifar10(
     """ResNet-20 or ResNet-56 on CIFAR-10: train, learn groups, prune, finetune, pack, test, report."""
     from dsprune.recipes.recipe import cifar10_config
 
+    out = out or Path(f"outputs/cifar10-resnet{depth}-g{groups}")
     config = cifar10_config(
         data, depth=depth, groups=groups, flops=flops, epochs_scale=epochs_scale,
         **_machine(out, resume, seed, limit, device, threads),
@@ -691,7 +696,7 @@ def recipe_cifar10(
 @recipes.command("imagenet")
 def recipe_imagenet(
     data: DataFolder,
-    out: OutFolder,
+    out: OutFolder = None,
     arch: Annotated[str, typer.Option(help="resnet18 or resnet50.")] = "resnet50",
     groups: Annotated[int, typer.Option(help="Groups of filters in each layer.")] = 2,
     flops: TargetOption = None,
@@ -714,6 +719,7 @@ def recipe_imagenet(
 
     if not 0 <= workers <= 256:
         raise ValueError(f"workers: expected 0 to 256, got {workers}")
+    out = out or Path(f"outputs/imagenet-{arch}-g{groups}")
     config = imagenet_config(
         data, arch=arch, groups=groups, flops=flops, size=size, batch=batch, epochs_scale=epochs_scale,
         **_machine(out, resume, seed, limit, device, threads),
@@ -834,7 +840,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _usage(error: Exception) -> int:
     text = error.format_message() if hasattr(error, "format_message") else str(error)
-    return _fail(text, getattr(error, "exit_code", 1))
+    status = getattr(error, "exit_code", 1)
+    if type(error).__name__ == "NoArgsIsHelpError":  # of click or of the copy in typer; its text is the help
+        print(text, file=sys.stderr)
+        return int(status)
+    return _fail(text, status)
 
 
 if __name__ == "__main__":

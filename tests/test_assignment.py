@@ -1011,3 +1011,37 @@ def test_the_core_refuses_a_table_that_does_not_fit(change, text):
     arguments.update({key: value for key, value in change.items() if isinstance(key, str)})
     assert module.lasso(**arguments) != 0
     assert text in module.last_error()
+
+
+# ---- what is kept on a device ----
+
+
+def test_another_stream_waits_for_what_is_kept(monkeypatch):
+    from dsp_kernels.assignment import launch
+
+    class Stream:
+        def __init__(self, handle):
+            self.cuda_stream, self.seen = handle, []
+
+        def record_event(self):
+            self.seen.append("recorded")
+            return f"event of {self.cuda_stream}"
+
+        def wait_event(self, event):
+            self.seen.append(event)
+
+    first, second = Stream(0), Stream(5)
+    now = {"stream": first, "capturing": False}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["stream"])
+    monkeypatch.setattr(launch, "capturing", lambda: now["capturing"])
+    store, device = {}, torch.device("cuda", 0)
+
+    def take():
+        return launch.remembered(store, "key", lambda: first.seen.append("made") or "value", device)
+
+    assert take() == take() == "value"
+    assert first.seen == ["made", "recorded"]  # and no wait in the same stream
+    now["stream"] = second
+    assert take() == "value" and second.seen == ["event of 0"]
+    now["capturing"] = True
+    assert take() == "value" and second.seen == ["event of 0"]

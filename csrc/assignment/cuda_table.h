@@ -60,7 +60,8 @@ struct RowTile {
   int64_t layer, filter;
 };
 
-// The table's header after checking all of the words. Throws Error.
+// The table's header after checking its mark, its length and where its parts begin; the rest is taken as
+// dsp_cuda_lasso_table wrote it. Throws Error.
 const Header& read_table(const int64_t* words, int64_t numel);
 
 // Where an operation's partial results lie in the work space, in elements of the sums' type; -1: nowhere.

@@ -93,7 +93,9 @@ class Network:
         self._bound: dict[tuple[int, ...], tuple[array[int], Tensor]] = {}
         self._sizes: dict[tuple[int, bool], int] = {}
         arguments = (_ELEMENTS[weights[0].dtype], groups, self.layers, self.device)
-        self._table: tuple[Tensor, Tensor] = remembered(_tables, arguments, lambda: _make_table(*arguments))
+        self._table: tuple[Tensor, Tensor] = remembered(
+            _tables, arguments, lambda: _make_table(*arguments), self.device
+        )
 
     def numbers(self, values: Sequence[float] | Tensor) -> Tensor:
         """One number a layer, on the device."""
@@ -106,7 +108,9 @@ class Network:
                 )
             return values.contiguous()
         key = tuple(values)
-        found: Tensor = remembered(self._numbers, key, lambda: upload(key, self.dtype, self.device))
+        found: Tensor = remembered(
+            self._numbers, key, lambda: upload(key, self.dtype, self.device), self.device
+        )
         return found
 
     def _bind(self, *lists: Sequence[Tensor] | None) -> tuple[array[int], Tensor]:
@@ -118,7 +122,7 @@ class Network:
         )
         assert len(key) == ADDRESSES * len(self.layers)
         found: tuple[array[int], Tensor] = remembered(
-            self._bound, key, lambda: (array("q", key), upload(key, torch.int64, self.device))
+            self._bound, key, lambda: (array("q", key), upload(key, torch.int64, self.device)), self.device
         )
         return found
 

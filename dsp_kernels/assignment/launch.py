@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_layers
-from .plan import Layer
+from .plan import Layer, Plan
 
 __all__ = [
     "DTYPES",
@@ -78,18 +79,49 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def remembered(store: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-    """``store[key]``, made where it is missing; the least recently used of ``_REMEMBERED`` goes."""
+@dataclass(frozen=True)
+class _Kept:
+    """A value, and where it lies on a CUDA device: the stream that fills it, and when that is done."""
+
+    value: Any
+    stream: int = 0
+    event: Any = None
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value if isinstance(value, tuple) else vars(value).values() if isinstance(value, Plan) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def remembered(
+    store: dict[Any, Any], key: Any, make: Callable[[], Any], device: torch.device | None = None
+) -> Any:
+    """``store[key]``, made where it is missing; the least recently used of ``_REMEMBERED`` goes.
+
+    ``device``: where the value's tensors are filled by work of the current stream. Another stream that takes
+    the value waits for that work.
+    """
+    stream = torch.cuda.current_stream(device) if device is not None and device.type == "cuda" else None
     with _lock:
-        value = store.pop(key, None)
-        if value is not None:
-            store[key] = value
-            return value
+        kept: _Kept | None = store.pop(key, None)
+        if kept is not None:
+            store[key] = kept
+    if kept is not None:
+        if stream is not None and stream.cuda_stream != kept.stream and not capturing():
+            # A capture is preceded by a synchronisation, and may not wait for what lies outside of it.
+            stream.wait_event(kept.event)
+            for tensor in _tensors(kept.value):
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)
+        return kept.value
     value = make()
     # What is made while a graph is captured gets its contents only when the graph runs.
     if not capturing():
+        made = _Kept(value) if stream is None else _Kept(value, stream.cuda_stream, stream.record_event())
         with _lock:
-            store[key] = value
+            store[key] = made
             while len(store) > _REMEMBERED:
                 del store[next(iter(store))]
     return value

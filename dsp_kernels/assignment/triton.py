@@ -99,7 +99,7 @@ class Network:
                 )
             return values.contiguous()
         key = tuple(values)
-        return remembered(self._numbers, key, lambda: upload(key, self.dtype, self.device))
+        return remembered(self._numbers, key, lambda: upload(key, self.dtype, self.device), self.device)
 
     def bind(
         self,
@@ -120,11 +120,11 @@ class Network:
             size = weights[0].element_size()
             vector = vector_width(self.layers, size, key)
             shape = (self.layers, self.groups, vector, self.tiles, self.device)
-            plan = remembered(_plans, shape, lambda: make_plan(*shape))
+            plan = remembered(_plans, shape, lambda: make_plan(*shape), self.device)
             table = upload(key, torch.int64, self.device).view(-1, ADDRESSES)
             return plan, table
 
-        found: tuple[Plan, Tensor] = remembered(self._bound, key, make)
+        found: tuple[Plan, Tensor] = remembered(self._bound, key, make, self.device)
         return found
 
     def _empty(self, *shape: int) -> Tensor:
@@ -491,7 +491,9 @@ def _grid(count: int) -> tuple[int]:
 def _temperature(value: float, like: Tensor) -> Tensor:
     """The temperature on the device, in the precision of the rest."""
     key = (value, like.dtype, like.device)
-    found: Tensor = remembered(_temperatures, key, lambda: upload([value], like.dtype, like.device))
+    found: Tensor = remembered(
+        _temperatures, key, lambda: upload([value], like.dtype, like.device), like.device
+    )
     return found
 
 

@@ -67,9 +67,9 @@ DSP_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 // v in the first n lanes, 0 in the others.
 DSP_INLINE Vec keep_lanes(Vec v, int n) { return _mm512_maskz_mov_ps(first_lanes(n), v); }
-// v where `sign` is above 0, else 0.
+// 0 where `sign` is 0 or below, else v: also where it is NaN, as in torch.
 DSP_INLINE Vec where_positive(Vec sign, Vec v) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(sign, zero(), _CMP_GT_OQ), v);
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(sign, zero(), _CMP_NLE_UQ), v);
 }
 // The even elements of two neighbouring vectors.
 DSP_INLINE Vec even(Vec a, Vec b) {
@@ -117,7 +117,7 @@ DSP_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 DSP_INLINE Vec keep_lanes(Vec v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(n))); }
 DSP_INLINE Vec where_positive(Vec sign, Vec v) {
-  return _mm256_and_ps(v, _mm256_cmp_ps(sign, zero(), _CMP_GT_OQ));
+  return _mm256_and_ps(v, _mm256_cmp_ps(sign, zero(), _CMP_NLE_UQ));
 }
 DSP_INLINE Vec even(Vec a, Vec b) {
   const Vec mixed = _mm256_shuffle_ps(a, b, 0x88);
@@ -180,7 +180,7 @@ DSP_INLINE Vec keep_lanes(Vec v, int n) {
   for (int i = n; i < kLanes; ++i) v[i] = 0;
   return v;
 }
-DSP_INLINE Vec where_positive(Vec sign, Vec v) { return sign > zero() ? v : zero(); }
+DSP_INLINE Vec where_positive(Vec sign, Vec v) { return sign <= zero() ? zero() : v; }
 DSP_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 DSP_INLINE Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
 DSP_INLINE Vec zip_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }

@@ -61,7 +61,7 @@ def backward(
     g = grad.to(mean.dtype)
     if activation == "relu":
         assert y is not None
-        g = g * (y.detach() > 0)
+        g = g.masked_fill(y.detach() <= 0, 0)
     normal = (x.to(mean.dtype) - _rows(mean)) * _rows(inverse)
     of_bias = g.sum((0, 2, 3))
     of_weight = (g * normal).sum((0, 2, 3))

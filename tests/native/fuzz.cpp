@@ -631,6 +631,84 @@ void fuzz_bad_program() {
   dsp_program_destroy(program);
 }
 
+// Batch normalisation over buffers of exactly the size that it asks for, against sums in double.
+void fuzz_norm() {
+  const dsp_norm_shape shape{between(1, 4), between(1, 5), between(1, 70)};
+  const int64_t numel = shape.batch * shape.channels * shape.pixels;
+  const bool affine = chance(0.7);
+  const bool with_residual = chance(0.5);
+  const bool relu = chance(0.5);
+  const auto randoms = [](int64_t count) {
+    std::vector<float> values(static_cast<size_t>(count));
+    for (float& value : values) value = static_cast<float>(between(-1000, 1000)) / 300.0f;
+    return values;
+  };
+  std::vector<float> values = randoms(numel);
+  std::vector<uint8_t> marks(static_cast<size_t>(shape.channels));
+  for (uint8_t& mark : marks) mark = chance(0.3) ? 1 : 0;
+  const auto each = [&](auto&& visit) {
+    for (int64_t n = 0; n < shape.batch; ++n)
+      for (int64_t c = 0; c < shape.channels; ++c)
+        for (int64_t p = 0; p < shape.pixels; ++p) visit(c, (n * shape.channels + c) * shape.pixels + p);
+  };
+  each([&](int64_t c, int64_t i) {
+    if (marks[static_cast<size_t>(c)] != 0) values[static_cast<size_t>(i)] = 0.0f;
+  });
+  const Exact x(values), weight(randoms(shape.channels)), bias(randoms(shape.channels));
+  const Exact residual(randoms(numel)), grad(randoms(numel));
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  Exact mean(shape.channels, nan), variance(shape.channels, nan), out(numel, nan);
+  Exact of_x(numel, nan), of_residual(numel, nan), of_weight(shape.channels, nan),
+      of_bias(shape.channels, nan);
+  const uint8_t* blank = chance(0.5) ? marks.data() : nullptr;
+  const int32_t act = relu ? DSP_ACT_RELU : DSP_ACT_NONE;
+  const int32_t threads = static_cast<int32_t>(between(1, 4));
+  const float* w = affine ? weight.data : nullptr;
+  const float* b = affine ? bias.data : nullptr;
+  check(dsp_batch_norm_forward(&shape, x.data, numel, w, b, with_residual ? residual.data : nullptr, blank,
+                               1e-3, act, mean.data, variance.data, out.data, threads) == DSP_OK,
+        "batch norm does not run");
+  check(dsp_batch_norm_backward(&shape, grad.data, x.data, with_residual && relu ? out.data : nullptr, numel,
+                                w, b, mean.data, variance.data, blank, 1e-3, act, of_x.data,
+                                with_residual ? of_residual.data : nullptr, of_weight.data, of_bias.data,
+                                threads) == DSP_OK,
+        "the gradient of batch norm does not run");
+  std::vector<double> sum(marks.size()), square(marks.size()), gradient(marks.size());
+  const double count = static_cast<double>(shape.batch * shape.pixels);
+  each([&](int64_t c, int64_t i) { sum[static_cast<size_t>(c)] += static_cast<double>(x.data[i]) / count; });
+  each([&](int64_t c, int64_t i) {
+    const double off = static_cast<double>(x.data[i]) - sum[static_cast<size_t>(c)];
+    square[static_cast<size_t>(c)] += off * off / count;
+  });
+  each([&](int64_t c, int64_t i) {
+    const size_t at = static_cast<size_t>(c);
+    const double scale = (affine ? static_cast<double>(weight.data[c]) : 1.0) / std::sqrt(square[at] + 1e-3);
+    double right = (static_cast<double>(x.data[i]) - sum[at]) * scale;
+    if (affine) right += static_cast<double>(bias.data[c]);
+    if (with_residual) right += static_cast<double>(residual.data[i]);
+    if (relu && right < 0) right = 0;
+    if (!(std::fabs(static_cast<double>(out.data[i]) - right) <= 1e-3 * (1 + std::fabs(scale))))
+      die("batch norm: wrong result");
+    const double passed = relu && !(out.data[i] > 0.0f) ? 0.0 : static_cast<double>(grad.data[i]);
+    gradient[at] += passed;
+    if (with_residual && std::fabs(static_cast<double>(of_residual.data[i]) - passed) > 0)
+      die("batch norm: wrong gradient of the residual");
+    const bool unset = blank != nullptr && blank[at] != 0;
+    if (unset != std::isnan(of_x.data[i]))
+      die("batch norm: a gradient is not set, or set where it should not be");
+  });
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    const double right = gradient[static_cast<size_t>(c)];
+    if (!(std::fabs(static_cast<double>(of_bias.data[c]) - right) <= 1e-3 * (1 + count)))
+      die("batch norm: wrong gradient of the bias");
+  }
+  dsp_norm_shape bad = shape;
+  (chance(0.5) ? bad.pixels : bad.batch) += between(1, 3);
+  check(dsp_batch_norm_forward(&bad, x.data, numel, w, b, nullptr, nullptr, 1e-3, act, mean.data,
+                               variance.data, out.data, 1) != DSP_OK,
+        "batch norm takes sizes that do not fit");
+}
+
 }  // namespace
 
 // Called by the sanitizer before it reports.
@@ -653,6 +731,7 @@ int main(int argc, char** argv) {
     fuzz_bad_conv();
     fuzz_program();
     fuzz_bad_program();
+    fuzz_norm();
     ++rounds;
   } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds);
   std::printf("%lld rounds on %s\n", static_cast<long long>(rounds), dsp_cpu_isa());

@@ -29,8 +29,8 @@ def test_the_docstrings_render(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0 and "Warn" not in done.stderr, done.stderr
-    modules += ["dsprune.nn", "dsprune.models"]  # named by dsprune itself
+    modules += ["dsprune.interop", "dsprune.nn", "dsprune.models"]  # named by dsprune itself
     pages = {module: tmp_path / f"{module.replace('.', '/')}.html" for module in modules}
     assert all(page.stat().st_size > 10_000 for page in pages.values())
     text = pages["dsprune"].read_text(encoding="utf-8")
-    assert all(f'id="{name}"' in text for name in dsprune.__all__ if name not in ("models", "nn"))
+    assert all(f'id="{name}"' in text for name in dsprune.__all__ if name not in ("interop", "models", "nn"))

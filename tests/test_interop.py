@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import nets
@@ -24,6 +26,11 @@ def layer(activation: str | None = None) -> PermutedGroupedConv2d:
     made = PermutedGroupedConv2d(layout, 3, padding=1, activation=activation)
     nn.init.normal_(made.bias)  # type: ignore[arg-type]
     return made
+
+
+def test_it_comes_with_the_package() -> None:
+    code = "import dsprune, sys; dsprune.interop.cut_filters; assert 'torch_pruning' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("gone", [[0], [2, 5], [6, 4, 3, 2, 1]])

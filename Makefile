@@ -68,9 +68,11 @@ bench: $(NATIVE)
 
 test: lint $(CHECKED) sanitize pytest
 
-# Whether Triton interprets or compiles is settled at import, so its interpreter has a run of its own.
+# Tests that measure times to find something want the machine alone. Whether Triton interprets or compiles is settled
+# at import, so its interpreter has a run of its own.
 pytest: $(CHECKED)
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -m "not alone" $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(PYTEST) -n 0 -m alone)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 lint: $(VENV)

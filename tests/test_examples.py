@@ -45,7 +45,10 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize(
     ("script", "arguments", "text", "needs"),
-    EXAMPLES,
+    [
+        pytest.param(*example, marks=pytest.mark.alone) if example[0] == "latency_target.py" else example
+        for example in EXAMPLES
+    ],
     ids=[" ".join([script, *arguments]) for script, arguments, _, _ in EXAMPLES],
 )
 def test_example(script: str, arguments: list[str], text: str, needs: list[str], tmp_path: Path) -> None:

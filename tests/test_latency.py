@@ -18,6 +18,7 @@ from dsp_kernels import available_backends
 from dsprune import latency
 from dsprune.latency import Candidate, Curve, CurveCache, LayerShape, Search
 from dsprune.models import cifar_resnet
+from dsprune.recipes.latency import dense_forms
 from dsprune.structure import Structure
 
 CPU = torch.device("cpu")
@@ -259,3 +260,14 @@ def test_where_export_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         )
     assert any("packing alone" in str(w.message) for w in warned)
     assert structure.latency is not None and structure.flops_cut == 0.0
+
+
+def test_where_inductor_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    model, x = nets.Plain().eval(), torch.randn(1, 3, 16, 16)
+    with pytest.warns(UserWarning, match=r"Inductor is not timed: no compiler here$"):
+        forms = dense_forms(model, x, inductor=True)
+    assert set(forms) == {"eager", "channels_last", "TorchScript"}

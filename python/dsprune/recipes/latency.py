@@ -21,7 +21,7 @@ def dense_forms(
 
     `model` is in eval mode; `images`: float32 (N, C, H, W). Eager, eager on channels_last images, frozen
     TorchScript, and with `inductor` torch.compile with freezing (which compiles for a minute or so).
-    A form that fails to build is left out.
+    A form that fails to build is left out, Inductor with a warning that says why.
     """
     import copy
 
@@ -40,10 +40,14 @@ def dense_forms(
     if inductor:
         import torch._inductor.config as config
 
-        with config.patch(freezing=True), torch.no_grad():
-            compiled = torch.compile(copy.deepcopy(model))
-            compiled(images)
-        forms["Inductor"] = lambda: compiled(images)
+        try:
+            with config.patch(freezing=True), torch.no_grad():
+                compiled = torch.compile(copy.deepcopy(model))
+                compiled(images)
+            forms["Inductor"] = lambda: compiled(images)
+        except Exception as error:  # no compiler, or one of the many things that stop it
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"Inductor is not timed: {text}", stacklevel=2)
     return forms
 
 

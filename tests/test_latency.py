@@ -21,6 +21,8 @@ from dsprune.models import cifar_resnet
 from dsprune.recipes.latency import dense_forms
 from dsprune.structure import Structure
 
+pytestmark = pytest.mark.alone
+
 CPU = torch.device("cpu")
 SHAPE = LayerShape(8, 6, (2, 10, 9), (3, 3), (1, 1), (1, 1), (1, 1), (2, 4))
 

@@ -496,7 +496,7 @@ def _no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         stages,
         "logits_in_new_process",
-        lambda run, images: recipe._some_logits(run.packed(run.data()), run.data()),
+        lambda run, data, images: recipe._logits(run.packed(data), images),
     )
 
 

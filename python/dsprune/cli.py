@@ -793,13 +793,11 @@ def _run_recipe(
 
 
 def _known_errors() -> tuple[type[BaseException], ...]:
-    from subprocess import TimeoutExpired
-
     from dsprune.pack import PackError
     from dsprune.recipes.demo import DemoError
     from dsprune.recipes.training import TrainingError
 
-    return (ValueError, TypeError, OSError, ImportError, DemoError, TrainingError, PackError, TimeoutExpired)
+    return (ValueError, TypeError, OSError, ImportError, DemoError, TrainingError, PackError)
 
 
 def _fail(text: str, status: int) -> int:

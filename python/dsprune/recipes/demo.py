@@ -101,7 +101,8 @@ def _stages(
     difference = (masked_test.logits - packed_test.logits).abs().max().item()
     if not difference <= TOLERANCE:
         raise DemoError(f"packed and masked logits differ by {difference:.2e}, more than {TOLERANCE:.0e}")
-    reloaded = timed("reload in a new process", lambda: stages.logits_in_new_process(run))
+    images = torch.cat(list(data.test.batches(training.EVALUATED, data.device)))
+    reloaded = timed("reload in a new process", lambda: stages.logits_in_new_process(run, data, images))
     if not torch.equal(reloaded, packed_test.logits):
         raise DemoError("the packed network, reloaded in a new process, does not give the same bits")
 

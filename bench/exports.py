@@ -12,7 +12,7 @@ import torch
 
 import dsprune
 from bench.cases import cases
-from bench.environment import environment
+from bench.environment import environment, keep_freed_memory
 from dsprune.export import FORMS
 from dsprune.io import write_atomically
 from dsprune.recipes.latency import interleaved_medians
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each form in each cell")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
+    keep_freed_memory()
     print(table(run(**vars(options))))
 
 

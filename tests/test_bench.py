@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, device, networks
+from bench import cases, device, environment, networks
 from dsprune import summary
 from dsprune.models import cifar_resnet
 
@@ -101,3 +101,29 @@ def test_benchmark_suites_run(suite: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+def test_assignment_results_are_added_to(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "bench.bench_assignment",
+        "--networks",
+        "resnet20",
+        "--out",
+        str(tmp_path),
+    ]
+    for part in (["--bytes", "--groups", "2"], ["--memory", "--groups", "3", "--batch", "2"]):
+        subprocess.run([*command, *part], cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((tmp_path / "assignment.json").read_text())
+    assert set(found["environment"]) == {"bytes", "memory"}
+    (moved,), (memory,) = found["bytes"], found["memory"]
+    assert all(1 <= m["bytes"] / m["floor_bytes"] < 2 for m in moved["moved"].values())
+    assert 1 <= (memory["held"] + max(0, memory["peak"])) / memory["weights"] <= 1.25
+    assert (tmp_path / "assignment.md").read_text().count("| resnet20 |") == 1 + len(moved["moved"])
+
+
+def test_the_environment_names_the_commit() -> None:
+    found = environment.environment()
+    assert (found["commit"] is None) == (not (ROOT / ".git").exists())
+    assert found["date"].endswith("+00:00")

@@ -350,7 +350,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--groups", nargs="+", type=int, default=[2, 4])
@@ -370,7 +370,7 @@ def main() -> None:
     parser.add_argument("--authors", metavar="FOLDER", help="a folder with the authors' dsp_module.py")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="folder for assignment.json and assignment.md")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     part_name = options.part or "kernels"
     seconds, device = options.seconds, options.device
     if part_name not in ("memory", "bytes"):

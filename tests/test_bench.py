@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, device, environment, networks
+from bench import bench_assignment, cases, device, environment, networks
 from dsprune import summary
 from dsprune.models import cifar_resnet
 
@@ -104,17 +104,8 @@ def test_benchmark_suites_run(suite: str) -> None:
 
 
 def test_assignment_results_are_added_to(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "bench.bench_assignment",
-        "--networks",
-        "resnet20",
-        "--out",
-        str(tmp_path),
-    ]
     for part in (["--bytes", "--groups", "2"], ["--memory", "--groups", "3", "--batch", "2"]):
-        subprocess.run([*command, *part], cwd=ROOT, check=True, capture_output=True)
+        bench_assignment.main(["--networks", "resnet20", "--out", str(tmp_path), *part])
     found = json.loads((tmp_path / "assignment.json").read_text())
     assert set(found["environment"]) == {"bytes", "memory"}
     (moved,), (memory,) = found["bytes"], found["memory"]

@@ -142,6 +142,9 @@ def open_or_create(out: Path, config: Config, *, resume: bool, moved: Sequence[s
     """The run in `out`: with `resume` the one there, which must have these settings; else a new one.
 
     `moved`: settings that may have changed meanwhile; the new ones are taken.
+
+    Raises CheckpointError where the settings differ or there is no run of ours, ValueError where `out` is no
+    folder.
     """
     if not (resume and (out / "run.json").exists()):
         return Run.create(out, config)

@@ -136,6 +136,9 @@ def imagenet_config(
 
     The authors' code has no ImageNet part: the dense network is trained as in He et al. (CVPR 2016), and the
     other two stages have the form of CIFAR-10's with 60 epochs of learning and 3 cycles of 80 epochs.
+
+    Raises ValueError for another `arch`, a scale out of range, and, without `flops`, a number of groups that
+    the paper does not have.
     """
     names = {"resnet18": "ResNet-18", "resnet50": "ResNet-50"}
     if arch not in names:

@@ -34,7 +34,11 @@ def make_dense(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Train the dense network from scratch, or take its weights from a safetensors file."""
+    """Train the dense network from scratch, or take its weights from a safetensors file.
+
+    Raises CheckpointError where `weights` cannot be read or do not fit, TrainingError where the loss is not
+    finite.
+    """
     if resume and run.has("dense"):
         return
     model = run.network(data)
@@ -54,7 +58,10 @@ def make_dense(
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a safetensors file: a plain one, or that of one of our checkpoints."""
+    """The state dict in a safetensors file: a plain one, or that of one of our checkpoints.
+
+    Raises CheckpointError, naming the file, where it is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -74,6 +81,8 @@ def packed_layouts(path: Path) -> dict[str, Any] | None:
     """The layouts, as JSON by module name, in a file of `dsprune.save`; None for another safetensors file.
 
     The file is one that `read_weights` has read.
+
+    Raises CheckpointError, naming the file, where its header is damaged.
     """
     from safetensors import safe_open
 

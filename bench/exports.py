@@ -30,6 +30,8 @@ def session(data: bytes, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    # Each session has threads of its own, which would go on spinning while the next form is timed.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 

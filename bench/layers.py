@@ -199,9 +199,9 @@ def table(results: dict[str, Any]) -> str:
         placed = [row for row in rows if row["speed_up_in_place"] < 1]
         lines += [
             "",
-            f"{len(slower)} of {len(rows)} rows are slower than their best dense form where that is given its "
-            f"input in channels_last; {len(placed)} where NCHW comes in and goes out, as in a packed network's "
-            "place (torch, converted where that is faster).",
+            f"{len(slower)} of {len(rows)} rows are slower than their best dense form where that is given "
+            f"its input in channels_last; {len(placed)} where NCHW comes in and goes out, as in a packed "
+            "network's place (torch, converted where that is faster).",
         ]
     return "\n".join(lines) + "\n"
 

@@ -64,10 +64,11 @@ struct alignas(128) Slot {
 
 class Pool {
  public:
-  bool run(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  // attended: others are in attend() for the caller's loops.
+  bool run(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context, bool attended) {
     Slot* slot = claim();
     if (slot == nullptr) return false;
-    grow(threads - 1);
+    if (!attended) grow(threads - 1);
     Loop& loop = slot->loop;
     loop.tasks = tasks;
     loop.body = body;
@@ -98,6 +99,20 @@ class Pool {
     slot->taken.store(false, std::memory_order_release);
     if (error) std::rethrow_exception(error);
     return true;
+  }
+
+  // Helps with loops until it is over.
+  void attend(const std::atomic<bool>& over) {
+    uint64_t seen = ~uint64_t{0};
+    while (!over.load(std::memory_order_acquire)) {
+      const uint64_t now = generation_.load(std::memory_order_seq_cst);
+      if (now == seen) {
+        relax();
+      } else {
+        seen = now;
+        help();
+      }
+    }
   }
 
  private:
@@ -170,6 +185,8 @@ class Pool {
 std::atomic<Pool*> current{nullptr};
 std::atomic<TeamRunner> team{nullptr};
 std::mutex creation;
+// On the caller of with_team, while a team attends to its loops.
+thread_local bool attended = false;
 
 // A forked child has none of the parent's threads: it starts with a pool of its own (the old one is
 // abandoned), and an OpenMP runtime would wait for its own for ever.
@@ -205,7 +222,8 @@ void use_team(TeamRunner runner) {
 }
 
 void parallel_for_raw(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  const TeamRunner runner = threads > 1 && tasks > 1 ? team.load(std::memory_order_acquire) : nullptr;
+  const TeamRunner runner =
+      threads > 1 && tasks > 1 && !attended ? team.load(std::memory_order_acquire) : nullptr;
   if (runner != nullptr) {
     Loop loop;
     loop.tasks = tasks;
@@ -217,8 +235,41 @@ void parallel_for_raw(int threads, int64_t tasks, void (*body)(void*, int64_t), 
     return;
   }
   if (threads > tasks) threads = static_cast<int>(tasks);
-  if (threads > 1 && pool().run(threads, tasks, body, context)) return;
+  if (threads > 1 && pool().run(threads, tasks, body, context, attended)) return;
   for (int64_t task = 0; task < tasks; ++task) body(context, task);
+}
+
+void with_team_raw(int threads, void (*body)(void*), void* context) {
+  const TeamRunner runner = threads > 1 && !attended ? team.load(std::memory_order_acquire) : nullptr;
+  if (runner == nullptr) {
+    body(context);
+    return;
+  }
+  struct Session {
+    void (*body)(void*);
+    void* context;
+    Pool& loops;
+    std::thread::id caller;
+    std::exception_ptr error;
+    std::atomic<bool> over{false};
+  } session = {body, context, pool(), std::this_thread::get_id(), nullptr};
+  const auto part = [](void* self) {
+    Session& s = *static_cast<Session*>(self);
+    if (std::this_thread::get_id() != s.caller) {
+      s.loops.attend(s.over);
+      return;
+    }
+    attended = true;
+    try {
+      s.body(s.context);
+    } catch (...) {
+      s.error = std::current_exception();
+    }
+    attended = false;
+    s.over.store(true, std::memory_order_release);
+  };
+  runner(part, &session, static_cast<unsigned>(threads), 0);
+  if (session.error) std::rethrow_exception(session.error);
 }
 
 }  // namespace dsp

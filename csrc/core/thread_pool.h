@@ -19,6 +19,15 @@ using TeamRunner = void (*)(void (*body)(void*), void* context, unsigned threads
 // others.
 void use_team(TeamRunner runner);
 
+// Runs body(context) on the caller. Where loops run on teams, one team stays for all the loops in it, so that
+// a loop waits for no thread that is not there yet: on a busy machine each such wait can take milliseconds.
+void with_team_raw(int threads, void (*body)(void* context), void* context);
+
+template <typename F>
+void with_team(int threads, const F& body) {
+  with_team_raw(threads, [](void* context) { (*static_cast<const F*>(context))(); }, const_cast<F*>(&body));
+}
+
 template <typename F>
 void parallel_for(int threads, int64_t tasks, F& body) {
   if (threads <= 1 || tasks <= 1) {

@@ -710,7 +710,8 @@ dsp_status dsp_program_run(dsp_program* program, const float* in, int64_t in_num
     check_tensor(in, in_numel, checked_mul(batch, x.channels * x.height * x.width, "the size of in"), "in");
     check_tensor(out, out_numel, checked_mul(batch, y.channels * y.height * y.width, "the size of out"),
                  "out");
-    program->program.run(in, out, batch, threads);
+    const auto run = [&] { program->program.run(in, out, batch, threads); };
+    with_team(threads, run);
   });
 }
 

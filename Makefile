@@ -7,10 +7,15 @@ TUNE_MINUTES ?= 4
 OUT ?= outputs/gpu
 PYTEST_ARGS ?=
 PYTEST_JOBS ?= 2
+# Two builds run beside one another: each as many compilers as there are cores.
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# Many tests start Python: from compiled files, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := .venv/bin
-# A process for each job, with one thread each where a test does not ask for more.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(PYTEST_JOBS) -p no:benchmark
+# A process for each job, with one thread each where a test does not ask for more. Each begins with a share of its
+# own, so that what a module prepares is prepared once, and takes from the other's when it is done.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(PYTEST_JOBS) --dist worksteal -p no:benchmark
 VENV := .venv/.ready
 NATIVE := build/native.stamp
 CHECKED := build/native-werror.stamp
@@ -19,7 +24,7 @@ CORE := CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h'
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test pytest bench gpu docs lint format sanitize clean
+.PHONY: help setup demo test pytest bench gpu docs lint format sanitize sanitized unchecked clean
 
 help:
 	@echo "make setup      .venv with the package in it"
@@ -66,7 +71,12 @@ docs: $(VENV)
 bench: $(NATIVE)
 	$(BIN)/python -m bench --out outputs/bench
 
-test: lint $(CHECKED) sanitize pytest
+# Linters take one core, compilers the other; then the tests, one kind after the other.
+test:
+	$(MAKE) -j 3 lint $(CHECKED) sanitized
+	$(MAKE) sanitize
+	$(MAKE) pytest
+	$(MAKE) unchecked
 
 # Tests that measure times to find something want the machine alone. Whether Triton interprets or compiles is settled
 # at import, so its interpreter has a run of its own.
@@ -86,12 +96,18 @@ format: $(VENV)
 	$(BIN)/ruff format .
 	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
 
+# What this machine could not check: tests are skipped then, and that is easily overlooked.
+unchecked: $(CHECKED)
+	@$(BIN)/python tests/unchecked.py
+
 # The core and its own tests under AddressSanitizer and UBSan; no Python in it.
-sanitize: $(VENV)
+sanitized: $(VENV)
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DDSP_SANITIZE=ON -DDSP_WERROR=ON -DDSP_PYTHON=OFF
 	$(BIN)/cmake --build $(SANITIZED)
-	$(BIN)/ctest --test-dir $(SANITIZED) --output-on-failure --no-tests=error
+
+sanitize: sanitized
+	$(BIN)/ctest --test-dir $(SANITIZED) -j $(PYTEST_JOBS) --output-on-failure --no-tests=error
 
 # What fails among the tests is told at the end: tuning and benchmarks run all the same.
 gpu:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from bench import cases, device, networks
 from dsprune import summary
@@ -17,10 +20,15 @@ from dsprune.models import cifar_resnet
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@cache
+def tiny_model() -> nn.Module:
+    return cases.random_structure(lambda: cifar_resnet(20), (3, 8, 8), 0.6, 3)
+
+
 def tiny_case() -> cases.Case:
     return cases.Case(
         "random-tiny",
-        lambda: cases.random_structure(lambda: cifar_resnet(20), (3, 8, 8), 0.6, 3),
+        lambda: copy.deepcopy(tiny_model()),
         (3, 8, 8),
         (2,),
         4,

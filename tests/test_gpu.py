@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,31 +242,38 @@ def test_triton_convolution(name: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(run(), out) for _ in range(3)), "not the same bits"
 
 
-@needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_triton_gradients(name: str, dtype: torch.dtype) -> None:
-    case = CORNERS[name]
+Tensors = tuple[torch.Tensor, ...]
+
+
+def gradients_there(case: Case, dtype: torch.dtype) -> tuple[Callable[[], Tensors], Tensors, Tensors]:
+    """What makes the gradients for x and weight there; float64 results and magnitudes here."""
     x, weight, _, _ = case.tensors(dtype)
     layout = case.layout
     grad = torch.randn(case.batch, case.out_channels, *case.out_size).to(dtype)
     leaves = [x.to(DEVICE).requires_grad_(), layout.pack(weight).to(DEVICE).requires_grad_()]
 
-    def run() -> tuple[torch.Tensor, ...]:
+    def run() -> Tensors:
         out = permuted_grouped_conv2d(leaves[0], leaves[1], layout, backend="triton", **case.geometry)
         return torch.autograd.grad(out, leaves, grad.to(DEVICE))
 
-    def exact(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def exact(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> Tensors:
         a, b = a.double().requires_grad_(), b.double().requires_grad_()
         of_x, of_w = torch.autograd.grad(dense(a, b, case), (a, b), c.double())
         return of_x, layout.pack(of_w)
 
+    return run, exact(x, weight, grad), exact(x.abs(), weight.abs(), grad.abs())
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_triton_gradients(name: str, dtype: torch.dtype) -> None:
+    case = CORNERS[name]
+    run, exact, sizes = gradients_there(case, dtype)
     found = run()
     taps = case.kernel[0] * case.kernel[1]
-    terms = (len(layout.live_filters) * taps, case.batch * case.out_size[0] * case.out_size[1])
-    for got, want, size, k in zip(
-        found, exact(x, weight, grad), exact(x.abs(), weight.abs(), grad.abs()), terms, strict=True
-    ):
+    terms = (len(case.layout.live_filters) * taps, case.batch * case.out_size[0] * case.out_size[1])
+    for got, want, size, k in zip(found, exact, sizes, terms, strict=True):
         assert_within(got.cpu(), want, size, k)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(run(), found, strict=True)), "not the same bits"
@@ -300,6 +307,35 @@ def test_triton_convolution_in_tf32(name: str) -> None:
     )  # fmt: skip
     error = (out.cpu().double() - exact).abs()
     assert bool((error <= 2.0**-9 * size + 1e-6).all())
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["3x3 stride 2", "1x1", "many channels"])
+def test_triton_gradients_in_tf32(name: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    run, exact, sizes = gradients_there(CORNERS[name], torch.float32)
+    found = run()
+    for got, want, size in zip(found, exact, sizes, strict=True):
+        assert bool(((got.cpu().double() - want).abs() <= 2.0**-9 * size + 1e-6).all())
+    assert all(torch.equal(a, b) for a, b in zip(run(), found, strict=True)), "not the same bits"
+
+
+@needs_triton
+def test_triton_on_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    layout = GroupLayout(8, 8, [(range(5), range(8))])
+    x, weight = torch.randn(1, 8, 4, 4), torch.randn(40)
+    found = []
+    for device in ("cpu", "cuda:1"):
+        a, b = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
+        backend = "reference" if device == "cpu" else "triton"
+        out = permuted_grouped_conv2d(a, b, layout, kernel_size=1, backend=backend)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (a, b))))
+    assert torch.cuda.current_device() == 0
+    for mine, theirs in zip(*found, strict=True):
+        assert theirs.device == torch.device("cuda:1")
+        torch.testing.assert_close(theirs.detach().cpu(), mine.detach(), rtol=1e-4, atol=1e-5)
 
 
 @needs_triton

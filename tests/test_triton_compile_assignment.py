@@ -7,10 +7,7 @@ small kernels that do not touch the weights), the other dtypes for one.
 
 from __future__ import annotations
 
-import multiprocessing
 import re
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +98,6 @@ def record(dtype: torch.dtype, offset: int = 0) -> list[Job]:
 
 
 def compile_and_read(job: Job) -> sass.Sass:
-    """In a process of its own."""
     from dsp_kernels.assignment import triton_kernels
 
     kernel = getattr(triton_kernels, job.kernel)
@@ -130,20 +126,6 @@ def all_jobs() -> list[Job]:
 
 
 JOBS = all_jobs()
-Futures = dict[Job, "Future[sass.Sass]"]
-
-
-@pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest) -> Iterator[Futures]:
-    """Everything that this run's tests ask for, compiled by two processes while the tests wait in turn."""
-    wanted = [
-        item.callspec.params["job"]
-        for item in request.session.items
-        if item.path == Path(__file__) and hasattr(item, "callspec")
-    ]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield {job: pool.submit(compile_and_read, job) for job in dict.fromkeys(wanted)}
-        pool.shutdown(cancel_futures=True)
 
 
 def faults(job: Job, code: sass.Sass) -> list[str]:
@@ -164,8 +146,8 @@ def faults(job: Job, code: sass.Sass) -> list[str]:
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
-def test_machine_code(job: Job, results: Futures) -> None:
-    assert faults(job, results[job].result()) == []
+def test_machine_code(job: Job) -> None:
+    assert faults(job, compile_and_read(job)) == []
 
 
 def test_all_kernels_are_there() -> None:

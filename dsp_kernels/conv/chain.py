@@ -51,6 +51,10 @@ __all__ = [
 MOST_TILES = 4
 WIDEST_NEXT = 128
 RESERVED = 12288  # bytes of shared memory beside the pipelined tiles: tables, barriers, exchanges of layout
+# Precision -> pixels of a tile, channels of the stream made at a time, stages. With four warps 128 pixels
+# spill registers, and so do wide parts that no matrix instruction takes (float32). On sm_90 and sm_100 TF32
+# takes 64 pixels by instructions whose operands are then copied word by word.
+_SIZES = {"half": (64, 64, 3), "tf32": (32, 32, 2), "ieee": (32, 16, 2)}
 REACH = 2**15  # rows or columns that a tap may be away
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -225,6 +229,7 @@ def config_of(
         )
     tiles = len(_jobs(first, tile_n))
     n3 = _power(third.out_channels)
+    pixels, part, stages = _SIZES[precision_of(dtype)]
     blocks = [_blocks(sorted(c), first.in_channels, 32) for c, f in first.groups if f]
     config = ChainConfig(
         stream=second.out_channels,
@@ -232,11 +237,11 @@ def config_of(
         tiles=tiles,
         tile_n=tile_n,
         n3=n3,
-        block_m=block_m or 64,  # 128 spills registers with four warps
+        block_m=block_m or pixels,
         block_k=32,
-        block_s=min(64 if second.out_channels % 64 == 0 else 16, second.out_channels),
+        block_s=min(part if second.out_channels % part == 0 else 16, second.out_channels),
         holes=any(holes for group in blocks for _, _, holes in group),
-        stages=3 if dtype != torch.float32 else 2,
+        stages=stages,
     )
     size = torch.empty(0, dtype=dtype, device="meta").element_size()
     if arch is not None and block_m is None:

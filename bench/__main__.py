@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from bench import device, layers, networks
+from bench.environment import keep_freed_memory
 
 
 def main() -> int:
@@ -42,6 +43,7 @@ def main() -> int:
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():
             parser.error(f"--{name}: {folder} is no folder")
+    keep_freed_memory()
     if options.layers:
         measured = layers.run(
             options.out,

@@ -5,15 +5,15 @@ memory.
     python -m bench.bench_assignment --steps [--authors FOLDER] [--batch 128]
     python -m bench.bench_assignment --memory
     python -m bench.bench_assignment --bytes
-    (each with --json FILE, --device cuda)
+    (each with --out FOLDER, to whose assignment.json and assignment.md it adds its part; --device cuda)
 
-Everything that is compared runs in one process, in turn, for at least ``--seconds`` a cell; medians are
-printed, in milliseconds, with the fastest run in brackets. "copy" is one ``copy_`` of all prunable weights
-(read once, written once), the floor of a penalty with its gradient for the weights; "loop" is the
-definition layer by layer and group by group under autograd. ``--authors`` names a folder with the authors'
-``dsp_module.py``, whose ``GroupWrapper`` is then timed beside ours. ``--bytes`` times nothing: it counts what
-the GPU kernels move, from their tables, against the least that an operation can (weights read once, written
-once where it writes them). ``--device cuda`` times a GPU instead, waiting for it after each run.
+What is compared runs in one process, in turn, for ``--seconds`` a cell; medians. "copy" is one ``copy_`` of
+all prunable weights (read once, written once), the floor of a penalty with its gradient for the weights;
+"loop" is the definition layer by layer and group by group under autograd. ``--authors`` names a folder with
+the authors' ``dsp_module.py``, whose ``GroupWrapper`` is then timed beside ours. ``--bytes`` times nothing:
+it counts what the GPU kernels move, from their tables, against the least that an operation can (weights
+read once, written once where it writes them). ``--device cuda`` times a GPU instead, waiting for it after
+each run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ import copy
 import io
 import json
 import math
-import statistics
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -40,10 +38,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dsp_kernels
+from bench.environment import environment, keep_freed_memory
 from dsp_kernels.assignment import LassoTable, group_lasso, reference
 from dsp_kernels.assignment.plan import Layer, make_plan, tiling, vector_width
 from dsprune import GroupLearner, prunable_convs
+from dsprune.io import write_atomically
 from dsprune.models import cifar_resnet, resnet18, resnet50
+from dsprune.recipes.latency import interleaved_medians
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet20": (lambda: cifar_resnet(20), (3, 32, 32)),
@@ -59,21 +60,18 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(
-    cells: dict[str, Callable[[], Any]], seconds: float, device: str = "cpu"
-) -> dict[str, tuple[float, float]]:
-    """Median and minimum in milliseconds of each cell, the cells taking turns until each has had its time."""
-    times: dict[str, list[float]] = {name: [] for name in cells}
-    for run in cells.values():
-        run()
-    wait(device)
-    while any(sum(spent) < seconds or len(spent) < 5 for spent in times.values()):
-        for name, run in cells.items():
-            start = time.perf_counter()
-            run()
+def interleaved(cells: dict[str, Callable[[], Any]], seconds: float, device: str = "cpu") -> dict[str, float]:
+    """Median in milliseconds of each cell, the cells taking turns."""
+
+    def whole(run: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> None:
+            with torch.enable_grad():
+                run()
             wait(device)
-            times[name].append(time.perf_counter() - start)
-    return {name: (1e3 * statistics.median(spent), 1e3 * min(spent)) for name, spent in times.items()}
+
+        return call
+
+    return interleaved_medians({name: whole(run) for name, run in cells.items()}, seconds=seconds)
 
 
 def prunable_weights(name: str, device: str = "cpu") -> list[Tensor]:
@@ -121,18 +119,6 @@ def kernels(name: str, groups: int, threads: int, seconds: float, device: str = 
         cells[f"{backend} mixed product"] = partial(table.log_gradient, matrix, rates, moves)
     times = interleaved(cells, seconds, device)
     floors = {cell: FLOOR.get(cell.partition(" ")[2], 2.0) for cell in cells}
-    copied = times["copy"][0] / floors["copy"]
-    print(
-        f"\n{name}, {groups} groups, {device}, {threads} threads: {count / 1e6:.2f} M weights in "
-        f"{len(weights)} layers"
-    )
-    for cell, (median, fastest) in times.items():
-        rate = 4e-6 * floors[cell] * count / median
-        share = 100 * copied * floors[cell] / median
-        print(
-            f"  {cell:34s} {median:9.3f} ({fastest:.3f}) ms  {times['loop'][0] / median:8.1f}x loop  "
-            f"{rate:7.1f} GB/s of the least, {share:4.0f}% of copy"
-        )
     return {
         "network": name, "groups": groups, "threads": threads, "device": device, "weights": count,
         "floor_bytes": {cell: int(4 * floor * count) for cell, floor in floors.items()}, "ms": times,
@@ -174,12 +160,10 @@ def moved_bytes(name: str, groups: int) -> dict[str, Any]:
         # S and T are written once, read three times and twice; of one tap the weights themselves are read.
         "mixed product": 2 * weights + 7 * stored + 5 * single + 3 * columns + moved_rows,
     }
-    print(f"\n{name}, {groups} groups: {4 * weights / 2**20:.2f} MiB of weights in {len(layers)} layers")
     result: dict[str, Any] = {}
     for operation, count in elements.items():
         floor = FLOOR[operation] * weights
         result[operation] = {"bytes": 4 * count, "floor_bytes": int(4 * floor)}
-        print(f"  {operation:14s} {4 * count / 2**20:8.2f} MiB, {count / floor:5.2f} times the least")
     return {"network": name, "groups": groups, "weights": weights, "moved": result}
 
 
@@ -255,10 +239,6 @@ def steps(
 
         cells["the authors' step"] = theirs
     times = interleaved(cells, seconds, device)
-    print(f"\n{name}, {groups} groups, batch {batch}, {device}, {threads} threads")
-    for cell, (median, fastest) in times.items():
-        share = median / times["ordinary"][0]
-        print(f"  {cell:20s} {median:9.2f} ({fastest:.2f}) ms  {share:6.3f} ordinary steps")
     return {
         "network": name, "groups": groups, "threads": threads, "device": device, "batch": batch, "ms": times,
     }  # fmt: skip
@@ -319,55 +299,105 @@ def memory(name: str, groups: int, batch: int) -> dict[str, Any]:
     held = sum(t.numel() * t.element_size() for t in (*learner._kept, *learner._tensors().values()))
     learning = peak(lambda: learner.step(loss, optimizer))
     weights = sum(t.numel() * t.element_size() for t in learner._weights)
-    added = held + max(0, learning - plain)
-    print(
-        f"{name}, {groups} groups, batch {batch}: prunable weights {weights / 2**20:.2f} MiB, held "
-        f"{held / weights:.3f} copies, peak of a step {(learning - plain) / weights:+.3f}, "
-        f"together {added / weights:.3f}"
-    )
-    return {"network": name, "groups": groups, "weights": weights, "held": held, "peak": learning - plain}
+    return {
+        "network": name,
+        "groups": groups,
+        "weights": weights,
+        "held": held,
+        "batch": batch,
+        "peak": learning - plain,
+    }
 
 
-def main() -> None:
+def table(results: dict[str, Any]) -> str:
+    """The parts that were measured, as Markdown."""
+    lines: list[str] = []
+
+    def head(*titles: str) -> None:
+        lines.extend([""] * bool(lines) + ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"])
+
+    def line(*cells: Any) -> None:
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+
+    if "kernels" in results:
+        head("network", "groups", "threads", "weights, MB", "operation", "ms", "times faster than the loop",
+             "share of copy bandwidth")  # fmt: skip
+        for row in results["kernels"]:
+            copied = row["ms"]["copy"] / row["floor_bytes"]["copy"]
+            for cell, median in row["ms"].items():
+                share = copied * row["floor_bytes"][cell] / median
+                line(row["network"], row["groups"], row["threads"], f"{4e-6 * row['weights']:.1f}", cell,
+                     f"{median:.3f}", f"{row['ms']['loop'] / median:.1f}", f"{100 * share:.0f}%")  # fmt: skip
+    if "steps" in results:
+        head("network", "groups", "batch", "threads", "step", "ms", "ordinary steps")
+        for row in results["steps"]:
+            for cell, median in row["ms"].items():
+                line(row["network"], row["groups"], row["batch"], row["threads"], cell, f"{median:.2f}",
+                     f"{median / row['ms']['ordinary']:.3f}")  # fmt: skip
+    if "memory" in results:
+        head("network", "groups", "batch", "prunable weights, MB", "held, copies", "peak of a step, copies",
+             "together, copies")  # fmt: skip
+        for row in results["memory"]:
+            held, peak = row["held"] / row["weights"], row["peak"] / row["weights"]
+            line(row["network"], row["groups"], row["batch"], f"{1e-6 * row['weights']:.2f}", f"{held:.3f}",
+                 f"{peak:+.3f}", f"{held + max(0.0, peak):.3f}")  # fmt: skip
+    if "bytes" in results:
+        head("network", "groups", "operation", "moved, MB", "times the least")
+        for row in results["bytes"]:
+            for operation, moved in row["moved"].items():
+                line(row["network"], row["groups"], operation, f"{1e-6 * moved['bytes']:.2f}",
+                     f"{moved['bytes'] / moved['floor_bytes']:.2f}")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--groups", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
-    parser.add_argument("--seconds", type=float, default=1.0, help="least time a cell")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on a cell")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", action="store_true", help="time whole learning steps instead")
-    parser.add_argument("--memory", action="store_true", help="measure the memory that learning adds instead")
-    parser.add_argument("--bytes", action="store_true", help="count what the GPU kernels move instead")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument(
+        "--steps", action="store_const", const="steps", dest="part", help="whole learning steps"
+    )
+    part.add_argument(
+        "--memory", action="store_const", const="memory", dest="part", help="memory of learning"
+    )
+    part.add_argument(
+        "--bytes", action="store_const", const="bytes", dest="part", help="what GPU kernels move"
+    )
     parser.add_argument("--authors", metavar="FOLDER", help="a folder with the authors' dsp_module.py")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
-    results = []
+    parser.add_argument("--out", type=Path, help="folder for assignment.json and assignment.md")
+    options = parser.parse_args(arguments)
+    part_name = options.part or "kernels"
+    seconds, device = options.seconds, options.device
+    if part_name not in ("memory", "bytes"):
+        keep_freed_memory()
+    rows = []
     for name in options.networks:
         for groups in options.groups:
-            if options.memory:
-                results.append(memory(name, groups, options.batch))
-                continue
-            if options.bytes:
-                results.append(moved_bytes(name, groups))
-                continue
-            for threads in options.threads:
-                if options.steps:
-                    results.append(
-                        steps(
-                            name,
-                            groups,
-                            threads,
-                            options.batch,
-                            options.seconds,
-                            options.authors,
-                            options.device,
-                        )
-                    )
+            print(f"{part_name}: {name}, {groups} groups", file=sys.stderr)
+            if part_name == "memory":
+                rows.append(memory(name, groups, options.batch))
+            elif part_name == "bytes":
+                rows.append(moved_bytes(name, groups))
+            for threads in options.threads if part_name in ("kernels", "steps") else ():
+                if part_name == "steps":
+                    rows.append(steps(name, groups, threads, options.batch, seconds, options.authors, device))
                 else:
-                    results.append(kernels(name, groups, threads, options.seconds, options.device))
-    if options.json is not None:
-        options.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1) + "\n")
+                    rows.append(kernels(name, groups, threads, seconds, device))
+    results: dict[str, Any] = {"environment": {}}
+    if options.out is not None and (options.out / "assignment.json").exists():
+        results = json.loads((options.out / "assignment.json").read_text())
+    results["environment"][part_name] = environment() | {"seconds_a_cell": seconds, "device": device}
+    results[part_name] = rows
+    print(table({part_name: rows}))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out / "assignment.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_atomically(options.out / "assignment.md", table(results).encode())
 
 
 if __name__ == "__main__":

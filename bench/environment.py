@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import subprocess
+import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,37 @@ import torch
 import dsp_kernels
 from dsp_kernels.backends import native_module
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commit() -> str | None:
+    """The commit that is measured, with "-dirty" where tracked files differ from it; None outside a clone."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep what is freed, in place of giving it back and fetching it again (zeroed, page by page)
+    for the next allocation, which can cost more than the kernels that are timed. For every form alike: what
+    is compared is computation. False where the C library has no such setting.
+    """
+    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return False
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
+
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions."""
+    """The machine, the versions, the commit and the time of day."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -26,6 +58,8 @@ def environment() -> dict[str, Any]:
         model = names[0] if names else model
     backends = dsp_kernels.available_backends()
     return {
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": model,
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),

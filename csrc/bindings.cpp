@@ -261,6 +261,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_isa", &dsp_cpu_isa);
   m.def("fma_rounds", &dsp_fma_rounds, py::call_guard<py::gil_scoped_release>(), py::arg("rounds"));
   m.def("last_error", &dsp_last_error);
+  m.def(
+      "use_team", [](Address runner) { dsp_use_team(reinterpret_cast<dsp_team_runner>(runner)); },
+      py::arg("runner"));
   m.def("build_info", &build_info);
 
   const auto nogil = py::call_guard<py::gil_scoped_release>();

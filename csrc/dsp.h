@@ -58,6 +58,12 @@ DSP_API const char* dsp_cpu_isa(void);
  * many FLOPs they were. */
 DSP_API int64_t dsp_fma_rounds(int64_t rounds);
 
+/* GOMP_parallel of an OpenMP runtime. */
+typedef void (*dsp_team_runner)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+/* The core's loops run on teams of this runtime from now on (in a forked child, as with NULL, on threads of
+ * the core's own), so that a program whose other loops run there has no more threads than it asked for. */
+DSP_API void dsp_use_team(dsp_team_runner runner);
+
 /* Permuted grouped convolution, float32, NCHW contiguous:
  *   out[n, f] = act(bias[f] + residual[n, f] + sum over the channels c of f's group of x[n, c] * w[f, c])
  * bias (out_channels values) and residual (the size of out) may be null. A filter in no group is dead:

@@ -7,6 +7,7 @@ the error text.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import logging
@@ -44,6 +45,16 @@ def _build_reason() -> str:
     return str(reason) if reason else "not built"
 
 
+def _torch_team() -> int:
+    """The address of GOMP_parallel in the OpenMP runtime that runs torch's loops; 0 where there is none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        runner = ctypes.CDLL(str(library)).GOMP_parallel  # found among what libtorch_cpu itself is linked to
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(runner, ctypes.c_void_p).value or 0
+
+
 def _load_native() -> tuple[ModuleType | None, str | None]:
     global _native
     if _native is None:
@@ -57,6 +68,7 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
         else:
             version = module.abi_version()
             if version == _ABI_VERSION:
+                module.use_team(_torch_team())
                 _native = (module, None)
             else:
                 _native = (

@@ -463,6 +463,8 @@ def chain_estimate(
     padding, no launch. ``macs``: multiply-adds of an output pixel as a kernel does them, padding and all
     (each convolution's own padding, if None). The halo of a 3x3 is not counted: neighbouring tiles find it in
     the cache.
+
+    Raises ValueError where ``kept`` is of another length than ``convs``, or both are empty.
     """
     if not convs or len(kept) != len(convs):
         raise ValueError(f"kept must say of each of {len(convs)} convolutions whether it is written")

@@ -216,7 +216,10 @@ class GroupLayout:
         return out
 
     def weight_numel(self, kernel_size: int | Sequence[int]) -> int:
-        """The length of the packed weight for a kernel size (int, or (height, width))."""
+        """The length of the packed weight for a kernel size (int, or (height, width)).
+
+        Raises TypeError or ValueError for another kernel size.
+        """
         kh, kw = _kernel_size(kernel_size)
         return self.pairs * kh * kw
 

@@ -43,11 +43,24 @@ class Program:
     """A network built step by step, then called.
 
     ``program = Program((3, 32, 32)); y = program.conv2d(program.input, weight); program.build(y);
-    out = program(x)``. Each step returns the number of the value that it makes. ``input_shape`` is
-    (channels, height, width) of one image; the batch may be any size in each call. Weights are copied when
-    the program is built. Calls from several threads at once are fine, the result does not depend on the
-    number of threads, and a program can be copied and pickled (it is then built again, from the tensors as
-    they are at that time).
+    out = program(x)``. Each step returns the number of the value that it makes, which later steps name; 0,
+    ``program.input``, is the input. A value is (channels, height, width) of an image, or a vector of
+    features. Weights are float32 on the CPU, and are copied when the program is built. Calls from several
+    threads at once are fine, the result does not depend on the number of threads, and a program can be copied
+    and pickled (it is then built again, from the tensors as they are at that time).
+
+    Each step takes sizes as an int or (vertical, horizontal), in pixels, and activations None, "relu" or
+    "relu6".
+
+    Args:
+        input_shape: (channels, height, width) of one image, each at least 1; the batch may be any size in
+            each call.
+
+    Raises:
+        ValueError: ``input_shape`` is another. Steps: TypeError for a weight that is no tensor, ValueError,
+        naming the argument, for weights of another shape, dtype or device, a value that the program does not
+        have, or an unknown activation; RuntimeError for a step after ``build``. Shapes that do not fit one
+        another are found by ``build``.
     """
 
     input = 0
@@ -106,7 +119,10 @@ class Program:
         residual: int | None = None,
         activation: str | None = None,
     ) -> int:
-        """act(conv + bias + residual), permuted and grouped; ``weight`` as ``layout.pack`` gives it."""
+        """act(conv + bias + residual), permuted and grouped; ``weight`` as ``layout.pack`` gives it.
+
+        Raises: see :class:`Program`.
+        """
         self._value("x", x)
         kernel = _pair("kernel_size", kernel_size)
         if weight.dim() != 1 or weight.numel() != layout.weight_numel(kernel):
@@ -144,7 +160,10 @@ class Program:
         residual: int | None = None,
         activation: str | None = None,
     ) -> int:
-        """An ordinary convolution; ``weight`` is (out, in / groups, kh, kw). Depthwise is groups = in."""
+        """An ordinary convolution; ``weight`` is (out, in / groups, kh, kw). Depthwise is groups = in.
+
+        Raises: see :class:`Program`.
+        """
         if weight.dim() != 4 or groups < 1 or weight.shape[0] % groups:
             raise ValueError(
                 f"weight must be (out, in / groups, kh, kw) with out a multiple of groups={groups}, "
@@ -173,7 +192,10 @@ class Program:
     def linear(
         self, x: int, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
     ) -> int:
-        """act(weight @ x + bias) of a flat value; ``weight`` is (out, in)."""
+        """act(weight @ x + bias) of a flat value; ``weight`` is (out, in).
+
+        Raises: see :class:`Program`.
+        """
         if weight.dim() != 2:
             raise ValueError(f"weight must be (out, in), got {tuple(weight.shape)}")
         if bias is not None and bias.shape != weight.shape[:1]:
@@ -196,7 +218,10 @@ class Program:
         dilation: IntPair = 1,
         ceil_mode: bool = False,
     ) -> int:
-        """As torch.nn.functional.max_pool2d."""
+        """As torch.nn.functional.max_pool2d.
+
+        Raises: see :class:`Program`.
+        """
         kernel = _pair("kernel_size", kernel_size)
         return self._step(
             _MAX_POOL,
@@ -217,7 +242,10 @@ class Program:
         ceil_mode: bool = False,
         count_include_pad: bool = True,
     ) -> int:
-        """As torch.nn.functional.avg_pool2d without divisor_override."""
+        """As torch.nn.functional.avg_pool2d without divisor_override.
+
+        Raises: see :class:`Program`.
+        """
         kernel = _pair("kernel_size", kernel_size)
         return self._step(
             _AVG_POOL,
@@ -230,11 +258,17 @@ class Program:
         )
 
     def adaptive_avg_pool(self, x: int, output_size: IntPair) -> int:
-        """As torch.nn.functional.adaptive_avg_pool2d; 1 is the mean over each plane."""
+        """As torch.nn.functional.adaptive_avg_pool2d; 1 is the mean over each plane.
+
+        Raises: see :class:`Program`.
+        """
         return self._step(_ADAPTIVE, self._value("x", x), *_pair("output_size", output_size))
 
     def add(self, a: int, b: int, *, activation: str | None = None) -> int:
-        """act(a + b) of two values of one shape."""
+        """act(a + b) of two values of one shape.
+
+        Raises: see :class:`Program`.
+        """
         return self._step(_ADD, self._value("a", a), self._value("b", b), _activation(activation))
 
     def relu(self, x: int) -> int:
@@ -246,7 +280,10 @@ class Program:
         return self._step(_ACTIVATION, self._value("x", x), 2)
 
     def affine(self, x: int, scale: Tensor, shift: Tensor, *, activation: str | None = None) -> int:
-        """act(x * scale + shift), one scale and shift per channel: a BatchNorm that nothing took in."""
+        """act(x * scale + shift), one scale and shift per channel: a BatchNorm that nothing took in.
+
+        Raises: see :class:`Program`.
+        """
         if scale.dim() != 1 or scale.shape != shift.shape:
             raise ValueError(
                 f"scale and shift must be 1-D and alike, got {tuple(scale.shape)} and {tuple(shift.shape)}"
@@ -270,7 +307,10 @@ class Program:
     def build(self, output: int) -> Program:
         """Checks shapes, lays out memory and weights.
 
-        Raises ValueError with the core's text, RuntimeError where there is no compiled module.
+        ``output``: the value to return, that of a step. Returns the program itself.
+
+        Raises ValueError for another ``output``, or with the core's text where shapes do not fit one another;
+        RuntimeError where there is no compiled module, or the program is built already.
         """
         self._value("output", output)
         if output == 0:
@@ -303,7 +343,8 @@ class Program:
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` (N, *input_shape), float32 on the CPU -> (N, channels, height, width) of the output.
 
-        A flat output is (N, features). Raises ValueError for another x and RuntimeError before build().
+        A flat output is (N, features). Raises TypeError or ValueError for another x, and RuntimeError before
+        build().
         """
         if not self._handle or self.output_shape is None:
             raise RuntimeError("the program is not built; call build() first")
@@ -331,7 +372,10 @@ class Program:
         return out
 
     def memory(self) -> dict[str, int]:
-        """``weight_bytes``, ``arena_bytes`` (an image), ``scratch_bytes`` (a thread), count of ``arenas``."""
+        """``weight_bytes``, ``arena_bytes`` (an image), ``scratch_bytes`` (a thread), count of ``arenas``.
+
+        Raises RuntimeError before build().
+        """
         if not self._handle:
             raise RuntimeError("the program is not built; call build() first")
         memory: dict[str, int] = self._native.program_memory(self._handle)

@@ -1,4 +1,5 @@
-"""What tests/test_distributed.py runs in each process: learn, prune, finetune masked and packed, in float64.
+"""What tests/test_distributed.py runs in each process: learn, prune, finetune masked and packed, in float64;
+where Accelerate is installed, learning by it too.
 
     torchrun --nproc-per-node 2 tests/ddp_worker.py FOLDER
 
@@ -8,10 +9,12 @@ Each process takes its share of every batch; with one process, called as a funct
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.utils.data import DataLoader, TensorDataset
 
 import dsprune
 
@@ -119,6 +123,53 @@ def run(rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
     return out
 
 
+def accelerated(rank: int, processes: int, folder: Path) -> dict[str, Tensor]:
+    """Four steps with Accelerate, whose loader gives each process its part of every batch; then the last two
+    again from a checkpoint after the second. Called as a function, without Accelerate: the joined batch.
+    """
+    torch.set_default_dtype(torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(4 * STEPS, 3, 8, 8, generator=generator)
+    labels = torch.randint(CLASSES, (4 * STEPS,), generator=generator)
+    torch.manual_seed(rank)
+    model: Any = Net()
+    optimizer: Any = sgd(model)
+    loader: Any = DataLoader(TensorDataset(images, labels), batch_size=4)
+    settings: dict[str, Any] = {"groups": 2, "strength": 0.2, "total_steps": STEPS}
+
+    def state(learner: dsprune.GroupLearner, model: nn.Module) -> dict[str, Tensor]:
+        kept = {**model.state_dict(), **{f"logits.{name}": value for name, value in learner.logits.items()}}
+        return {f"accelerate.{name}": value.detach().clone() for name, value in kept.items()}
+
+    if processes == 1:
+        learner = dsprune.GroupLearner(model, images[:1], **settings)
+        for x, y in loader:
+            learner.step(lambda x=x, y=y: F.cross_entropy(model(x), y), optimizer)
+        return state(learner, model)
+
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    from dsprune.integrations.accelerate import AcceleratedGroupLearner
+
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    learner = AcceleratedGroupLearner(accelerator, model, images[:1], **settings)
+    for step, (x, y) in enumerate(loader):
+        assert len(x) == 4 // processes
+        if step == 2:
+            accelerator.save_state(str(folder / "accelerate"))
+        learner.step(lambda x=x, y=y: F.cross_entropy(model(x), y), optimizer)
+    first = state(learner, accelerator.unwrap_model(model))
+    accelerator.load_state(str(folder / "accelerate"))
+    assert learner.steps == 2
+    for x, y in accelerator.skip_first_batches(loader, 2):
+        learner.step(lambda x=x, y=y: F.cross_entropy(model(x), y), optimizer)
+    second = state(learner, accelerator.unwrap_model(model))
+    assert all(torch.equal(value, second[name]) for name, value in first.items()), "resumed"
+    return first
+
+
 def refuse(rank: int) -> str:
     """What a learner says whose processes do not agree."""
     model = nn.parallel.DistributedDataParallel(Net())
@@ -136,7 +187,10 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
-    save_file({n: v.contiguous() for n, v in run(rank, processes).items()}, folder / f"{rank}.safetensors")
+    found = run(rank, processes)
+    if importlib.util.find_spec("accelerate") is not None:
+        found.update(accelerated(rank, processes, folder))
+    save_file({n: v.contiguous() for n, v in found.items()}, folder / f"{rank}.safetensors")
     (folder / f"{rank}.txt").write_text(refuse(rank))
     dist.destroy_process_group()
 

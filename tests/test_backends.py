@@ -48,7 +48,8 @@ def _importing(monkeypatch: pytest.MonkeyPatch, result: object) -> None:
 
 @pytest.fixture
 def with_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    _importing(monkeypatch, SimpleNamespace(abi_version=lambda: backends._ABI_VERSION))
+    module = SimpleNamespace(abi_version=lambda: backends._ABI_VERSION, use_team=lambda runner: None)
+    _importing(monkeypatch, module)
 
 
 def test_every_backend_is_listed_and_the_reference_always_runs() -> None:

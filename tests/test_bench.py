@@ -9,11 +9,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import nets
 import pytest
 import torch
 from torch import nn
 
-from bench import cases, device, networks
+from bench import bench_assignment, cases, device, environment, exports, networks
 from dsprune import summary
 from dsprune.models import cifar_resnet
 
@@ -109,3 +110,40 @@ def test_benchmark_suites_run(suite: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+def test_assignment_results_are_added_to(tmp_path: Path) -> None:
+    for part in (["--bytes", "--groups", "2"], ["--memory", "--groups", "3", "--batch", "2"]):
+        bench_assignment.main(["--networks", "resnet20", "--out", str(tmp_path), *part])
+    found = json.loads((tmp_path / "assignment.json").read_text())
+    assert set(found["environment"]) == {"bytes", "memory"}
+    (moved,), (memory,) = found["bytes"], found["memory"]
+    assert all(1 <= m["bytes"] / m["floor_bytes"] < 2 for m in moved["moved"].values())
+    assert 1 <= (memory["held"] + max(0, memory["peak"])) / memory["weights"] <= 1.25
+    assert (tmp_path / "assignment.md").read_text().count("| resnet20 |") == 1 + len(moved["moved"])
+
+
+def test_exports_are_compared_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    torch.manual_seed(0)
+    case = cases.Case("tiny", lambda: nets.structured_zeros(nets.Plain(), 0).eval(), (3, 8, 8), (1, 3))
+    monkeypatch.setattr(exports, "cases", lambda checkpoints, suite: [case])
+    results = exports.run(tmp_path, checkpoints=None, suite="authors", only="", seconds=0.01, threads=[1])
+    assert json.loads((tmp_path / "exports.json").read_text())["rows"] == results["rows"]
+    forms = {"packed", "onnx dense", "onnx packed, dense", "onnx packed, groups"}
+    for row, batch in zip(results["rows"], (1, 3), strict=True):
+        assert (row["batch"], row["threads"], set(row["times_ms"])) == (batch, 1, forms)
+        assert set(row["differences"]) == set(row["bytes"]) == forms - {"packed"}
+        assert row["speed_up_onnx"] == row["times_ms"]["onnx dense"] / row["times_ms"][row["best_form"]]
+    text = (tmp_path / "exports.md").read_text()
+    assert text.count("| tiny |") == 2 and "ONNX Runtime" in text
+    monkeypatch.setattr(exports, "TOLERANCE", -1.0)
+    with pytest.raises(RuntimeError, match="tiny: onnx dense differs by"):
+        exports.run_case(case, [1], 0.01)
+
+
+def test_the_environment_names_the_commit() -> None:
+    found = environment.environment()
+    assert (found["commit"] is None) == (not (ROOT / ".git").exists())
+    assert found["date"].endswith("+00:00")

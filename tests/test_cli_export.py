@@ -26,7 +26,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of torch, about itself
 def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "net.pt2"
+    target = tmp_path / "not there" / "net.pt2"
     arguments = ["export", str(weights), "--size", "8", "--format", "torch", "--to", str(target)]
     assert cli.main(arguments) == 0
     assert str(target) in capsys.readouterr().out
@@ -41,7 +41,8 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--to", "{new}/net.onnx"], "to: no folder"),
+        (["--to", "{folder}"], "path: expected the name of a file, got the folder"),
+        (["--to", "{weights}/net.onnx"], "net.safetensors' is no folder"),
         (["--to", "{file}.pt2", "--format", "torch", "--groups"], "groups: goes with --format onnx"),
         (["--to", "{file}.so", "--format", "aoti"], "path: expected a name ending in .pt2"),
     ],
@@ -49,7 +50,7 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_bad_export(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
 ) -> None:
-    names = {"new": str(tmp_path / "new"), "file": str(tmp_path / "file")}
+    names = {"folder": str(tmp_path), "weights": str(weights), "file": str(tmp_path / "file")}
     given = [argument.format(**names) for argument in arguments]
     assert cli.main(["export", str(weights), "--size", "8", *given]) == 1
     assert text in capsys.readouterr().err

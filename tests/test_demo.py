@@ -90,13 +90,18 @@ def test_a_changed_packed_file_is_noticed(ran: tuple[Path, str], tmp_path: Path)
     model, _, _ = run.read("pruned", data)
     packed = dsprune.pack(model, data.example).eval()
     dsprune.save(packed, run.file("packed"))
-    found = stages.logits_in_new_process(run)
+    # That process has no need of the data set, which may be large.
+    run.reconfigure(data="cifar10", folder="/nowhere")
+    images = data.test.images
+    found = stages.logits_in_new_process(run, data, images)
     assert torch.equal(found, training.evaluate(packed, data.test).logits)
     finetuned, _, _ = run.read("finetuned", data)
     assert not torch.allclose(found, training.evaluate(finetuned, data.test).logits, atol=1e-3)
     run.file("packed").write_bytes(b"broken")
     with pytest.raises(OSError, match=r"in a new process failed: .*packed\.safetensors"):
-        stages.logits_in_new_process(run)
+        stages.logits_in_new_process(run, data, images)
+    with pytest.raises(OSError, match=r"packed\.safetensors in a new process .* longer than 0\.01 s"):
+        stages.logits_in_new_process(run, data, images, timeout=0.01)
 
 
 def test_resume_needs_the_same_settings(ran: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +142,7 @@ def test_a_difference_is_an_error(
 ) -> None:
     folder = Path(shutil.copytree(ran[0], tmp_path / "run"))
     monkeypatch.setattr(stages, "make_packed", lambda run, data: 0.0)
-    monkeypatch.setattr(stages, "logits_in_new_process", lambda run: torch.zeros(359, 10))
+    monkeypatch.setattr(stages, "logits_in_new_process", lambda *args: torch.zeros(359, 10))
     assert cli.main(["demo", "--out", str(folder), *TINY, "--resume"]) == 1
     assert "does not give the same bits" in capsys.readouterr().err
     monkeypatch.setattr(demo, "TOLERANCE", -1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import random
@@ -47,6 +48,8 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     torch.set_num_threads(1)
     one = ddp_worker.run()
+    if importlib.util.find_spec("accelerate") is not None:
+        one.update(ddp_worker.accelerated(0, 1, tmp_path))
     ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     assert ranks[0].keys() == ranks[1].keys() == one.keys()
     assert {"exact.logits.first", "exact.structure.second", "masked.logits", "packed.logits"} <= one.keys()
@@ -58,7 +61,10 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path: Path) -> None:
             assert torch.equal(ranks[0][name], value), name
     # The comparison sees something: groups were learned and channels removed.
     assert any(not one[name].all() for name in one if ".structure." in name)
-    assert all(one[name].abs().max() > 1e-3 for name in one if name.startswith("exact.logits."))
+    learned = [
+        value for name, value in one.items() if name.startswith(("exact.logits.", "accelerate.logits."))
+    ]
+    assert all(value.abs().max() > 1e-3 for value in learned)
     for rank in range(2):
         assert "differ in: noise (seed or generator)" in (tmp_path / f"{rank}.txt").read_text()
 

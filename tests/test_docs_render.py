@@ -32,5 +32,6 @@ def test_the_docstrings_render(tmp_path: Path) -> None:
     modules += ["dsprune.interop", "dsprune.nn", "dsprune.models"]  # named by dsprune itself
     pages = {module: tmp_path / f"{module.replace('.', '/')}.html" for module in modules}
     assert all(page.stat().st_size > 10_000 for page in pages.values())
+    modules_of = ("interop", "latency", "models", "nn")
     text = pages["dsprune"].read_text(encoding="utf-8")
-    assert all(f'id="{name}"' in text for name in dsprune.__all__ if name not in ("interop", "models", "nn"))
+    assert all(f'id="{name}"' in text for name in dsprune.__all__ if name not in modules_of)

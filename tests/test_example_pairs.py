@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dsp_kernels import available_backends
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -24,9 +26,15 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(
+    available_backends()["native"] is not None, reason=f"native: {available_backends()['native']}"
+)
 def test_export_torch(tmp_path: Path) -> None:
-    run("export_torch.py", "--out", tmp_path)
-    assert "packed.pt2: the same bits" in run("export_torch.py", "--out", tmp_path, "--load")
+    """The program and the compiled package, in another process and at other sizes: the same bits."""
+    run("export_torch.py", "--out", tmp_path / "new", "--small", "--aoti")
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"packed.pt2", "compiled.pt2", "logits.pt"}
+    said = run("export_torch.py", "--out", tmp_path / "new", "--load")
+    assert "packed.pt2: the same bits" in said and "compiled.pt2: the same bits" in said
 
 
 def test_prune_transformers_resnet(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ EXAMPLES: list[tuple[str, list[str], str, list[str]]] = [
         "measured 0.",
         [],
     ),
+    ("cuda_graphs_and_compile.py", ["--batch", "2"], "packed, torch.compile: largest difference", []),
     ("torch_prune_masks.py", [], "one layer: largest difference", []),
     ("monai_unet.py", [], "fused: True", ["monai"]),
     ("with_torch_pruning.py", [], "whole channels cut", ["torch_pruning"]),
@@ -40,6 +41,7 @@ ELSEWHERE = {
     "ddp_learn.py": "test_distributed.py",
     "export_torch.py": "test_example_pairs.py",
     "prune_transformers_resnet.py": "test_example_pairs.py",
+    "recipes.py": "test_recipes.py",
 }
 
 

@@ -112,7 +112,7 @@ with torch.no_grad():
 def test_a_saved_program_gives_the_same_bits(tmp_path: Path) -> None:
     """In another process, at other batch and image sizes, with nothing but the operators imported."""
     packed = packed_net(nets.Residual)
-    path = tmp_path / "packed.pt2"
+    path = tmp_path / "not" / "there" / "packed.pt2"
     program = dsprune.export_torch(packed, torch.randn(1, 3, 16, 16), path)
     fused = [n for n in program.graph.nodes if "permuted_grouped_conv2d" in str(n.target)]
     assert len(fused) == 6 and not any("aten.conv2d" in str(n.target) for n in program.graph.nodes)
@@ -142,22 +142,7 @@ def test_a_program_of_the_authors_network(authors_data: Path, tmp_path: Path) ->
     assert float((logits - reference["logits"]).abs().max()) < 1e-4
 
 
-@pytest.mark.skipif(
-    available_backends()["native"] is not None, reason=f"native: {available_backends()['native']}"
-)
-@pytest.mark.filterwarnings(TORCH_FUTURE)
-def test_an_aoti_package(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU())
-    nets.structured_zeros(model, 0)
-    packed = dsprune.pack(model, torch.randn(1, 3, 8, 8))
-    path = dsprune.export_aoti(packed, torch.randn(1, 3, 8, 8), tmp_path / "packed.pt2")
-    assert path.is_file() and list(tmp_path.iterdir()) == [path]
-    compiled = torch._inductor.aoti_load_package(str(path))
-    for shape in ((1, 3, 8, 8), (5, 3, 8, 8), (2, 3, 11, 9)):
-        x = torch.randn(shape)
-        with torch.no_grad():
-            assert torch.equal(compiled(x), packed.network(x))
+# An AOTInductor package: tests/test_example_pairs.py.
 
 
 # ---- ONNX ----
@@ -255,6 +240,8 @@ def test_a_wrong_file_is_noticed(onnx: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(export.StandardConv2d, "forward", lambda self, x, r=None: forward(self, x, r) + 0.01)
     target = tmp_path / "net.onnx"
     target.write_bytes(b"older")
+    with pytest.raises(RuntimeError, match=r"ONNX Runtime \S+ cannot load the file; another opset"):
+        export._compare_onnx(b"nothing", packed, (torch.randn(1, 3, 16, 16),))
     with pytest.raises(RuntimeError, match="outputs differ by"):
         dsprune.export_onnx(packed, torch.randn(1, 3, 16, 16), target, check=True)
     assert target.read_bytes() == b"older"
@@ -280,6 +267,7 @@ def test_onnx_of_a_network_in_training_mode(onnx: Any, tmp_path: Path) -> None:
 # ---- what is refused ----
 
 
+@pytest.mark.usefixtures("onnx")
 def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, x = packed_net(nets.Plain), torch.randn(1, 3, 16, 16)
     path = tmp_path / "net.onnx"
@@ -289,8 +277,20 @@ def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         dsprune.export_torch(packed, "x")
     with pytest.raises(ValueError, match="form: expected one of"):
         dsprune.export_onnx(packed, x, path, form="sparse")
-    with pytest.raises(ValueError, match="opset"):
-        dsprune.export_onnx(packed, x, path, opset=11)
+    for opset, error in ((11, ValueError), (99, ValueError), (18.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="opset: expected"):
+            dsprune.export_onnx(packed, x, path, opset=opset)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="check: expected True, False or None, got 'yes'"):
+        dsprune.export_onnx(packed, x, path, check="yes")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="dynamic_size: expected True or False"):
+        dsprune.export_onnx(packed, x, path, dynamic_size=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not take"):
+        dsprune.export_torch(packed, torch.randn(1, 4, 16, 16), path)
+    for export_to in (dsprune.export_torch, dsprune.export_aoti, dsprune.export_onnx):
+        with pytest.raises(TypeError, match="path: expected the name of a file, got int"):
+            export_to(packed, x, 3)  # type: ignore[operator]
+        with pytest.raises(IsADirectoryError, match="path: expected the name of a file, got the folder"):
+            export_to(packed, x, tmp_path)  # type: ignore[operator]
     with pytest.raises(TypeError, match="input_names"):
         dsprune.export_onnx(packed, x, path, input_names="image")
     with pytest.raises(ValueError, match=r"path: expected a name ending in \.pt2"):

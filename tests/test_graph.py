@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import dsprune
 from dsprune.graph import clean_copy, conv_infos, prunable_convs, trace, unwrap
 from dsprune.models import cifar_resnet, resnet18, resnet50
 
@@ -128,3 +129,17 @@ def test_failed_export_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None
 def test_example_input_must_hold_a_tensor(bad: object) -> None:
     with pytest.raises(TypeError, match="example_input"):
         prunable_convs(nets.Plain(), bad)
+
+
+def test_an_input_that_the_model_does_not_take() -> None:
+    """It is said at once, by the argument's name, and not taken for a failure of the tracer."""
+    model, x = nets.Plain(), torch.randn(1, 4, 16, 16)
+    text = r"^example_input: the model does not take float32 \(1, 4, 16, 16\): .* 3 channels"
+    with pytest.raises(ValueError, match=text):
+        prunable_convs(model, x)
+    with pytest.raises(ValueError, match=text):
+        dsprune.GroupLearner(model, x, groups=2, strength=0.1, total_steps=1)
+    with pytest.raises(ValueError, match=text):
+        dsprune.find_structure(model, x, {}, flops=0.5)
+    with pytest.raises(ValueError, match=text):
+        dsprune.summary(model, x)

@@ -110,6 +110,21 @@ CHANGES = {
     "format": (lambda h, t: h.update(format="x"), "header of another format"),
     "layouts": (lambda h, t: h.pop("layouts"), "incomplete header"),
     "inputs": (lambda h, t: h.pop("inputs"), "incomplete header"),
+    "inputs are no list": (lambda h, t: h.update(inputs=3), "incomplete header"),
+    "no input": (lambda h, t: h.update(inputs=[]), "names inputs that the model does not take"),
+    "no entry": (lambda h, t: h.update(inputs=["x"]), "no entry: 'x'"),
+    "no shape": (lambda h, t: h["inputs"][0].pop("shape"), "incomplete header"),
+    "shape": (
+        lambda h, t: h["inputs"][0].update(shape=[2, 3, "x", 16]),
+        r"an input of the shape \[2, 3, 'x'",
+    ),
+    "negative": (
+        lambda h, t: h["inputs"][0].update(shape=[2, 3, -1, 16]),
+        r"an input of the shape \[2, 3, -1",
+    ),
+    "dtype": (lambda h, t: h["inputs"][0].update(dtype="float33"), "unknown dtype 'float33'"),
+    "no dtype": (lambda h, t: h["inputs"][0].update(dtype="nn"), "unknown dtype 'nn'"),
+    "channels": (lambda h, t: h["inputs"][0].update(shape=[2, 4, 16, 16]), "does not take float32"),
     "index": (lambda h, t: h["layouts"]["a1.0"]["groups"][0][0].append(999), "999"),
     "lost tensor": (lambda h, t: t.pop("a1.0.weight"), "not the packed network's architecture"),
     "short weight": (lambda h, t: t.update({"a1.0.weight": t["a1.0.weight"][:-1].clone()}), "packed values"),
@@ -127,9 +142,12 @@ def test_broken_contents_are_refused(file: Path, name: str) -> None:
     rewrite(file, change)
     model = nets.Residual()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=text) as error:
         dsprune.load(file, model)
     assert unchanged(model, before)
+    assert str(error.value).startswith(("path: ", "model: ")), error.value
+    if name not in ("lost tensor", "short weight", "wrong name", "head"):
+        assert str(file) in str(error.value)
 
 
 def test_other_architecture_is_refused_and_left_as_it_was(file: Path) -> None:
@@ -157,6 +175,15 @@ def test_foreign_files(tmp_path: Path) -> None:
         dsprune.load(tmp_path / "json", nets.Plain())
     with pytest.raises(FileNotFoundError, match="path: no file"):
         dsprune.load(tmp_path / "nothing", nets.Plain())
+
+
+def test_the_folder_is_made(packed: dsprune.PackedNetwork, tmp_path: Path) -> None:
+    dsprune.save(packed, tmp_path / "not" / "there" / "net")
+    assert dsprune.load(tmp_path / "not" / "there" / "net", nets.Residual()).fused
+    with pytest.raises(NotADirectoryError, match="there/net' is no folder"):
+        dsprune.save(packed, tmp_path / "not" / "there" / "net" / "net")
+    with pytest.raises(IsADirectoryError, match="path: expected the name of a file"):
+        dsprune.save(packed, tmp_path)
 
 
 def test_save_refuses_other_things(tmp_path: Path) -> None:

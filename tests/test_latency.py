@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,43 @@ def test_the_clock_takes_turns(threads: int, monkeypatch: pytest.MonkeyPatch) ->
     times = latency.interleaved([lambda: call("a", 4), lambda: call("b", 12)], CPU, seconds=1e-6, least=20)
     assert order == ["a"] * 3 + ["b"] * 3 + ["a", "b"] * 20
     assert times == pytest.approx([4.0, 12.0])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of glibc")
+def test_memory_is_kept_while_times_are_taken() -> None:
+    """Blocks freed at the end of the heap are there again without a page fault, wherever they were before."""
+    resource = pytest.importorskip("resource")
+
+    def call() -> None:
+        kept = [bytearray(b"x") * (1 << 18) for _ in range(24)]
+        del kept
+
+    counts: list[int] = []
+
+    def counted() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    latency.interleaved([counted], CPU, seconds=0.01)
+    assert sorted(counts)[len(counts) // 2] < 24, counts
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"calls": []}, TypeError, "calls: expected functions"),
+        ({"calls": [3]}, TypeError, "calls: expected functions"),
+        ({"device": "cpu"}, TypeError, "device: expected a torch.device, got 'cpu'"),
+        ({"seconds": 0.0}, ValueError, "seconds: expected more than 0"),
+        ({"seconds": math.nan}, ValueError, "seconds: expected more than 0"),
+        ({"least": 0}, ValueError, "least: expected an integer of at least 1"),
+    ],
+)
+def test_bad_arguments_of_the_clock(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    arguments: dict[str, Any] = {"calls": [lambda: None], "device": CPU, **change}
+    with pytest.raises(error, match=f"^{text}"):
+        latency.interleaved(arguments.pop("calls"), arguments.pop("device"), **arguments)
 
 
 # ---- the cache ----
@@ -194,7 +233,7 @@ def test_predictions_are_corrected(target: float, noise: float, monkeypatch: pyt
     clock = Clock(monkeypatch, lambda t: 3 + 1.5 * t, noise)
     chosen, found = clock.search().run(target)
     assert found.met and abs(found.measured / target - 1) <= 0.1
-    assert abs((3 + 1.5 * sum(c.time for c in chosen.values())) / 20 / target - 1) <= 0.15
+    assert abs((3 + 1.5 * sum(c.time for c in chosen.values())) / 20 / target - 1) <= 0.1
     assert (found.dense_ms, found.batch, found.against) == (20.0, 5, "eager")
     assert found.packed_ms == pytest.approx(found.measured * 20)
     assert 2 <= found.rounds <= 9 and f"measured {found.measured:.3f}" in str(found)
@@ -216,26 +255,38 @@ def test_what_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the whole ----
 
 
+@pytest.fixture(scope="module")
+def digits_network(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[nn.Module, torch.Tensor, dict[str, torch.Tensor], Path]:
+    """ResNet-20, a batch of digits, groups, and a file for curves, which both forms of a target share."""
+    from dsprune.recipes.data import digits
+
+    torch.manual_seed(0)
+    model = nets.random_norms(cifar_resnet(20, in_channels=1)).eval()
+    x = digits(16).train.images[:32]
+    assignment = {i.name: torch.arange(i.out_channels) % 4 for i in dsprune.prunable_convs(model, x)}
+    return model, x, assignment, tmp_path_factory.mktemp("latency") / "latency.json"
+
+
 @pytest.mark.skipif(
     available_backends()["native"] is not None,
     reason=f"the reference backend takes no less time for fewer channels; "
     f"native: {available_backends()['native']}",
 )
-def test_a_target_is_met_on_the_digits_network(tmp_path: Path) -> None:
-    """As measured in the same run, dense and packed in turns."""
-    from dsprune.recipes.data import digits
-
-    data = digits(16)
+@pytest.mark.parametrize(("against", "target"), [("packed", 0.6), ("eager", 0.25)])
+def test_a_target_is_met_on_the_digits_network(
+    against: str, target: float, digits_network: tuple[nn.Module, torch.Tensor, dict[str, torch.Tensor], Path]
+) -> None:
+    """As measured by the search, and as measured afterwards, in the same run: dense and packed in turns."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = nets.random_norms(cifar_resnet(20, in_channels=1))
-    x = data.train.images[:32]
-    assignment = {i.name: torch.arange(i.out_channels) % 4 for i in dsprune.prunable_convs(model, x)}
-    file = tmp_path / "latency.json"
-    structure = dsprune.find_structure(model, x, assignment, latency=0.6, against="packed", cache=file)
+    dense, x, assignment, file = digits_network
+    model = copy.deepcopy(dense)
+    dense = dense if against == "eager" else dsprune.pack(dense, x)
+    structure = dsprune.find_structure(model, x, assignment, latency=target, against=against, cache=file)
     found = structure.latency
-    assert found is not None and found.met and abs(found.measured - 0.6) <= 0.06
-    assert abs(found.predicted - 0.6) <= 0.06 and found.batch == 32 and found.threads == 1
+    assert found is not None and found.met and abs(found.measured / target - 1) <= 0.1, found
+    assert abs(found.predicted / target - 1) <= 0.1 and found.batch == 32 and found.threads == 1
     assert structure.thresholds is not None and set(structure.thresholds) == set(assignment)
     assert structure.threshold == max(structure.thresholds.values())
     assert 0.1 < structure.flops_cut < 0.9
@@ -244,12 +295,18 @@ def test_a_target_is_met_on_the_digits_network(tmp_path: Path) -> None:
     assert 5 <= len(json.loads(file.read_text())["curves"]) <= 8, "one curve a shape"
     # What it was timed as is what the user gets.
     dsprune.apply_structure(model, structure)
-    packed = dsprune.pack(model.eval(), x)
-    counted = dsprune.summary(packed, x, structure=structure)
-    assert str(counted).splitlines()[-1] == str(found)
-    assert 1 - counted.macs / counted.dense_macs == pytest.approx(structure.flops_cut, abs=0.02)
+    packed = dsprune.pack(model, x)
+    shares = []
+    while len(shares) < 3 and not (shares and abs(shares[-1] / target - 1) <= 0.1):
+        dense_ms, packed_ms = latency.interleaved([lambda: dense(x), lambda: packed(x)], CPU, seconds=0.5)
+        shares.append(packed_ms / dense_ms)
+    assert abs(shares[-1] / target - 1) <= 0.1, (str(found), shares)
     with torch.no_grad():
         assert float((packed(x) - model(x)).abs().max()) < 1e-4
+    if against == "packed":
+        counted = dsprune.summary(packed, x, structure=structure)
+        assert str(counted).splitlines()[-1] == str(found)
+        assert 1 - counted.macs / counted.dense_macs == pytest.approx(structure.flops_cut, abs=0.02)
 
 
 def test_where_export_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

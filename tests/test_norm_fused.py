@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -80,8 +80,7 @@ def test_it_is_the_two_apart(batch, height, width, stride, residual, activation,
     double = [None if t is None else t.double() for t in given_]
     hint = BLANK if blank else None
     expected = apart(*double, stride, activation)
-    if expected.numel() // 6 < 8 or bool(((expected > 0) & (expected < 1e-4)).any()):
-        return
+    assume(expected.numel() // 6 >= 8 and not bool(((expected > 0) & (expected < 1e-4)).any()))
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed + 1))
     out, found = gradients(together, given_, grad, stride, activation, hint)
     expected, wanted = gradients(apart, double, grad.double(), stride, activation)
@@ -162,6 +161,22 @@ def test_same_bits_on_any_number_of_threads():
         ({"residual": torch.zeros(2, 6, 4, 5)}, ValueError, "residual must have"),
         ({"activation": "gelu"}, ValueError, "activation must be"),
         ({"stride": 0}, ValueError, "stride"),
+        ({"weight": [1.0]}, TypeError, "weight must be a tensor, got list"),
+        ({"plan": None}, TypeError, "plan must be a tensor"),
+        ({"plan": GroupLayout(4, 6, LAYOUT.groups[1:]).plan()}, ValueError, "x has"),
+        ({"x": torch.zeros(2, 4, 4, 4)}, ValueError, "x has"),
+        ({"out_channels": 5}, ValueError, "out(put)? has"),
+        ({"weight": torch.zeros(7)}, ValueError, "weight .* 7"),
+        ({"out_channels": 6.0}, TypeError, "out_channels must be an int"),
+        ({"out_channels": 0}, ValueError, "out_channels must be an int of at least 1"),
+        ({"norm_weight": 1.0}, TypeError, "norm_weight must be a tensor or None"),
+        ({"norm_bias": torch.zeros(6).double()}, TypeError, "norm_bias must be float32"),
+        ({"norm_bias": torch.zeros(6, device="meta")}, ValueError, "norm_bias must be on the device of x"),
+        ({"residual": torch.zeros(2, 6, 4, 4).half()}, TypeError, "residual must have the dtype of x"),
+        ({"residual": 0}, TypeError, "residual must be a tensor or None"),
+        ({"eps": -1e-5}, ValueError, "eps must be finite"),
+        ({"eps": float("nan")}, ValueError, "eps must be finite"),
+        ({"eps": "small"}, TypeError, "eps must be a number"),
     ],
 )
 def test_bad_input(change, error, text):
@@ -215,6 +230,28 @@ def test_layers_together_are_torchs(packed, activation, residual):
         norm.train(), ours.train()
     for name, value in norm.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("conv", "backend", "error", "text"),
+    [
+        (nn.Linear(2, 2), None, TypeError, r"conv: expected a torch\.nn\.Conv2d, got Linear"),
+        (nn.Conv2d(4, 4, 1, groups=2), None, ValueError, "conv: expected groups=1, .* got groups=2"),
+        (nn.Conv2d(4, 4, 3, padding="same"), None, ValueError, "conv: .* padding='same'"),
+        (nn.Conv2d(4, 4, 3, padding_mode="reflect"), None, ValueError, "conv: .* padding_mode='reflect'"),
+        (nn.Conv2d(4, 4, 3), "zz", ValueError, "backend: expected one of .* got 'zz'"),
+        (nn.Conv2d(4, 4, 3), 3, TypeError, "backend: expected one of .* got 3"),
+    ],
+)
+def test_dense_layers_that_are_refused(conv, backend, error, text):
+    with pytest.raises(error, match=f"^{text}"):
+        PackedConv2d.from_conv(conv, backend)
+
+
+def test_another_activation_is_refused():
+    dense, norm = pair()
+    with pytest.raises(ValueError, match=r"^activation: expected None or 'relu', got 'gelu'"):
+        conv_norm_act(dense, norm, torch.randn(2, 5, 4, 4), activation="gelu")
 
 
 @needs_native

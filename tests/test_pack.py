@@ -391,6 +391,20 @@ def test_broken_packing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ((nets.Plain(), torch.randn(1, 3, 8, 8)), {"backend": ["native"]}, TypeError, "^backend: "),
         ((nets.Plain(), torch.randn(1, 3, 8, 8)), {"train": "yes"}, TypeError, "^train: expected True"),
+        *(
+            (
+                (nets.Plain(), x),
+                {"train": train},
+                ValueError,
+                f"^example_input: the model does not take {text}",
+            )
+            for train in (False, True)
+            for x, text in (
+                (torch.randn(1, 4, 8, 8), r"float32 \(1, 4, 8, 8\): .* 3 channels"),
+                (torch.randn(1, 3, 8, 8).double(), r"float64 \(1, 3, 8, 8\): "),
+                (torch.randn(2, 3), r"float32 \(2, 3\): "),
+            )
+        ),
     ],
 )
 def test_bad_arguments(args: Any, kwargs: Any, error: type[Exception], text: str) -> None:
@@ -545,6 +559,10 @@ def test_fresh_layer_trains() -> None:
         ({"dilation": 0}, "dilation"),
         ({"padding_mode": "mirror"}, "padding_mode"),
         ({"activation": "gelu"}, "activation"),
+        (
+            {"backend": "zz"},
+            r"backend: expected one of \['reference', 'native', 'triton', 'cuda'\] or None, got 'zz'",
+        ),
     ],
 )
 def test_layer_refuses(kwargs: dict[str, Any], text: str) -> None:
@@ -562,6 +580,8 @@ def test_from_conv_refuses() -> None:
         PermutedGroupedConv2d.from_conv(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="conv: expected groups=1, got 2"):
         PermutedGroupedConv2d.from_conv(nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.raises(TypeError, match="backend: expected one of"):
+        PermutedGroupedConv2d.from_conv(nn.Conv2d(4, 4, 1), backend=["native"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="layout: expected a GroupLayout"):
         PermutedGroupedConv2d([1], 3)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,9 +32,6 @@ from dsprune.recipes.folders import DataError, cifar10, imagenet
 
 pytestmark = pytest.mark.timeout(900)
 
-TRIAL = ["--epochs-scale", "0.001", "--seconds", "0.01", "--threads", "1", "--device", "cpu"]
-CIFAR = ["--depth", "20", "--groups", "2", "--limit", "30", *TRIAL]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _small() -> Iterator[None]:
@@ -48,48 +47,42 @@ def _small() -> Iterator[None]:
 # ---- folders in the data sets' formats ----
 
 
-def old_pickle(content: dict[bytes, Any]) -> bytes:
-    """A pickle as CIFAR-10's: protocol 2, NumPy by its old module name."""
-    data = pickle.dumps(content, protocol=2)
+def _example() -> ModuleType:
+    path = Path(__file__).resolve().parent.parent / "examples" / "recipes.py"
+    spec = importlib.util.spec_from_file_location("recipes_example", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+example = _example()
+batch_of = example.cifar_batch
+TRIAL, CIFAR = example.SMALL, example.OPTIONS["cifar10"]
+
+
+def old_names(data: bytes) -> bytes:
+    """A pickle as CIFAR-10's, which has NumPy by its old module name."""
     return data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-
-
-def batch_of(count: int, seed: int) -> tuple[np.ndarray, list[int]]:
-    """Images whose mean colour tells their class, in all classes by turns."""
-    generator = np.random.default_rng(seed)
-    labels = [i % 10 for i in range(count)]
-    noise = generator.integers(0, 60, (count, 3072))
-    shade = np.repeat(np.array([[18 * c, 180 - 18 * c, 18 * ((3 * c) % 10)] for c in labels]), 1024, axis=1)
-    return (noise + shade).astype(np.uint8), labels
 
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10's python version, with 20 images a batch."""
-    folder = tmp_path_factory.mktemp("cifar") / "cifar-10-batches-py"
-    folder.mkdir()
-    for index, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        data, labels = batch_of(20, index)
-        content = {b"batch_label": b"b", b"labels": labels, b"data": data, b"filenames": [b"a.png"] * 20}
-        (folder / name).write_bytes(old_pickle(content))
-    return folder.parent
+    folder = tmp_path_factory.mktemp("cifar") / "cifar10-data"
+    example.write_cifar10(folder)
+    for file in (folder / "cifar-10-batches-py").iterdir():
+        file.write_bytes(old_names(file.read_bytes()))
+        assert b"numpy.core" in file.read_bytes()
+    return folder
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet's tree with two classes; odd sizes, one grey image, two formats."""
-    root = tmp_path_factory.mktemp("imagenet")
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 3)):
-        for label, name in enumerate(("n01440764", "n02102040")):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 120, (40 + i, 36, 3)).astype(np.uint8) + np.uint8(100 * label)
-                image = Image.fromarray(pixels)
-                image = image.convert("L") if i == 1 else image
-                image.save(folder / (f"{i}.JPEG" if i % 2 else f"{i}.png"))
-    return root
+    folder = tmp_path_factory.mktemp("imagenet") / "imagenet-data"
+    example.write_imagenet(folder)
+    return folder
 
 
 def test_cifar_is_read_as_it_is(cifar: Path, tmp_path: Path) -> None:
@@ -199,7 +192,8 @@ def test_the_tree_is_read_as_it_is(tree: Path) -> None:
 
 
 def write_batch(path: Path, **content: Any) -> None:
-    path.write_bytes(old_pickle({name.encode(): value for name, value in content.items()}))
+    named = {name.encode(): value for name, value in content.items()}
+    path.write_bytes(old_names(pickle.dumps(named, protocol=2)))
 
 
 class Malicious:
@@ -413,12 +407,11 @@ def test_the_learning_rate_falls_at_the_milestones(cifar: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ran(cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished trial of the CIFAR-10 recipe, and what it printed."""
+def ran(cifar: Path) -> tuple[Path, str]:
+    """A finished trial of the CIFAR-10 recipe, by the example, and what it printed."""
     import contextlib
     import io
 
-    folder = tmp_path_factory.mktemp("recipe") / "run"
     said = io.StringIO()
     looks: list[int] = []
     original = training.evaluate
@@ -430,11 +423,11 @@ def ran(cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, st
     with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "evaluate", counted)
         torch.set_num_threads(1)
-        assert cli.main(["recipe", "cifar10", "--data", str(cifar), "--out", str(folder), *CIFAR]) == 0
+        assert example.main(["cifar10", "--out", str(cifar.parent)]) == 0
     # Each network is tested once (20 test images, 10 validation images), and after everything else but the
     # validation of the report.
     assert looks.count(20) == 4 and looks[-7:] == [20] * 4 + [10] * 3
-    return folder, said.getvalue()
+    return cifar.parent / "cifar10", said.getvalue()
 
 
 def test_the_report_is_whole_and_true(ran: tuple[Path, str], cifar: Path) -> None:
@@ -496,7 +489,7 @@ def _no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         stages,
         "logits_in_new_process",
-        lambda run, images: recipe._some_logits(run.packed(run.data()), run.data()),
+        lambda run, data, images: recipe._logits(run.packed(data), images),
     )
 
 
@@ -539,8 +532,6 @@ def test_imagenet_interrupted_within_an_epoch(
     weights = tmp_path / "dense.safetensors"
     torch.manual_seed(0)
     save_file(dsprune.models.resnet18(num_classes=2).state_dict(), weights)
-    base = ["recipe", "imagenet", "--data", str(tree), "--arch", "resnet18", "--weights", str(weights)]
-    base += ["--size", "32", "--batch", "4", "--workers", "0", *TRIAL]
     seen: list[int] = []
     original = cli._Bars.step
 
@@ -552,12 +543,12 @@ def test_imagenet_interrupted_within_an_epoch(
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(cli._Bars, "step", step)
-    stopped = tmp_path / "stopped"
-    assert cli.main([*base, "--out", str(stopped)]) == cli.INTERRUPTED
+    stopped = tree.parent / "imagenet"
+    base = ["imagenet", "--out", str(tree.parent), "--weights", str(weights)]
+    assert example.main(base) == cli.INTERRUPTED
     assert seen == [0, 1, 2, 3]
     shutil.copytree(tree, tmp_path / "moved")
-    moved = [str(tmp_path / "moved") if argument == str(tree) else argument for argument in base]
-    assert cli.main([*moved, "--out", str(stopped), "--resume"]) == 0
+    assert example.main([*base, "--data", str(tmp_path / "moved"), "--resume"]) == 0
     assert seen[4] == 2  # from the checkpoint after the second of four steps
     assert "69.55%" in capsys.readouterr().out
     report = json.loads((stopped / "report.json").read_text())

@@ -10,6 +10,8 @@
 #include <system_error>
 #include <thread>
 
+#include "dsp.h"
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -29,18 +31,35 @@ inline void relax() {
 #endif
 }
 
-// One running loop. `state` counts the threads inside; a slot is reused only after all have left.
-struct alignas(128) Slot {
-  std::atomic<bool> taken{false};
-  std::atomic<bool> open{false};
-  std::atomic<int> inside{0};
-  std::atomic<int> places{0};
+// A loop, whose tasks are taken one by one.
+struct Loop {
   alignas(64) std::atomic<int64_t> next{0};
   alignas(64) int64_t tasks = 0;
   void (*body)(void*, int64_t) = nullptr;
   void* context = nullptr;
   std::atomic<bool> failed{false};
   std::exception_ptr error;
+
+  void work() {
+    for (;;) {
+      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks) return;
+      try {
+        body(context, task);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+  }
+};
+
+// Where the pool's threads find a loop. A slot is reused only after all have left.
+struct alignas(128) Slot {
+  std::atomic<bool> taken{false};
+  std::atomic<bool> open{false};
+  std::atomic<int> inside{0};
+  std::atomic<int> places{0};
+  Loop loop;
 };
 
 class Pool {
@@ -49,12 +68,13 @@ class Pool {
     Slot* slot = claim();
     if (slot == nullptr) return false;
     grow(threads - 1);
-    slot->tasks = tasks;
-    slot->body = body;
-    slot->context = context;
-    slot->failed.store(false, std::memory_order_relaxed);
-    slot->error = nullptr;
-    slot->next.store(0, std::memory_order_relaxed);
+    Loop& loop = slot->loop;
+    loop.tasks = tasks;
+    loop.body = body;
+    loop.context = context;
+    loop.failed.store(false, std::memory_order_relaxed);
+    loop.error = nullptr;
+    loop.next.store(0, std::memory_order_relaxed);
     slot->places.store(threads - 1, std::memory_order_relaxed);
     slot->open.store(true, std::memory_order_seq_cst);
     generation_.fetch_add(1, std::memory_order_seq_cst);
@@ -64,7 +84,7 @@ class Pool {
       }
       wake_.notify_all();
     }
-    work(*slot);
+    loop.work();
     slot->open.store(false, std::memory_order_seq_cst);
     for (int spin = 0; slot->inside.load(std::memory_order_seq_cst) != 0; ++spin) {
       if (spin < kSpins) {
@@ -73,8 +93,8 @@ class Pool {
         std::this_thread::yield();
       }
     }
-    std::exception_ptr error = slot->error;
-    slot->error = nullptr;
+    std::exception_ptr error = loop.error;
+    loop.error = nullptr;
     slot->taken.store(false, std::memory_order_release);
     if (error) std::rethrow_exception(error);
     return true;
@@ -103,18 +123,6 @@ class Pool {
     }
   }
 
-  static void work(Slot& slot) {
-    for (;;) {
-      const int64_t task = slot.next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= slot.tasks) return;
-      try {
-        slot.body(slot.context, task);
-      } catch (...) {
-        if (!slot.failed.exchange(true)) slot.error = std::current_exception();
-      }
-    }
-  }
-
   bool help() {
     bool helped = false;
     for (Slot& slot : slots_) {
@@ -124,7 +132,7 @@ class Pool {
       if (slot.open.load(std::memory_order_seq_cst) &&
           slot.places.fetch_sub(1, std::memory_order_relaxed) > 0) {
         helped = true;
-        work(slot);
+        slot.loop.work();
       }
       slot.inside.fetch_sub(1, std::memory_order_seq_cst);
     }
@@ -160,13 +168,20 @@ class Pool {
 };
 
 std::atomic<Pool*> current{nullptr};
+std::atomic<TeamRunner> team{nullptr};
 std::mutex creation;
 
-// A forked child has none of the parent's workers: it starts with a pool of its own (the old one is
-// abandoned).
+// A forked child has none of the parent's threads: it starts with a pool of its own (the old one is
+// abandoned), and an OpenMP runtime would wait for its own for ever.
 void forget_after_fork() {
+  team.store(nullptr);
   current.store(nullptr);
   new (&creation) std::mutex;
+}
+
+void mind_forks() {
+  static const bool registered = pthread_atfork(nullptr, nullptr, forget_after_fork) == 0;
+  static_cast<void>(registered);
 }
 
 Pool& pool() {
@@ -175,8 +190,7 @@ Pool& pool() {
   std::lock_guard<std::mutex> lock(creation);
   found = current.load(std::memory_order_acquire);
   if (found == nullptr) {
-    static const bool registered = pthread_atfork(nullptr, nullptr, forget_after_fork) == 0;
-    static_cast<void>(registered);
+    mind_forks();
     found = new Pool;  // never freed: workers may still wait in it while the process ends
     current.store(found, std::memory_order_release);
   }
@@ -185,10 +199,28 @@ Pool& pool() {
 
 }  // namespace
 
+void use_team(TeamRunner runner) {
+  mind_forks();
+  team.store(runner);
+}
+
 void parallel_for_raw(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  const TeamRunner runner = threads > 1 && tasks > 1 ? team.load(std::memory_order_acquire) : nullptr;
+  if (runner != nullptr) {
+    Loop loop;
+    loop.tasks = tasks;
+    loop.body = body;
+    loop.context = context;
+    // Always the whole team: a runtime lets threads go that a smaller one does not need.
+    runner([](void* self) { static_cast<Loop*>(self)->work(); }, &loop, static_cast<unsigned>(threads), 0);
+    if (loop.error) std::rethrow_exception(loop.error);
+    return;
+  }
   if (threads > tasks) threads = static_cast<int>(tasks);
   if (threads > 1 && pool().run(threads, tasks, body, context)) return;
   for (int64_t task = 0; task < tasks; ++task) body(context, task);
 }
 
 }  // namespace dsp
+
+extern "C" void dsp_use_team(dsp_team_runner runner) { dsp::use_team(runner); }

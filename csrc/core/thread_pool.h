@@ -1,4 +1,5 @@
-// Persistent worker threads. Callers on any number of threads may run loops at the same time.
+// Parallel loops, on threads of the core's own or on a team of the caller's OpenMP runtime. Callers on any
+// number of threads may run loops at the same time.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,14 @@ namespace dsp {
 // returns when all are done. The caller alone finishes the loop when no worker is free, so nesting cannot
 // deadlock. An exception in a task is kept and thrown again here.
 void parallel_for_raw(int threads, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+
+// GOMP_parallel of an OpenMP runtime: runs body(context) on `threads` threads, the caller among them.
+using TeamRunner = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+
+// Loops run on this runtime's teams from now on; null: on the core's own threads. Threads of an OpenMP
+// runtime go on spinning for milliseconds after a loop; a caller whose own loops run there leaves no core to
+// others.
+void use_team(TeamRunner runner);
 
 template <typename F>
 void parallel_for(int threads, int64_t tasks, F& body) {

@@ -98,7 +98,10 @@ class Network:
         )
 
     def numbers(self, values: Sequence[float] | Tensor) -> Tensor:
-        """One number a layer, on the device."""
+        """One number a layer, on the device.
+
+        Raises ValueError for a tensor of another shape, dtype or device.
+        """
         if isinstance(values, Tensor):
             shape = (len(self.layers),)
             if values.shape != shape or values.dtype != self.dtype or values.device != self.device:
@@ -294,10 +297,16 @@ def _samples(name: str, first: Tensor, second: Tensor, temperature: float, divid
 
 
 def sample_groups(logits: Tensor, noise: Tensor, temperature: float, divide_noise: bool) -> Tensor:
-    """See :func:`dsp_kernels.assignment.reference.sample_groups`."""
+    """See :func:`dsp_kernels.assignment.reference.sample_groups`.
+
+    Raises ValueError or RuntimeError with the core's text where it refuses its arguments or a launch fails.
+    """
     return _samples("sample_groups", logits, noise, temperature, divide_noise)
 
 
 def sample_groups_backward(grad: Tensor, log_probabilities: Tensor, temperature: float) -> Tensor:
-    """See :func:`dsp_kernels.assignment.reference.sample_groups_backward`."""
+    """See :func:`dsp_kernels.assignment.reference.sample_groups_backward`.
+
+    Raises ValueError or RuntimeError with the core's text where it refuses its arguments or a launch fails.
+    """
     return _samples("sample_groups_backward", grad, log_probabilities, temperature, False)

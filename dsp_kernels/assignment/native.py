@@ -78,6 +78,8 @@ def run(
     asked.
 
     Outputs are plain tensors of their weight's memory order, or matrices whose rows are contiguous.
+
+    Raises ValueError with the core's text where it refuses its arguments.
     """
     check_layers(weights, logs, scales, None, directions, log_directions)
     dtype, groups = weights[0].dtype, logs[0].shape[0]
@@ -148,7 +150,10 @@ def _by_groups(logs: Sequence[Tensor]) -> list[list[int]]:
 
 
 def group_lasso(weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """See :func:`dsp_kernels.assignment.reference.group_lasso`."""
+    """See :func:`dsp_kernels.assignment.reference.group_lasso`.
+
+    Raises as that does, and ValueError with the core's text where it refuses its arguments.
+    """
     check_layers(weights, logs, scales)
     plain = _plain(weights)
     out = torch.empty(len(plain), dtype=logs[0].dtype)
@@ -169,7 +174,10 @@ def group_lasso(weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Seque
 def group_lasso_backward(
     grad: Tensor, weights: Sequence[Tensor], logs: Sequence[Tensor], scales: Sequence[float]
 ) -> list[Tensor]:
-    """See :func:`dsp_kernels.assignment.reference.group_lasso_backward`."""
+    """See :func:`dsp_kernels.assignment.reference.group_lasso_backward`.
+
+    Raises as that does, and ValueError with the core's text where it refuses its arguments.
+    """
     check_layers(weights, logs, scales, grad)
     plain = _plain(weights)
     weight_outs = [torch.empty_like(weight) for weight in plain]
@@ -196,7 +204,10 @@ def group_lasso_hessian(
     logs: Sequence[Tensor],
     scales: Sequence[float],
 ) -> list[Tensor]:
-    """See :func:`dsp_kernels.assignment.reference.group_lasso_hessian`."""
+    """See :func:`dsp_kernels.assignment.reference.group_lasso_hessian`.
+
+    Raises as that does, and ValueError with the core's text where it refuses its arguments.
+    """
     check_layers(weights, logs, scales, grad, weight_directions, log_directions)
     plain = _plain(weights)
     weight_outs = [torch.empty_like(weight) for weight in plain]

@@ -93,7 +93,10 @@ class LassoTable:
         return None
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """The columns of a (G, N) matrix by layer, as views."""
+        """The columns of a (G, N) matrix by layer, as views.
+
+        Raises ValueError for a matrix of another shape, dtype or device.
+        """
         shape = (self.groups, self.filters)
         if matrix.shape != shape or matrix.dtype != self.dtype or matrix.device != self.device:
             raise ValueError(

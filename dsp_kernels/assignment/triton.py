@@ -89,7 +89,10 @@ class Network:
         self._bound: dict[tuple[int, ...], tuple[Plan, Tensor]] = {}
 
     def numbers(self, values: Sequence[float] | Tensor) -> Tensor:
-        """One number a layer, on the device."""
+        """One number a layer, on the device.
+
+        Raises ValueError for a tensor of another shape, dtype or device.
+        """
         if isinstance(values, Tensor):
             shape = (len(self.layers),)
             if values.shape != shape or values.dtype != self.dtype or values.device != self.device:

@@ -100,7 +100,10 @@ def _tables() -> tuple[Table, ...]:
 
 
 def rows_of(arch: str) -> dict[str, Launch | ChainLaunch]:
-    """The rows of one architecture, or "default"; empty where there are none."""
+    """The rows of one architecture, or "default"; empty where there are none.
+
+    Raises ValueError, naming the file, for a file that is no table; OSError for one that cannot be read.
+    """
     out: dict[str, Launch | ChainLaunch] = {}
     for table in reversed(_tables()):
         out |= table.get(arch, {})

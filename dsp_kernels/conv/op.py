@@ -319,9 +319,22 @@ def conv2d_from_plan(
 ) -> Tensor:
     """:func:`permuted_grouped_conv2d` for modules that keep the layout as a plan tensor.
 
-    ``plan``: ``layout.plan()`` (or a clone of it), on the CPU or on the device of ``x``; ``out_channels``:
-    that of the layout. What depends on the plan's content (channels of ``x``, length of ``weight``) is
-    checked by the backend, the rest here. Everything else as in :func:`permuted_grouped_conv2d`.
+    ``x``: (batch, channels, height, width), float16, bfloat16, float32 or float64. ``weight``:
+    ``layout.pack(dense)``, 1-D. ``plan``: ``layout.plan()`` (or a clone of it), int32, 1-D, on the CPU or on
+    the device of ``x``; ``out_channels``: that of the layout. ``bias``: (out_channels,) or None.
+    ``residual``: the output's shape, or None. ``kernel_size``, ``stride``, ``padding``, ``dilation``: an int
+    or (vertical, horizontal), in pixels. ``activation``: None, "relu" or "relu6". ``backend``: a name of
+    :func:`dsp_kernels.available_backends`, or None (choose).
+
+    Returns (batch, out_channels, h, w) in the dtype and memory format of ``x``; the formula, dead filters,
+    derivatives and autocast as in :func:`permuted_grouped_conv2d`.
+
+    Raises TypeError or ValueError, naming the argument, what was given and what is accepted, as
+    :func:`permuted_grouped_conv2d` does. What depends on the plan's content (channels of ``x``, length of
+    ``weight``, ``out_channels``) is checked by the backend, the rest before anything runs.
+
+    Source: Park et al., "Dynamic Structure Pruning" (AAAI 2023): what is left of a layer where each group of
+    filters has lost input channels of its own.
     """
     _check_tensor("x", x)
     _check_tensor("weight", weight)

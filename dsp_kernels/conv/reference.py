@@ -92,7 +92,10 @@ def forward(
     dilation: Pair,
     activation: str,
 ) -> Tensor:
-    """act(conv(x, weight) + bias + residual), (batch, out_channels, h, w) in the memory format of ``x``."""
+    """act(conv(x, weight) + bias + residual), (batch, out_channels, h, w) in the memory format of ``x``.
+
+    Raises ValueError, naming the argument, where shapes do not fit the plan or one another.
+    """
     header = _header(plan, kernel, channels=x.shape[1], filters=out_channels, weight_numel=weight.numel())
     size = output_size(x.shape, kernel, stride, padding, dilation)
     if bias is not None and bias.shape != (out_channels,):
@@ -134,7 +137,10 @@ def grad_input(
     padding: Pair,
     dilation: Pair,
 ) -> Tensor:
-    """The gradient of sum(grad * conv(x, weight)) for x: shape ``input_size``, ``grad``'s format."""
+    """The gradient of sum(grad * conv(x, weight)) for x: shape ``input_size``, ``grad``'s format.
+
+    Raises ValueError, naming the argument, where shapes do not fit the plan or one another.
+    """
     header = _header(plan, kernel, channels=input_size[1], filters=grad.shape[1], weight_numel=weight.numel())
     out = empty_output(grad, tuple(input_size))
     if out.numel() == 0 or grad.numel() == 0:
@@ -164,7 +170,10 @@ def grad_weight(
     padding: Pair,
     dilation: Pair,
 ) -> Tensor:
-    """The gradient of sum(grad * conv(x, w)) for the packed w, 1-D of ``weight_numel`` elements."""
+    """The gradient of sum(grad * conv(x, w)) for the packed w, 1-D of ``weight_numel`` elements.
+
+    Raises ValueError, naming the argument, where shapes do not fit the plan or one another.
+    """
     header = _header(plan, kernel, channels=x.shape[1], filters=grad.shape[1], weight_numel=weight_numel)
     out = x.new_empty(weight_numel)
     if grad.numel() == 0 or x.numel() == 0:

@@ -230,6 +230,8 @@ def choose_launch(
 
     ``op``: "conv", "grad_input" or "grad_weight"; ``precision``: "half", "tf32" or "ieee"; ``pixels``:
     positions of a phase, batch included; ``arch``: "sm_90" and the like.
+
+    Raises RuntimeError where no row fits, and ValueError, naming the file, for a table that is none.
     """
     rows = (launches.rows_of(arch), launches.rows_of("default"))
     key = bucket(op, precision, layout, pixels, rows)

@@ -6,6 +6,7 @@ output is 0, cost the normalisation neither a pass over it nor a gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -234,18 +235,26 @@ def conv2d_batch_norm_act(
 
     ``x``: (N, C, H, W), floating point. ``weight``, ``plan``, ``out_channels``, ``kernel_size``, ``stride``,
     ``padding``, ``dilation``: as for :func:`dsp_kernels.conv.op.conv2d_from_plan`. ``norm_weight``,
-    ``norm_bias``: (out_channels,) or None (1 and 0). ``residual``: the output's shape, or None.
+    ``norm_bias``: (out_channels,), float32 or the dtype of ``x``, or None (1 and 0). ``residual``: the
+    output's shape, the dtype of ``x``, or None. ``eps``: what is added to the variance, at least 0.
     ``activation``: None or "relu". ``blank``: (out_channels,), uint8, not 0 for filters that no group of the
-    plan has: a hint that saves time.
+    plan has: a hint that saves time. All on the device of ``x``, but for the plan, which may be on the CPU.
 
     Returns the result (N, out_channels, H', W') in the dtype of ``x``, and mean and biased variance of the
     convolution's channels (out_channels,), float32 or wider, which carry no gradient. Differentiable twice.
     Sources: see :func:`dsp_kernels.permuted_grouped_conv2d` and :func:`dsp_kernels.norm.batch_norm_act`.
 
-    Raises TypeError or ValueError, naming the argument, for another shape or dtype.
+    Raises TypeError or ValueError, naming the argument, what was given and what is accepted, for another
+    type, shape, dtype or device, sizes below their least, fewer than two values a channel, an ``eps`` that is
+    negative or not finite, and where the plan does not belong to ``weight``, ``x`` or ``out_channels``.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    for name, value in (("x", x), ("weight", weight), ("plan", plan)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    rest = {"norm_weight": norm_weight, "norm_bias": norm_bias, "blank": blank, "residual": residual}
+    for name, given in rest.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(given).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.dim() != 4 or x.shape[2] < 1 or x.shape[3] < 1:
@@ -257,6 +266,13 @@ def conv2d_batch_norm_act(
         )
     if plan.dtype != torch.int32 or plan.dim() != 1:
         raise ValueError(f"plan must be a 1-D int32 tensor, got {plan.dtype} of shape {tuple(plan.shape)}")
+    for name, given in ({"weight": weight} | rest).items():  # the plan may stay on the CPU
+        if given is not None and given.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {given.device}")
+    if isinstance(out_channels, bool) or not isinstance(out_channels, int | torch.SymInt):
+        raise TypeError(f"out_channels must be an int of at least 1, got {out_channels!r}")
+    if out_channels < 1:
+        raise ValueError(f"out_channels must be an int of at least 1, got {out_channels}")
     geometry = (
         conv._pair("kernel_size", kernel_size, 1),
         conv._pair("stride", stride, 1),
@@ -268,13 +284,24 @@ def conv2d_batch_norm_act(
         raise ValueError(
             f"x must give at least two values a channel, got shape {tuple(x.shape)} and an output of {shape}"
         )
-    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("blank", blank)):
-        if value is not None and value.shape != (out_channels,):
-            raise ValueError(f"{name} must have shape ({out_channels},), got {tuple(value.shape)}")
+    for name in ("norm_weight", "norm_bias", "blank"):
+        given = rest[name]
+        if given is not None and given.shape != (out_channels,):
+            raise ValueError(f"{name} must have shape ({out_channels},), got {tuple(given.shape)}")
+    for name in ("norm_weight", "norm_bias"):
+        given = rest[name]
+        if given is not None and given.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{name} must be float32 or of the dtype of x, {x.dtype}, got {given.dtype}")
     if blank is not None and blank.dtype != torch.uint8:
         raise TypeError(f"blank must be uint8, got {blank.dtype}")
     if residual is not None and tuple(residual.shape) != shape:
         raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
+    if residual is not None and residual.dtype != x.dtype:
+        raise TypeError(f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}")
     _, out, mean, variance = _forward_op(

@@ -61,6 +61,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`dsp_kernels.norm.reference.forward`. ``blank``: (C,), uint8, not 0 where ``x`` is 0
     throughout and need not be read.
+
+    Raises ValueError, naming the argument, for another dtype, device or shape, and with the core's text.
     """
     whole, each = x.shape, (x.shape[1],)
     given = _read("x", x, whole)
@@ -106,6 +108,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients for x, residual (empty without one), weight and bias. That for x is not set in channels
     that are ``blank`` (see :func:`forward`).
+
+    Raises ValueError, naming the argument, for another dtype, device or shape, and with the core's text.
     """
     whole, each = x.shape, (x.shape[1],)
     given, read = _read("grad", grad, whole), _read("x", x, whole)

@@ -2,7 +2,7 @@
 layers.
 """
 
-from . import interop, models, nn
+from . import interop, latency, models, nn
 from .export import export_aoti, export_onnx, export_torch, standard_network
 from .graph import prunable_convs
 from .io import load, save
@@ -14,7 +14,7 @@ from .structure import Structure, apply_structure, find_structure
 
 __all__ = [
     "GroupLearner", "PackError", "PackedNetwork", "Structure", "Summary", "apply_structure",
-    "export_aoti", "export_onnx", "export_torch", "find_structure", "interop", "load", "load_training",
-    "models", "nn", "pack", "prunable_convs", "save", "save_training", "standard_network", "summary",
-    "unpack",
+    "export_aoti", "export_onnx", "export_torch", "find_structure", "interop", "latency", "load",
+    "load_training", "models", "nn", "pack", "prunable_convs", "save", "save_training", "standard_network",
+    "summary", "unpack",
 ]  # fmt: skip

@@ -483,11 +483,11 @@ def export(
 ) -> None:
     """Write the packed network for another runtime: ONNX, torch.export or AOTInductor."""
     import dsprune
+    from dsprune.io import target_file
 
     if groups and form is not ExportFormat.onnx:
         raise ValueError("groups: goes with --format onnx")
-    if not out.parent.is_dir():
-        raise ValueError(f"to: no folder at {str(out.parent)!r}")
+    target_file(out)
     source = _source(run, file, None, arch, depth, size)
     packed = source.model
     if not isinstance(packed, dsprune.PackedNetwork):
@@ -793,13 +793,11 @@ def _run_recipe(
 
 
 def _known_errors() -> tuple[type[BaseException], ...]:
-    from subprocess import TimeoutExpired
-
     from dsprune.pack import PackError
     from dsprune.recipes.demo import DemoError
     from dsprune.recipes.training import TrainingError
 
-    return (ValueError, TypeError, OSError, ImportError, DemoError, TrainingError, PackError, TimeoutExpired)
+    return (ValueError, TypeError, OSError, ImportError, DemoError, TrainingError, PackError)
 
 
 def _fail(text: str, status: int) -> int:

@@ -25,7 +25,7 @@ from dsp_kernels import tail
 from dsp_kernels.backends import choose
 
 from .graph import _dynamic_shapes, _quiet, _widen_batch, as_inputs, aten, evaluating, unwrap
-from .io import write_atomically
+from .io import target_file, write_atomically
 from .nn import PackedConv2d, PermutedGroupedConv2d
 from .pack import PackedNetwork, _leaves
 
@@ -33,6 +33,7 @@ __all__ = ["FORMS", "export_aoti", "export_onnx", "export_torch", "standard_netw
 
 FORMS = ("dense", "groups")
 ONNX_TOLERANCE = 1e-4
+OPSET = 18  # the oldest that torch's exporter writes
 ADAPTIVE_POOLS = {aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default}
 
 
@@ -267,7 +268,8 @@ def export_torch(
         packed: from ``pack`` or ``load``; it is left alone.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments. Batch and image size stay
             free where the network allows it.
-        path: where to write the program (``.pt2``), atomically; None: nowhere.
+        path: where to write the program (``.pt2``), atomically, its folder made where it is missing; None:
+            nowhere.
 
     Returns:
         The program. ``torch.export.load(path).module()`` is a network again, after ``import dsp_kernels``,
@@ -276,10 +278,13 @@ def export_torch(
         global pooling and linear layers, as ResNets are; up to rounding elsewhere.
 
     Raises:
-        TypeError: ``packed`` is no ``PackedNetwork``, or ``example_input`` holds no tensor. ValueError: the
-        network cannot be exported. OSError: the file cannot be written.
+        TypeError: ``packed`` is no ``PackedNetwork``, ``example_input`` holds no tensor, or ``path`` is no
+        path. ValueError: the network does not take the example, or cannot be exported. OSError: the file
+        cannot be written.
     """
     inner, inputs = _check(packed, example_input)
+    if path is not None:
+        target_file(path)
     try:
         program = _exported(_as_programs(_network(inner, inputs), inner.backend), inputs)
     except ValueError:
@@ -299,8 +304,8 @@ def export_aoti(packed: PackedNetwork, example_input: Any, path: str | os.PathLi
         packed: from ``pack`` or ``load``; it is left alone.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments; batch and image size as in
             ``export_torch``.
-        path: the package to write, its name ending in ``.pt2``. Needs a C++ compiler, and takes about a
-            minute or less.
+        path: the package to write, its name ending in ``.pt2``, its folder made where it is missing. Needs a
+            C++ compiler, and takes about a minute or less.
 
     Returns:
         The path. ``torch._inductor.aoti_load_package(path)`` is callable in a Python process that has
@@ -311,7 +316,7 @@ def export_aoti(packed: PackedNetwork, example_input: Any, path: str | os.PathLi
         TypeError, ValueError: bad arguments, or the network cannot be exported. OSError: the file cannot be
         written. RuntimeError: the compiler fails.
     """
-    target = Path(path)
+    target = target_file(path)
     if target.suffix != ".pt2":
         raise ValueError(f"path: expected a name ending in .pt2, got {str(path)!r}")
     program = export_torch(packed, example_input)
@@ -340,7 +345,7 @@ def export_onnx(
     dynamic_size: bool = False,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    opset: int = 18,
+    opset: int = OPSET,
     check: bool | None = None,
 ) -> Path:
     """A packed network as an ONNX file in standard operators: Conv, Add, Relu; Slice, Gather, Concat.
@@ -348,11 +353,11 @@ def export_onnx(
     Args:
         packed: from ``pack`` or ``load``; it is left alone.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments. The batch stays free.
-        path: the file to write, atomically.
+        path: the file to write, atomically, its folder made where it is missing.
         form: as for ``standard_network``.
         dynamic_size: whether height and width stay free too.
         input_names, output_names: names in the file; None: the exporter's own.
-        opset: version of the operator set, at least 18.
+        opset: version of the operator set, from 18 to the newest that the installed ``onnx`` knows.
         check: whether to run the file with ONNX Runtime on the example and on noise, and compare; None: where
             ONNX Runtime is installed.
 
@@ -362,16 +367,31 @@ def export_onnx(
     Raises:
         TypeError, ValueError: bad arguments, or the network cannot be exported. ImportError: ``onnx`` and
         ``onnxscript`` (or ``onnxruntime`` with ``check=True``) are missing: ``pip install
-        'dsp-kernels[onnx]'``. RuntimeError: ONNX Runtime's outputs differ by more than 1e-4 of the largest.
+        'dsp-kernels[onnx]'``. RuntimeError: ONNX Runtime cannot load the file, or its outputs differ by more
+        than 1e-4 of the largest. OSError: the file cannot be written.
     """
     inner, inputs = _check(packed, example_input)
     _check_form(form)
-    if isinstance(opset, bool) or not isinstance(opset, int) or opset < 18:
-        raise ValueError(f"opset: expected an integer of at least 18, got {opset!r}")
+    target_file(path)
+    if isinstance(opset, bool) or not isinstance(opset, int):
+        raise TypeError(f"opset: expected an integer of at least {OPSET}, got {opset!r}")
+    if opset < OPSET:
+        raise ValueError(f"opset: expected an integer of at least {OPSET}, got {opset}")
+    if check is not None and not isinstance(check, bool):
+        raise TypeError(f"check: expected True, False or None, got {check!r}")
+    if not isinstance(dynamic_size, bool):
+        raise TypeError(f"dynamic_size: expected True or False, got {dynamic_size!r}")
     names = _names(input_names, "input_names"), _names(output_names, "output_names")
     _require("onnx", "onnxscript")
     if check:
         _require("onnxruntime")
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise ValueError(
+            f"opset: expected {OPSET} to {newest}, what onnx {onnx.__version__} knows, got {opset}"
+        )
     network = standard_network(inner, inputs, form=form)
     axes = {0: "batch", 2: "height", 3: "width"} if dynamic_size else {0: "batch"}
     shapes = tuple(
@@ -401,6 +421,9 @@ def export_onnx(
         finally:
             logging.root.setLevel(before)
     assert program is not None
+    written = {entry.domain: entry.version for entry in program.model_proto.opset_import}[""]
+    if written != opset:
+        raise ValueError(f"opset: the exporter cannot write {opset} for this network, only {written}")
     data = program.model_proto.SerializeToString()
     if check or (check is None and _found("onnxruntime")):
         _compare_onnx(data, inner, inputs)
@@ -428,7 +451,13 @@ def _compare_onnx(data: bytes, packed: PackedNetwork, inputs: tuple[Any, ...]) -
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of classes of its own
+        raise RuntimeError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the file; another opset may do, and "
+            f"check=False writes it unchecked ({str(error).splitlines()[0]})"
+        ) from error
     generator = torch.Generator().manual_seed(0)
     noise = tuple(
         torch.randn(v.shape, generator=generator).to(v)

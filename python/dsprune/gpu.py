@@ -684,11 +684,19 @@ class _CudaReplay:
 
 
 class CudaCapturer:
-    """Captures on a CUDA device by ``torch.cuda.graph``, after warming up on a stream of its own."""
+    """Captures on a CUDA device by ``torch.cuda.graph``, after warming up on a stream of its own.
+
+    Images (N, C, H, W) of any dtype, on any CUDA device; the buffer that a graph reads is in channels_last.
+    One capture at a time in a process, in the mode ``thread_local``: other threads may go on launching. Not
+    yet run on a device. Source: torch's notes on CUDA graphs (``torch.cuda.graph``).
+    """
 
     takes: tuple[str, ...] = ("triton",)
 
     def refuses(self, x: torch.Tensor) -> str | None:
+        """Why a call with ``x`` cannot be captured at present (another device, a capture under way); None
+        where it can.
+        """
         if x.device.type != "cuda":
             return f"the input is on {x.device.type}; graphs are for cuda"
         if torch.cuda.is_current_stream_capturing():
@@ -696,9 +704,23 @@ class CudaCapturer:
         return None
 
     def device(self, x: torch.Tensor) -> cost.Device:
+        """The device of ``x`` as the cost model knows it; ValueError where that is no CUDA device."""
         return cost.device(x.device)
 
     def capture(self, call: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Replay:
+        """Calls ``call`` three times on a copy of ``x``, then captures one more call.
+
+        Args:
+            call: launches kernels that read its argument and returns what they write, tensors in any nest; it
+                may not wait for the device.
+            x: (N, C, H, W), an example; its values are the buffer's first.
+
+        Returns:
+            The replay. It holds the graph, its buffers, and what the kernels were given.
+
+        Raises:
+            RuntimeError: the capture fails, such as by a synchronisation inside. What ``call`` raises.
+        """
         with _capturing, torch.cuda.device(x.device):
             buffer = torch.empty(
                 x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last

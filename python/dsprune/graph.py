@@ -342,6 +342,24 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.export.Exp
     raise ExportError(f"torch.export failed: {error}")
 
 
+def check_takes(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Raises ValueError where the model does not run on these inputs: no fault of the tracer's."""
+    try:
+        with _quiet(), torch.no_grad():
+            model(*inputs)
+    except Exception as failure:
+        given = ", ".join(
+            f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
+            if isinstance(v, torch.Tensor)
+            else repr(v)
+            for v in inputs
+        )
+        lines = str(failure).strip().splitlines()
+        raise ValueError(
+            f"example_input: the model does not take {given}: {lines[0] if lines else type(failure).__name__}"
+        ) from failure
+
+
 def trace(model: nn.Module, example_input: Any) -> NetworkGraph:
     """Exports ``model`` (evaluation mode, masks applied by the caller) into a ``NetworkGraph``.
 
@@ -352,10 +370,15 @@ def trace(model: nn.Module, example_input: Any) -> NetworkGraph:
     Raises:
         ExportError: the model cannot be exported.
         TypeError: ``example_input`` is not made of tensors.
+        ValueError: the model itself fails on ``example_input``.
     """
     inputs = as_inputs(example_input)
     with evaluating(model):
-        program, limits = _export(model, inputs)
+        try:
+            program, limits = _export(model, inputs)
+        except ExportError:
+            check_takes(model, inputs)
+            raise
     with _quiet():
         module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -613,6 +636,7 @@ def prunable_convs(model: nn.Module, example_input: Any) -> list[ConvInfo]:
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments.
 
     Raises:
-        TypeError: ``model`` is no module, or ``example_input`` holds no tensor.
+        TypeError: ``model`` is no module, or ``example_input`` holds no tensor. ValueError: the model does
+        not take ``example_input``.
     """
     return [info for info in conv_infos(model, example_input) if info.prunable]

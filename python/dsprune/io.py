@@ -25,11 +25,32 @@ FORMAT = "dsprune-packed"
 VERSION = 1
 
 
+def target_file(path: str | os.PathLike[str]) -> Path:
+    """A path that a file is to be written to, looked at before the work for it begins; nothing is made.
+
+    Raises TypeError where it is no path, OSError where a folder is in its place or a file where its folder
+    should be.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected the name of a file, got {type(path).__name__}")
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"path: expected the name of a file, got the folder {str(target)!r}")
+    there = next((folder for folder in target.absolute().parents if folder.exists()), None)
+    if there is not None and not there.is_dir():
+        raise NotADirectoryError(f"path: {str(target)!r} cannot be written: {str(there)!r} is no folder")
+    return target
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes ``data`` to a temporary file beside ``path``, syncs it and renames it: readers see the old or
-    the new file.
+    the new file. The folder is made where it is missing.
+
+    Raises TypeError as ``target_file`` does, and OSError where the file cannot be written; an older one is
+    then untouched.
     """
-    target = Path(path)
+    target = target_file(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -55,10 +76,12 @@ def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
 
     Args:
         packed: from ``pack`` or ``load``; a fused one is saved in the precision that it was packed in.
-        path: the file to write (safetensors; the groups are JSON in its header). Replaced atomically.
+        path: the file to write (safetensors; the groups are JSON in its header). Replaced atomically; its
+            folder is made where it is missing.
 
     Raises:
-        TypeError: ``packed`` is no ``PackedNetwork``, or its example held arguments that JSON cannot carry.
+        TypeError: ``packed`` is no ``PackedNetwork``, ``path`` no path, or the example held arguments that
+        JSON cannot carry.
         OSError: the file cannot be written; an older file at ``path`` is then untouched.
     """
     if not isinstance(packed, PackedNetwork):
@@ -113,13 +136,17 @@ def _examples(header: Mapping[str, Any], device: torch.device) -> tuple[Any, ...
     generator = torch.Generator().manual_seed(0)
     out: list[Any] = []
     for entry in header["inputs"]:
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"an input that is no entry: {entry!r}")
         if "shape" not in entry:
             out.append(entry["value"])
             continue
-        dtype = getattr(torch, str(entry["dtype"]))
-        shape = [int(size) for size in entry["shape"]]
+        dtype = getattr(torch, str(entry["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"path: unknown dtype {entry['dtype']!r}")
+            raise ValueError(f"an input of the unknown dtype {entry['dtype']!r}")
+        shape = entry["shape"]
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"an input of the shape {shape!r}")
         if dtype.is_floating_point:
             out.append(torch.randn(shape, generator=generator).to(device=device, dtype=dtype))
         else:
@@ -134,8 +161,8 @@ def load(
 
     Args:
         path: written by ``save``.
-        model: a fresh dense network of the same architecture; filled in place with the weights, zeros where
-            pruned.
+        model: a fresh dense network of the same architecture, of the dtypes that were saved, on any device;
+            filled in place with the weights, zeros where pruned.
         train: as for ``pack``; None: as it was when saved.
         backend: as for ``pack``.
 
@@ -144,8 +171,10 @@ def load(
             backend.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: truncated, of another format or version, or not for this
-            architecture or its precision. TypeError: ``model`` is no module. ``model`` is left as it was.
+        FileNotFoundError: no such file. ValueError: truncated, of another format or version, with a header
+            that is broken, or not for this architecture or its precision; ``train`` or ``backend`` as for
+            ``pack``. TypeError: ``model`` is no module. PackError: the network does not compute what the
+            dense one does. ``model`` is left as it was.
     """
     inner = unwrap(model)
     header, tensors = _read(path)
@@ -156,6 +185,8 @@ def load(
         saved_for_training = bool(header["train"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"path: {os.fspath(path)!r} has an incomplete header ({error!r})") from error
+    except ValueError as error:
+        raise ValueError(f"path: {os.fspath(path)!r} has a broken header ({error})") from error
     modules = dict(inner.named_modules())
     for name in layouts:
         if not isinstance(modules.get(name), nn.Conv2d):
@@ -165,6 +196,13 @@ def load(
     trial = clean_copy(inner)
     fill(trial, state)
     trial.train(inner.training)
-    packed = pack(trial, inputs, train=saved_for_training if train is None else train, backend=backend)
+    try:
+        packed = pack(trial, inputs, train=saved_for_training if train is None else train, backend=backend)
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("example_input:"):
+            raise
+        raise ValueError(
+            f"path: {os.fspath(path)!r} names inputs that the model does not take ({error})"
+        ) from error
     fill(inner, state)
     return packed

@@ -404,7 +404,10 @@ class GroupLearner:
             over the group in each step. Before the first step, and after each ``load_state_dict``, the
             processes compare settings, weights, logits and noise.
 
-    Raises TypeError or ValueError, naming the argument.
+    Raises:
+        TypeError, ValueError: an argument that is not of this form, by name; a model that does not take
+            ``example_input``, has no prunable convolution, or one whose weight is masked, parametrized,
+            frozen or shared.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsp_kernels import GroupLayout
-from dsp_kernels.backends import choose
+from dsp_kernels.backends import NAMES, choose
 from dsp_kernels.conv import conv2d_from_plan
 from dsp_kernels.norm import batch_norm_act, conv2d_batch_norm_act
 
@@ -24,6 +24,14 @@ def _two(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < least for v in pair):
         raise ValueError(f"{name}: expected an int or two ints of at least {least}, got {value!r}")
     return (pair[0], pair[1])
+
+
+def _check_backend(backend: object) -> None:
+    """That it is the name of one; whether it can run is known where the input is."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected one of {list(NAMES)} or None, got {backend!r}")
+    if backend is not None and backend not in NAMES:
+        raise ValueError(f"backend: expected one of {list(NAMES)} or None, got {backend!r}")
 
 
 class PermutedGroupedConv2d(nn.Module):
@@ -72,6 +80,7 @@ class PermutedGroupedConv2d(nn.Module):
             raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
         if activation not in (None, "relu", "relu6"):
             raise ValueError(f"activation: expected None, 'relu' or 'relu6', got {activation!r}")
+        _check_backend(backend)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
@@ -227,15 +236,39 @@ class PermutedGroupedConv2d(nn.Module):
 class PackedConv2d(nn.Conv2d):
     """A dense ``nn.Conv2d`` that runs, and differentiates, by the native kernels: one group that reads all.
 
-    The arguments and parameters of ``nn.Conv2d``; same results up to rounding. Where the input is no
-    contiguous float32 batch on the CPU, torch's own convolution runs.
+    Made by ``from_conv`` from a convolution with one group and zero padding; ``pack(train=True)`` makes them.
+    The attributes, parameters and state dict of ``nn.Conv2d``; same results up to rounding.
+
+    Shapes: ``x`` (N, in_channels, H, W), the result (N, out_channels, H', W'), both of the weight's dtype.
+    Where the input is no contiguous float32 batch on the CPU, under autocast, and where the native backend
+    cannot run or another one is named, torch's own convolution runs.
+
+    Raises:
+        ValueError, RuntimeError: in the forward pass, as ``nn.Conv2d``, for an input with other channels.
     """
 
     plan: torch.Tensor
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, backend: str | None = None) -> PackedConv2d:
-        """This layer with the very parameters of ``conv``, which has one group and pads with zeros."""
+        """This layer with the very parameters of ``conv``.
+
+        Args:
+            conv: an ``nn.Conv2d`` with ``groups=1``, zero padding and ``padding`` in numbers; not changed.
+            backend: a name of ``dsp_kernels.available_backends()``, or None; with another than ``"native"``
+                torch's own convolution runs.
+
+        Raises:
+            TypeError: ``conv`` is no ``nn.Conv2d``. ValueError: one that this layer cannot run.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: expected a torch.nn.Conv2d, got {type(conv).__name__}")
+        if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise ValueError(
+                "conv: expected groups=1, padding_mode='zeros' and padding in numbers, got "
+                f"groups={conv.groups}, padding_mode={conv.padding_mode!r}, padding={conv.padding!r}"
+            )
+        _check_backend(backend)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.__dict__.update({name: value for name, value in conv.__dict__.items() if name[0] != "_"})
@@ -336,7 +369,19 @@ class PackedBatchNorm2d(nn.BatchNorm2d):
 
 
 def norm_act(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """``relu(norm(x) + residual)``, in one kernel where ``norm`` is a ``PackedBatchNorm2d``."""
+    """``relu(norm(x) + residual)``, in one kernel where ``norm`` is a ``PackedBatchNorm2d``.
+
+    Args:
+        norm: any normalisation of images.
+        x: (N, C, H, W), floating point, what ``norm`` takes.
+        residual: the shape of ``x``, or None.
+
+    Returns:
+        (N, C, H, W), a new tensor. In training the running statistics of ``norm`` move as it moves them.
+
+    Raises:
+        TypeError, ValueError: as ``dsp_kernels.norm.batch_norm_act``; another ``norm`` raises what it raises.
+    """
     if isinstance(norm, PackedBatchNorm2d):
         return norm(x, residual, "relu")
     out = norm(x)
@@ -378,9 +423,28 @@ def conv_norm_act(
 ) -> torch.Tensor:
     """``act(norm(conv(x)) + residual)``; one operator where both layers are packed for training and plain.
 
-    ``x``: what ``conv`` takes. ``residual``: the shape of the result, or None. ``activation``: None or
-    "relu".
+    That is: ``conv`` a ``PermutedGroupedConv2d`` or ``PackedConv2d`` without bias and activation, ``norm`` a
+    ``PackedBatchNorm2d`` in training, a contiguous float32 batch on the CPU, no hooks on either and no
+    autocast. Elsewhere one layer runs after the other, with the same result up to rounding.
+
+    Args:
+        conv: a convolution of images.
+        norm: the normalisation of its output.
+        x: (N, C, H, W), what ``conv`` takes.
+        residual: the shape of the result (N, O, H', W'), or None.
+        activation: None or ``"relu"``.
+
+    Returns:
+        (N, O, H', W'). In training the running statistics of ``norm`` move as it moves them.
+
+    Raises:
+        TypeError, ValueError: ``activation`` is another, or as
+        ``dsp_kernels.norm.conv2d_batch_norm_act``; layers of other kinds raise what they raise.
+
+    Sources: see :func:`dsp_kernels.norm.conv2d_batch_norm_act`.
     """
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
     if not _together(conv, norm, x):
         out = conv(x)
         if activation == "relu":

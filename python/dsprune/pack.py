@@ -15,7 +15,7 @@ from torch import nn
 from dsp_kernels import GroupLayout, available_backends
 
 from .gpu import GraphCache
-from .graph import ExportError, Limits, as_inputs, clean_copy, evaluating, trace, unwrap
+from .graph import ExportError, Limits, as_inputs, check_takes, clean_copy, evaluating, trace, unwrap
 from .lower import lower
 from .nn import PackedBatchNorm2d, PackedConv2d, PermutedGroupedConv2d
 from .program import ProgramCache
@@ -93,12 +93,23 @@ def hollow(model: nn.Module) -> nn.Module:
 
 
 class PackedNetwork(nn.Module):
-    """A pruned network in packed form; made by ``pack``. Takes what the dense network took, at any batch and
-    image size.
+    """A pruned network in packed form; made by ``pack`` or ``load``, not directly.
 
-    ``network`` holds the packed layers under the dense network's names. ``fused`` says whether BatchNorm,
-    residuals and activations are inside the layers; where the reason why not is known, ``unfused_reason``
-    tells it.
+    Takes what the dense network took, images (N, C, H, W) in the dtype of its weights at any batch and image
+    size, and returns what it returned. An ordinary module otherwise: ``.to()``, hooks, ``state_dict`` and
+    ``torch.compile`` work on it. Without gradients a fused one runs in one call (``program_reason`` says why
+    not); the graph is planned again, and kept, for sizes that it is not good for.
+
+    Attributes:
+        network: the packed layers under the dense network's names.
+        fused: whether BatchNorm, residuals and activations are inside the layers.
+        unfused_reason: why not, where that is known.
+        backend: the one that was asked for, or None.
+        example_shapes, example_dtypes: of the inputs that it was packed for.
+
+    Raises:
+        TypeError, ValueError: in a call, for another number of arguments, keywords that were not in the
+        example, a tensor of another rank, or sizes that the dense network does not take.
     """
 
     def __init__(
@@ -206,7 +217,7 @@ class PackedNetwork(nn.Module):
             reference = next(self.network.parameters(), None)
             try:
                 network = lower(trace(self.dense_model(), args), self.backend)
-            except ExportError as error:
+            except (ExportError, ValueError) as error:
                 raise ValueError(f"x: the network does not take sizes {list(key)} ({error})") from error
             if reference is not None:
                 network = network.to(device=reference.device, dtype=reference.dtype)
@@ -296,7 +307,20 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 def _compare(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Raises PackError where the two networks differ on the example or on noise of its shape."""
+    """Raises PackError where the two networks differ on the example or on noise of its shape, ValueError
+    where the dense one does not take it.
+    """
+    try:
+        _differ(dense, packed, inputs)
+    except PackError:
+        raise
+    except Exception:  # whose fault is it?
+        with evaluating(dense):
+            check_takes(dense, inputs)
+        raise
+
+
+def _differ(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = tuple(
         torch.randn(v.shape, generator=generator).to(v)
@@ -346,8 +370,9 @@ def pack(
         A ``PackedNetwork``, in evaluation mode for ``train=False``, else in the model's own mode.
 
     Raises:
-        TypeError, ValueError: bad arguments.
-        PackError: packed and dense outputs differ on the example by more than rounding.
+        TypeError: ``model`` is no module, ``example_input`` holds no tensor, or ``train`` or ``backend`` is
+        of another type. ValueError: the model does not take ``example_input``, or ``backend`` is unknown or
+        cannot run here. PackError: packed and dense outputs differ on the example by more than rounding.
     """
     inner = unwrap(model)
     inputs = as_inputs(example_input)
@@ -394,16 +419,18 @@ def unpack(packed: PackedNetwork, model: nn.Module) -> nn.Module:
     """Writes a packed network's weights back into a dense one, zeros where pruned.
 
     Args:
-        packed: from ``pack`` or ``load``. A fused one gives the weights that it was packed from.
-        model: a network of the same architecture, changed in place; where it carries prune masks, they are
-            set too.
+        packed: from ``pack`` or ``load``. A fused one gives the weights that it was packed from; one packed
+            with ``train=True`` those that it has now, (O, I, kh, kw) from 1-D, and BatchNorm's statistics.
+        model: a network of the same architecture and dtypes, on any device, changed in place; where it
+            carries prune masks, they are set too. Wrappers of ``torch.compile`` and
+            ``DistributedDataParallel`` are looked through.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``packed`` is no ``PackedNetwork``. ValueError: names or shapes do not fit; ``model`` is
-            then unchanged.
+        TypeError: ``packed`` is no ``PackedNetwork``, or ``model`` no module. ValueError: names, shapes or
+            dtypes do not fit. ``model`` is then unchanged.
     """
     if not isinstance(packed, PackedNetwork):
         raise TypeError(f"packed: expected a PackedNetwork, got {type(packed).__name__}")

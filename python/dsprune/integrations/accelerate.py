@@ -30,6 +30,9 @@ class AcceleratedGroupLearner(GroupLearner):
             models are refused.
         model: the prepared model.
         example_input, settings: as for ``GroupLearner``.
+
+    Raises TypeError or ValueError, naming the argument: another accelerator, sharded models, and as
+    ``GroupLearner``.
     """
 
     def __init__(

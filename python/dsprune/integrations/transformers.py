@@ -38,6 +38,9 @@ class GroupLearning(TrainerCallback):
         example_input: as for ``GroupLearner``; usually ``pixel_values``.
         total_steps: None: the steps that the trainer is to take.
         settings: as for ``GroupLearner``: ``groups``, ``strength`` and so on.
+
+    Raises TypeError or ValueError for another trainer, or one with FSDP or DeepSpeed; when training begins,
+    as ``GroupLearner``.
     """
 
     def __init__(

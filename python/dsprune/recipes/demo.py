@@ -101,7 +101,8 @@ def _stages(
     difference = (masked_test.logits - packed_test.logits).abs().max().item()
     if not difference <= TOLERANCE:
         raise DemoError(f"packed and masked logits differ by {difference:.2e}, more than {TOLERANCE:.0e}")
-    reloaded = timed("reload in a new process", lambda: stages.logits_in_new_process(run))
+    images = torch.cat(list(data.test.batches(training.EVALUATED, data.device)))
+    reloaded = timed("reload in a new process", lambda: stages.logits_in_new_process(run, data, images))
     if not torch.equal(reloaded, packed_test.logits):
         raise DemoError("the packed network, reloaded in a new process, does not give the same bits")
 
@@ -141,6 +142,9 @@ def open_or_create(out: Path, config: Config, *, resume: bool, moved: Sequence[s
     """The run in `out`: with `resume` the one there, which must have these settings; else a new one.
 
     `moved`: settings that may have changed meanwhile; the new ones are taken.
+
+    Raises CheckpointError where the settings differ or there is no run of ours, ValueError where `out` is no
+    folder.
     """
     if not (resume and (out / "run.json").exists()):
         return Run.create(out, config)

@@ -60,6 +60,8 @@ def interleaved_medians(
     20 ms (one call at least), of which the first call is not counted where there are more: each form is
     measured with the caches as it leaves them itself, not as the others do. `seconds` is the time spent on
     each, with at least five turns.
+
+    Raises ValueError for `seconds` that are not above 0.
     """
     if not seconds > 0:
         raise ValueError(f"seconds: expected more than 0, got {seconds!r}")
@@ -97,6 +99,8 @@ def compare(
     """Medians in milliseconds of every dense form and of "packed", measured in one run on `images`.
 
     `channel_pruned`: a packed network with one group a layer, to stand beside it as "channel pruning".
+
+    Raises ValueError for `seconds` that are not above 0.
     """
     dense.eval()
     packed.eval()
@@ -126,7 +130,10 @@ def best_dense(times: Mapping[str, float]) -> tuple[str, float]:
 
 
 def random_images(batch: int, channels: int, size: int) -> torch.Tensor:
-    """Standard normal images (batch, channels, size, size), float32, always the same."""
+    """Standard normal images (batch, channels, size, size), float32, always the same.
+
+    Raises ValueError for a batch below 1.
+    """
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     generator = torch.Generator().manual_seed(0)

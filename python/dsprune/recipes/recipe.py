@@ -136,6 +136,9 @@ def imagenet_config(
 
     The authors' code has no ImageNet part: the dense network is trained as in He et al. (CVPR 2016), and the
     other two stages have the form of CIFAR-10's with 60 epochs of learning and 3 cycles of 80 epochs.
+
+    Raises ValueError for another `arch`, a scale out of range, and, without `flops`, a number of groups that
+    the paper does not have.
     """
     names = {"resnet18": "ResNet-18", "resnet50": "ResNet-50"}
     if arch not in names:
@@ -237,12 +240,13 @@ def _stages(
         stage: run.read(stage, data)[0] for stage in ("dense", "pruned", "finetuned")
     }
     packed = networks["packed"] = run.packed(data)
-    checked = [_some_logits(network, data) for network in (networks["finetuned"], packed)]
+    images = next(iter(data.validation.batches(CHECKED, data.device)))
+    checked = [_logits(network, images) for network in (networks["finetuned"], packed)]
     difference = (checked[0] - checked[1]).abs().max().item()
     tolerance = TOLERANCE * max(1.0, checked[0].abs().max().item())
     if not difference <= tolerance:
         raise DemoError(f"packed and masked logits differ by {difference:.2e}, more than {tolerance:.0e}")
-    reloaded = timed("reload in a new process", lambda: stages.logits_in_new_process(run, images=CHECKED))
+    reloaded = timed("reload in a new process", lambda: stages.logits_in_new_process(run, data, images))
     if not torch.equal(reloaded, checked[1]):
         raise DemoError("the packed network, reloaded in a new process, does not give the same bits")
 
@@ -284,9 +288,7 @@ def _stages(
     return report
 
 
-def _some_logits(model: nn.Module, data: ImageData) -> torch.Tensor:
-    """The logits of the first validation images."""
-    images = next(iter(data.validation.batches(CHECKED, data.device)))
+def _logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(images).cpu()
     return logits

@@ -112,7 +112,10 @@ class Config:
 
 
 def build_network(arch: str, depth: int, classes: int, channels: int) -> nn.Module:
-    """A fresh network of a built-in architecture, initialised from torch's global generator."""
+    """A fresh network of a built-in architecture, initialised from torch's global generator.
+
+    Raises ValueError for an unknown architecture, depth, or number of classes or channels.
+    """
     if arch == "cifar_resnet":
         return models.cifar_resnet(depth, num_classes=classes, in_channels=channels)
     if arch == "resnet18":
@@ -123,7 +126,11 @@ def build_network(arch: str, depth: int, classes: int, channels: int) -> nn.Modu
 
 
 def hold_masks(model: nn.Module, state: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Load a state dict into `model`, first putting prune masks wherever the state has them."""
+    """Load a state dict into `model`, first putting prune masks wherever the state has them.
+
+    Raises CheckpointError, naming `source`, where the state does not fit the network; nothing is changed then
+    if it is the masks that do not.
+    """
     own = dict(model.named_modules())
     masks = {n.removesuffix(".weight_mask"): v for n, v in state.items() if n.endswith(".weight_mask")}
     for name, mask in masks.items():
@@ -146,7 +153,10 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Run:
-        """Start a folder afresh: files of an earlier run in it are removed, others are left alone."""
+        """Start a folder afresh: files of an earlier run in it are removed, others are left alone.
+
+        Raises ValueError where `path` is a file.
+        """
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: is not a folder")
         run = cls(path, config)
@@ -216,7 +226,10 @@ class Run:
         )
 
     def network(self, data: ImageData) -> nn.Module:
-        """A fresh dense network of this run's architecture, initialised by this run's seed."""
+        """A fresh dense network of this run's architecture, initialised by this run's seed.
+
+        Raises ValueError as `build_network` does.
+        """
         torch.manual_seed(self.config.seed)
         network = build_network(self.config.arch, self.config.depth, data.classes, data.channels)
         return network.to(data.device)
@@ -229,7 +242,10 @@ class Run:
         write_checkpoint(self.file(stage), tensors, {"stage": stage, **meta})
 
     def read(self, stage: str, data: ImageData) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, Any]]:
-        """A stage's network in eval mode, masks on, its assignment and its JSON object."""
+        """A stage's network in eval mode, masks on, its assignment and its JSON object.
+
+        Raises CheckpointError where the stage's file is missing, damaged, or of another network.
+        """
         tensors, meta = read_checkpoint(self.file(stage))
         model = self.network(data)
         hold_masks(model, training.part_of(tensors, "model."), self.file(stage))

@@ -21,8 +21,8 @@ from torch import nn
 from dsprune.recipes import training
 from dsprune.recipes.checkpoint import CheckpointError, read_checkpoint
 from dsprune.recipes.data import ImageData
-from dsprune.recipes.runs import Run
-from dsprune.recipes.training import Progress
+from dsprune.recipes.runs import Run, build_network
+from dsprune.recipes.training import EVALUATED, Progress
 from dsprune.structure import Structure
 
 
@@ -34,7 +34,11 @@ def make_dense(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Train the dense network from scratch, or take its weights from a safetensors file."""
+    """Train the dense network from scratch, or take its weights from a safetensors file.
+
+    Raises CheckpointError where `weights` cannot be read or do not fit, TrainingError where the loss is not
+    finite.
+    """
     if resume and run.has("dense"):
         return
     model = run.network(data)
@@ -54,7 +58,10 @@ def make_dense(
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a safetensors file: a plain one, or that of one of our checkpoints."""
+    """The state dict in a safetensors file: a plain one, or that of one of our checkpoints.
+
+    Raises CheckpointError, naming the file, where it is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -74,6 +81,8 @@ def packed_layouts(path: Path) -> dict[str, Any] | None:
     """The layouts, as JSON by module name, in a file of `dsprune.save`; None for another safetensors file.
 
     The file is one that `read_weights` has read.
+
+    Raises CheckpointError, naming the file, where its header is damaged.
     """
     from safetensors import safe_open
 
@@ -155,48 +164,61 @@ def make_packed(run: Run, data: ImageData) -> float:
     return (masked_logits - packed_logits).abs().max().item()
 
 
-def logits_in_new_process(run: Run, *, images: int | None = None, timeout: float = 600.0) -> torch.Tensor:
-    """Load the packed file in a new Python process; its logits (N, classes) on the test images, or on the
-    first so many validation images.
+def logits_in_new_process(
+    run: Run, data: ImageData, images: torch.Tensor, *, timeout: float = 600.0
+) -> torch.Tensor:
+    """Load the packed file in a new Python process and run it there on `images` (N, C, H, W), float32.
 
-    Raises RuntimeError with the process's last line where it fails.
+    Returns its logits (N, classes), on the CPU. The process reads the settings and the packed file of the run
+    and is given the images; it does not look at the data set. `timeout` is in seconds.
+
+    Raises OSError, naming the file: with the process's last line where it fails, or where it takes longer
+    than `timeout`.
     """
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "logits.safetensors"
+        inputs, out = Path(folder) / "images.safetensors", Path(folder) / "logits.safetensors"
+        save_file({"images": images.cpu().contiguous()}, inputs)
         command = [
             sys.executable,
             "-m",
             "dsprune.recipes.stages",
             str(run.path),
+            str(inputs),
             str(out),
+            str(data.classes),
             str(torch.get_num_threads()),
-            str(images or 0),
         ]
         path = os.pathsep.join(entry for entry in sys.path if entry)
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path}
-        )
+        environment = {**os.environ, "PYTHONPATH": path}
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        except subprocess.TimeoutExpired:
+            raise OSError(
+                f"loading {run.file('packed')} in a new process and running it on {len(images)} images took "
+                f"longer than {timeout:g} s; the file is complete, and the run can be continued"
+            ) from None
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or ["no output"]
             raise OSError(f"loading {run.file('packed')} in a new process failed: {lines[-1]}")
         return load_file(out)["logits"]
 
 
-def _main(folder: str, out: str, threads: str, images: str) -> None:
-    from safetensors.torch import save_file
+def _main(folder: str, inputs: str, out: str, classes: str, threads: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    import dsprune
 
     torch.set_num_threads(int(threads))
     run = Run.open(Path(folder))
-    data = run.data()
-    packed = run.packed(data)
-    if int(images):
-        with torch.no_grad():
-            logits = packed(next(iter(data.validation.batches(int(images), data.device)))).cpu()
-    else:
-        logits = training.evaluate(packed, data.test).logits
-    save_file({"logits": logits}, out)
+    device = torch.device(run.config.device)
+    images = load_file(inputs)["images"]
+    network = build_network(run.config.arch, run.config.depth, int(classes), images.shape[1]).to(device)
+    packed = dsprune.load(run.file("packed"), network).eval()
+    with torch.no_grad():
+        parts = [packed(part.to(device)).cpu() for part in images.split(EVALUATED)]
+    save_file({"logits": torch.cat(parts)}, out)
 
 
 def layer_macs(model: nn.Module, example: torch.Tensor) -> dict[str, int]:

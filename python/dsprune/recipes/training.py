@@ -31,6 +31,8 @@ from dsprune.recipes.checkpoint import (
 from dsprune.recipes.data import ImageData, Part, batch_count
 
 CHECKPOINT_STEPS = 500
+EVALUATED = 256
+"""How many images are evaluated at a time, which the last bits of their logits may depend on."""
 
 
 class TrainingError(RuntimeError):
@@ -165,7 +167,7 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Part, batch: int = 256) -> Score:
+def evaluate(model: nn.Module, split: Part, batch: int = EVALUATED) -> Score:
     """Score `model` in eval mode (its mode is restored) on all images of `split`, on the model's device."""
     training = model.training
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

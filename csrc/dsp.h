@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define DSP_ABI_VERSION 5
+#define DSP_ABI_VERSION 6
 
 typedef enum dsp_status {
   DSP_OK = 0,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nets
 import pytest
@@ -36,6 +37,11 @@ def tiny_case() -> cases.Case:
     )
 
 
+@cache
+def tiny_rows() -> list[dict[str, Any]]:
+    return networks.run_case(tiny_case(), (1,), 0.01, False, None, lambda text: None)
+
+
 def test_random_structure_meets_its_cut() -> None:
     model = tiny_case().make()
     assert 0.6 <= summary(model, torch.randn(1, 3, 8, 8)).flops_cut("prunable") < 0.63
@@ -43,7 +49,7 @@ def test_random_structure_meets_its_cut() -> None:
 
 
 def test_a_network_is_compared_before_it_is_timed() -> None:
-    (row,) = networks.run_case(tiny_case(), (1,), 0.01, False, None, lambda text: None)
+    (row,) = tiny_rows()
     assert row["outputs_agree"] and row["difference"] < 1e-4
     assert set(row["times_ms"]) == {"eager", "channels_last", "TorchScript", "packed"}
     assert row["speed_up"] == row["times_ms"][row["best_dense"]] / row["times_ms"]["packed"]
@@ -55,7 +61,7 @@ def test_training_step() -> None:
 
 
 def test_table_and_plot(tmp_path: Path) -> None:
-    rows = networks.run_case(tiny_case(), (1,), 0.01, False, None, lambda text: None)
+    rows = tiny_rows()
     results = {"inference": rows, "training": []}
     text = networks.table(results)
     assert f"{rows[0]['speed_up']:.2f}x" in text and "geometric mean" in text

@@ -63,7 +63,7 @@ demo: $(NATIVE)
 	$(BIN)/dsprune demo --out outputs/demo
 
 # What users call; the rest is for those who read the code.
-DOCUMENTED := dsprune dsprune.export dsprune.latency dsprune.integrations \
+DOCUMENTED := dsprune dsprune.export dsprune.integrations \
 	dsp_kernels dsp_kernels.layout dsp_kernels.program dsp_kernels.conv dsp_kernels.assignment
 docs: $(VENV)
 	$(BIN)/python -W error -m pdoc --docformat google --output-directory outputs/docs $(DOCUMENTED)

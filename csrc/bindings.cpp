@@ -159,13 +159,13 @@ int cuda_conv2d_prepare(int32_t device, Address stream, Address table, int64_t t
 
 int cuda_conv2d_run(int32_t device, Address stream, Address table, int64_t table_numel, Address device_table,
                     Address x, int64_t x_numel, Address prepared, int64_t prepared_bytes, Address bias,
-                    Address residual, Address out, int64_t out_numel, Address workspace,
-                    int64_t workspace_numel, int32_t activation) {
+                    int64_t bias_numel, Address residual, int64_t residual_numel, Address out,
+                    int64_t out_numel, Address workspace, int64_t workspace_numel, int32_t activation) {
   const dsp_cuda_call call{device, at<void>(stream), at<const int32_t>(table), table_numel,
                            at<const int32_t>(device_table)};
   return dsp_cuda_conv2d_run(&call, at<const void>(x), x_numel, at<const void>(prepared), prepared_bytes,
-                             at<const void>(bias), at<const void>(residual), at<void>(out), out_numel,
-                             at<float>(workspace), workspace_numel, activation);
+                             at<const void>(bias), bias_numel, at<const void>(residual), residual_numel,
+                             at<void>(out), out_numel, at<float>(workspace), workspace_numel, activation);
 }
 
 int cuda_conv2d_grad_weight(int32_t device, Address stream, Address table, int64_t table_numel,
@@ -315,8 +315,9 @@ PYBIND11_MODULE(_native, m) {
         py::arg("weight_numel"), py::arg("prepared"), py::arg("prepared_bytes"));
   m.def("cuda_conv2d_run", &cuda_conv2d_run, nogil, py::arg("device"), py::arg("stream"), py::arg("table"),
         py::arg("table_numel"), py::arg("device_table"), py::arg("x"), py::arg("x_numel"),
-        py::arg("prepared"), py::arg("prepared_bytes"), py::arg("bias"), py::arg("residual"), py::arg("out"),
-        py::arg("out_numel"), py::arg("workspace"), py::arg("workspace_numel"), py::arg("activation"));
+        py::arg("prepared"), py::arg("prepared_bytes"), py::arg("bias"), py::arg("bias_numel"),
+        py::arg("residual"), py::arg("residual_numel"), py::arg("out"), py::arg("out_numel"),
+        py::arg("workspace"), py::arg("workspace_numel"), py::arg("activation"));
   m.def("cuda_conv2d_grad_weight", &cuda_conv2d_grad_weight, nogil, py::arg("device"), py::arg("stream"),
         py::arg("table"), py::arg("table_numel"), py::arg("device_table"), py::arg("grad"),
         py::arg("grad_numel"), py::arg("x"), py::arg("x_numel"), py::arg("grad_weight"),

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define DSP_ABI_VERSION 5
+#define DSP_ABI_VERSION 6
 
 typedef enum dsp_status {
   DSP_OK = 0,
@@ -230,6 +230,7 @@ typedef struct dsp_cuda_sizes {
   int64_t shared_bytes;     /* of a block */
   int64_t multiply_adds;    /* that the matrix instructions make, padding included */
 } dsp_cuda_sizes;
+/* Reads all of the table, and refuses one with anything out of place; the calls read its header alone. */
 DSP_API dsp_status dsp_cuda_conv2d_sizes(const int32_t* table, int64_t table_numel, dsp_cuda_sizes* sizes);
 
 typedef struct dsp_cuda_call {
@@ -246,10 +247,12 @@ DSP_API dsp_status dsp_cuda_device_count(int32_t* count);
 DSP_API dsp_status dsp_cuda_conv2d_prepare(const dsp_cuda_call* call, const void* weight,
                                            int64_t weight_numel, void* prepared, int64_t prepared_bytes);
 /* out = act(conv(x, w) + bias + residual) for a table of operation 0; for operation 1 x is the gradient of
- * the output, out that of the input, bias and residual null. bias, residual as in dsp_conv2d_forward. */
+ * the output, out that of the input, bias and residual null. bias: a value for each output channel, or null
+ * with bias_numel 0; residual: as out, which it may be, or null with residual_numel 0. */
 DSP_API dsp_status dsp_cuda_conv2d_run(const dsp_cuda_call* call, const void* x, int64_t x_numel,
                                        const void* prepared, int64_t prepared_bytes, const void* bias,
-                                       const void* residual, void* out, int64_t out_numel, float* workspace,
+                                       int64_t bias_numel, const void* residual, int64_t residual_numel,
+                                       void* out, int64_t out_numel, float* workspace,
                                        int64_t workspace_numel, int32_t activation);
 DSP_API dsp_status dsp_cuda_conv2d_grad_weight(const dsp_cuda_call* call, const void* grad,
                                                int64_t grad_numel, const void* x, int64_t x_numel,

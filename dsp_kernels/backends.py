@@ -22,7 +22,7 @@ __all__ = ["ENVIRONMENT", "NAMES", "available_backends", "can_run", "choose", "n
 ENVIRONMENT = "DSP_KERNELS_BACKEND"
 NAMES = ("reference", "native", "triton", "cuda")
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 # "cuda" runs where it is asked for, until it has been measured against "triton" on a device.
 _RULE = ("native", "triton", "reference")
 _GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -76,10 +77,14 @@ def architectures() -> list[str]:
     return listed()
 
 
-def cuobjdump(*arguments: str) -> str:
-    nvidia = pytest.importorskip("triton.backends.nvidia", reason="cuobjdump comes with Triton")
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    return subprocess.run([tool, *arguments, MODULE], check=True, capture_output=True, text=True).stdout
+def tool(name: str, *arguments: str | Path, folder: Path | None = None) -> str:
+    nvidia = pytest.importorskip("triton.backends.nvidia", reason=f"{name} comes with Triton")
+    command = [Path(nvidia.__file__).parent / "bin" / name, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout
+
+
+def cuobjdump(*arguments: str, folder: Path | None = None) -> str:
+    return tool("cuobjdump", *arguments, MODULE, folder=folder)
 
 
 @cache
@@ -114,11 +119,17 @@ def resources() -> dict[str, dict[tuple[str, str], dict[str, int]]]:
 def instructions(architecture: str) -> dict[tuple[str, str], list[str]]:
     found: dict[tuple[str, str], list[str]] = {}
     lines: list[str] = []
-    for line in cuobjdump("-sass", "-arch", f"sm_{architecture}").splitlines():
-        if match := re.match(r"\s+Function : (\w+)", line):
+    with tempfile.TemporaryDirectory() as folder:
+        cuobjdump("-xelf", f"sm_{architecture}.", folder=Path(folder))
+        cubins = sorted(Path(folder).glob("*.cubin"))
+        # Without the analysis of branches: half the time (tests/sass.py).
+        listing = "".join(tool("nvdisasm", "-c", "-ndf", cubin) for cubin in cubins)
+    for line in listing.splitlines():
+        if match := re.match(r"\s+\.section\s+\.text\.(\w+)", line):
             lines = found.setdefault(kernel_of(match[1]), [])
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
             lines.append(match[1])
+    assert found.keys() == resources()[architecture].keys() and all(found.values())
     return found
 
 
@@ -307,3 +318,56 @@ def test_bad_tables_are_refused() -> None:
     for operation, precision, fill, blocks in ((3, 0, 0, 1), (0, 4, 0, 1), (0, 0, 3, 1), (0, 0, 0, 0)):
         arguments = (operation, precision, *geometry, plan.data_ptr(), plan.numel(), fill, blocks, 0, 0)
         assert core.cuda_conv2d_table(*arguments)[0] == 1
+
+
+# Places in a table's words (csrc/conv/cuda_table.h): of its header, and in each class, item and chunk.
+CLASSES_AT, ITEMS_AT = 7, 9
+SPOILT: dict[str, tuple[str, int, int, str]] = {
+    "classes beyond the end": ("header", 7, 1 << 30, "header: classes_at"),
+    "more blocks": ("header", 10, 99, "header: blocks"),
+    "less shared memory": ("header", 14, 64, "header: shared_bytes"),
+    "a smaller workspace": ("header", 20, 1, "header: workspace"),
+    "a larger input": ("header", 22, 1 << 20, "class 0: the size of the input"),
+    "fewer weights": ("header", 26, 9, "item 0: a pair"),
+    "unaligned channels": ("header", 30, 0, "header: vectors"),
+    "a taller box": ("class", 5, 64, "class 0: "),
+    "a wrong divisor": ("class", 39, 7, "class 0: halo_w_magic"),
+    "a tap beyond the kernel": ("class", 43, 3, "class 0: the first tap"),
+    "filters beyond the end": ("item", 0, 1 << 30, "item 0: filters_at"),
+    "more filters": ("item", 1, 9, "item 0: octets"),
+    "more chunks": ("item", 3, 2, "item 0: "),
+    "pairs in the header": ("item", 4, 0, "item 0: pairs_at"),
+    "weights of another item": ("item", 5, 8, "item 0: the first row of weights"),
+    "a filter that is not there": ("filters", 0, 16, "item 0: a filter is 16"),
+    "a filter twice": ("filters", 0, 2, "item 0: a filter, named twice, is 2"),
+    "a channel that is not there": ("chunk", 8, 64, "item 0: a channel of a chunk"),
+    "a unit between units": ("chunk", 2, 3, "item 0: a channel of a chunk"),
+    "unread channels as if read": ("chunk", 6, 0, "item 0: used of a chunk"),
+    "a weight that is not there": ("pairs", 0, 1 << 20, "item 0: a pair is 1048576"),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_table_is_checked_to_its_last_word(name: str) -> None:
+    core = native_module()
+    plan = halves(16, 16, 8).plan()
+    arguments = (0, 0, 2, 6, 6, 3, 3, 1, 1, 1, 1, 1, 1, plan.data_ptr(), plan.numel(), 1, 1)
+    _, needed = core.cuda_conv2d_table(*arguments, 0, 0)
+    words = torch.empty(needed, dtype=torch.int32)
+    assert core.cuda_conv2d_table(*arguments, words.data_ptr(), needed)[0] == 0
+    assert core.cuda_conv2d_sizes(words.data_ptr(), needed)[0] == 0
+    item = int(words[ITEMS_AT])
+    starts = {
+        "header": 0,
+        "class": int(words[CLASSES_AT]),
+        "item": item,
+        "filters": int(words[item]),
+        "chunk": int(words[item + 2]),
+        "pairs": int(words[item + 4]),
+    }
+    part, at, value, text = SPOILT[name]
+    assert words[starts[part] + at] != value
+    words[starts[part] + at] = value
+    assert core.cuda_conv2d_sizes(words.data_ptr(), needed)[0] == 1
+    assert f"table: {text}" in core.last_error()

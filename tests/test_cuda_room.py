@@ -24,7 +24,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 EMULATION = ROOT / "tests" / "native" / "emulation"
 SOURCES = [
     *(ROOT / "csrc" / name for name in ("core/status.cpp", "core/scratch.cpp", "conv/plan.cpp")),
-    *(ROOT / "csrc" / name for name in ("conv/cuda_table.cpp", "conv/conv2d.cu")),
+    *(ROOT / "csrc" / name for name in ("conv/cuda_check.cpp", "conv/cuda_table.cpp", "conv/conv2d.cu")),
     EMULATION / "emulation.cpp",
 ]
 

@@ -20,7 +20,12 @@ void check_buffer(const void* pointer, int64_t numel, int64_t expected, const ch
     fail(std::string(name) + " does not start at a multiple of 16 bytes");
 }
 
-const TableHeader& check_table(const dsp_cuda_call* call, bool grad_weight) {
+// What may be left out: null, without elements.
+void check_optional(const void* pointer, int64_t numel, int64_t expected, const char* name) {
+  check_tensor(pointer, numel, pointer == nullptr ? 0 : expected, name);
+}
+
+const TableHeader& check_call(const dsp_cuda_call* call, bool grad_weight) {
   require(call != nullptr, "call is null");
   const TableHeader& header = read_table(call->table, call->table_numel);
   require(call->device_table != nullptr, "device_table is null");
@@ -63,7 +68,7 @@ dsp_status dsp_cuda_conv2d_prepare(const dsp_cuda_call* call, const void* weight
                                    void* prepared, int64_t prepared_numel) {
   using namespace dsp::cuda;
   return dsp::guard([&] {
-    const TableHeader& header = check_table(call, false);
+    const TableHeader& header = check_call(call, false);
     check_buffer(weight, weight_numel, wide(header.weight_numel), "weight", false);
     check_buffer(prepared, prepared_numel, prepared_bytes(header), "prepared");
     if (prepared_numel == 0) return;
@@ -82,23 +87,25 @@ dsp_status dsp_cuda_conv2d_prepare(const dsp_cuda_call* call, const void* weight
 
 dsp_status dsp_cuda_conv2d_run(const dsp_cuda_call* call, const void* x, int64_t x_numel,
                                const void* prepared, int64_t prepared_numel, const void* bias,
-                               const void* residual, void* out, int64_t out_numel, float* workspace,
-                               int64_t workspace_numel, int32_t activation) {
+                               int64_t bias_numel, const void* residual, int64_t residual_numel, void* out,
+                               int64_t out_numel, float* workspace, int64_t workspace_numel,
+                               int32_t activation) {
   using namespace dsp::cuda;
   return dsp::guard([&] {
-    const TableHeader& header = check_table(call, false);
+    const TableHeader& header = check_call(call, false);
     check_buffer(x, x_numel, wide(header.read_numel), "x", header.vectors != 0);
     check_buffer(prepared, prepared_numel, prepared_bytes(header), "prepared");
+    check_optional(bias, bias_numel, header.out_channels, "bias");
+    check_optional(residual, residual_numel, wide(header.written_numel), "residual");
     check_buffer(out, out_numel, wide(header.written_numel), "out", false);
     check_buffer(workspace, workspace_numel, wide(header.workspace), "workspace", false);
     if (activation < DSP_ACT_NONE || activation > DSP_ACT_RELU6)
       dsp::fail("activation is " + std::to_string(activation) + ", expected 0, 1 or 2");
+    if (header.operation == kGradInput && (bias != nullptr || residual != nullptr))
+      dsp::fail("a gradient takes neither bias nor residual");
     if (out_numel == 0) return;
     const DeviceScope scope(call->device);
-    if (header.clear != 0) {
-      if (bias != nullptr || residual != nullptr) dsp::fail("a gradient takes neither bias nor residual");
-      set_zero(out, out_numel * element_bytes(header.precision), call->stream);
-    }
+    if (header.clear != 0) set_zero(out, out_numel * element_bytes(header.precision), call->stream);
     if (header.blocks == 0) return;
     ConvArguments a{};
     a.table = call->device_table;
@@ -123,7 +130,7 @@ dsp_status dsp_cuda_conv2d_grad_weight(const dsp_cuda_call* call, const void* gr
                                        int64_t weight_numel, float* workspace, int64_t workspace_numel) {
   using namespace dsp::cuda;
   return dsp::guard([&] {
-    const TableHeader& header = check_table(call, true);
+    const TableHeader& header = check_call(call, true);
     check_buffer(grad, grad_numel, wide(header.written_numel), "grad", header.vectors != 0);
     check_buffer(x, x_numel, wide(header.read_numel), "x", header.vectors != 0);
     check_buffer(grad_weight, weight_numel, wide(header.weight_numel), "grad_weight", false);

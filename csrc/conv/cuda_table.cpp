@@ -11,10 +11,6 @@ namespace dsp {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostPixels = int64_t{1} << 29;  // a side, with padding: coordinates then fit 32 bits
-constexpr int64_t kMostRows = 1023;                // of a halo: see the magic numbers in TableClass
-constexpr int64_t kMostSplits = 16;
-
 // Filters (or channels, for the input's gradient) that read the same columns.
 struct Set {
   std::vector<int32_t> columns, rows;
@@ -191,22 +187,11 @@ Side side_of(const Axis& axis, int64_t tile, int64_t phase) {
   return {phase, (tile - 1) * row_step + (phase - 1) * row_tap + 1, step, row_step, row_tap};
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int32_t word(int64_t value) {
   if (value > std::numeric_limits<int32_t>::max() || value < std::numeric_limits<int32_t>::min())
     fail("the convolution is too large for the CUDA kernels: a table entry would be " +
          std::to_string(value));
   return static_cast<int32_t>(value);
-}
-
-int32_t magic_of(int64_t divisor) { return static_cast<int32_t>((int64_t{1} << 22) / divisor + 1); }
-
-int64_t halo_buffers_of(int64_t taps) { return taps == 1 ? kStages : 2; }
-
-int64_t shared_of(Operation operation, int64_t rows, int64_t taps, int64_t octets) {
-  if (operation == kGradWeight) return kWeightStages * (rows + 1 + kTilePixels) * kRowBytes + kTilePixels * 4;
-  return halo_buffers_of(taps) * rows * kRowBytes + kStages * octets * 8 * kRowBytes;
 }
 
 // The box of pixels, and the taps that share its halo, with the least work: a product of all its pixels with
@@ -539,7 +524,7 @@ std::vector<int32_t> make_table(Operation operation, Precision precision, const 
     if (operation == kGradWeight) {
       const int64_t tiles = classes[0].pixel_tiles;
       // Never more than 64 boxes of pixels in one running sum.
-      header.splits = word(std::min({tiles, std::max(wanted, divide_up(tiles, 64)), int64_t{65535}}));
+      header.splits = word(std::min({tiles, std::max(wanted, divide_up(tiles, 64)), kMostSlices}));
       const int64_t sums = int64_t{classes[0].phase_h} * classes[0].phase_w * columns * columns;
       split_wide(checked_mul(checked_mul(int64_t{header.splits} * header.partials, blocks, "the workspace"),
                              sums, "the workspace"),
@@ -603,8 +588,9 @@ dsp_status dsp_cuda_conv2d_table(int32_t operation, int32_t precision, const dsp
 dsp_status dsp_cuda_conv2d_sizes(const int32_t* table, int64_t table_numel, dsp_cuda_sizes* sizes) {
   using namespace dsp::cuda;
   return dsp::guard([&] {
-    const TableHeader& header = read_table(table, table_numel);
     dsp::require(sizes != nullptr, "sizes is null");
+    check_table(table, table_numel);
+    const TableHeader& header = read_table(table, table_numel);
     *sizes = {wide(header.prepared_rows) * kRowBytes,
               wide(header.workspace),
               header.blocks,

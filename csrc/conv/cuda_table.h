@@ -26,6 +26,10 @@ constexpr int32_t kStages = 3;
 constexpr int32_t kWeightStages = 2;  // of the kernel for the gradient of the weight
 constexpr int32_t kMaxTaps = 12;      // of a block of that kernel: three a warp
 constexpr int32_t kSharedBytes = 48 * 1024;
+constexpr int64_t kMostPixels = int64_t{1} << 29;  // a side, with padding: coordinates then fit 32 bits
+constexpr int64_t kMostRows = 1023;                // of a halo: see the magic numbers in TableClass
+constexpr int64_t kMostSplits = 16;
+constexpr int64_t kMostSlices = 65535;  // of the gradient of the weight: what a grid may have
 
 enum Operation : int32_t { kForward = 0, kGradInput = 1, kGradWeight = 2 };
 enum Precision : int32_t { kF16 = 0, kBf16 = 1, kTf32 = 2, kF32 = 3 };
@@ -94,7 +98,17 @@ struct TableChunk {
 };
 
 inline int64_t wide(const int32_t (&words)[2]) {
-  return static_cast<int64_t>(static_cast<uint32_t>(words[0])) | static_cast<int64_t>(words[1]) << 32;
+  return static_cast<int64_t>(words[1]) * (int64_t{1} << 32) + static_cast<uint32_t>(words[0]);
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int32_t magic_of(int64_t divisor) { return static_cast<int32_t>((int64_t{1} << 22) / divisor + 1); }
+
+// Bytes of shared memory of a block whose halo has so many rows, which serve so many taps.
+inline int64_t shared_of(int32_t operation, int64_t rows, int64_t taps, int64_t octets) {
+  if (operation == kGradWeight) return kWeightStages * (rows + 1 + kTilePixels) * kRowBytes + kTilePixels * 4;
+  return (taps == 1 ? kStages : 2) * rows * kRowBytes + kStages * octets * 8 * kRowBytes;
 }
 
 // Throws Error where the shape is too large for the kernels, or not a shape at all. `blocks_wanted`: how many
@@ -102,8 +116,12 @@ inline int64_t wide(const int32_t (&words)[2]) {
 std::vector<int32_t> make_table(Operation operation, Precision precision, const dsp_conv2d_shape* shape,
                                 const Plan& plan, Fill fill, int32_t blocks_wanted);
 
-// The table's header. Throws Error unless the words are a table of this library for these tensors.
+// The table's header. Throws Error unless it is one that make_table writes. What each call reads.
 const TableHeader& read_table(const int32_t* words, int64_t numel);
+
+// Throws Error, saying where, unless all of the words are a table that keeps the kernels inside of buffers of
+// the sizes in its header, and writes each element once. As long as the table: for once, not for each call.
+void check_table(const int32_t* words, int64_t numel);
 
 }  // namespace cuda
 }  // namespace dsp

@@ -25,7 +25,7 @@ dsp_status dsp_cuda_conv2d_prepare(const dsp_cuda_call*, const void*, int64_t, v
 }
 
 dsp_status dsp_cuda_conv2d_run(const dsp_cuda_call*, const void*, int64_t, const void*, int64_t, const void*,
-                               const void*, void*, int64_t, float*, int64_t, int32_t) {
+                               int64_t, const void*, int64_t, void*, int64_t, float*, int64_t, int32_t) {
   return absent();
 }
 

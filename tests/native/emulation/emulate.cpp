@@ -310,9 +310,108 @@ void run_table(const Table& table, const Tensor& x, const Tensor& weight, const 
             DSP_OK,
         "prepare refused");
   check(dsp_cuda_conv2d_run(&table.call, x.data, x.numel, prepared.data, prepared.numel,
-                            bias == nullptr ? nullptr : bias->data, residual, out.data, out.numel,
+                            bias == nullptr ? nullptr : bias->data, bias == nullptr ? 0 : bias->numel,
+                            residual, residual == nullptr ? 0 : out.numel, out.data, out.numel,
                             reinterpret_cast<float*>(workspace.data), workspace.numel, activation) == DSP_OK,
         "run refused");
+}
+
+bool refused_for(dsp_status status, const char* text) {
+  return status == DSP_INVALID_ARGUMENT && std::strstr(dsp_last_error(), text) != nullptr;
+}
+
+// Lengths and pointers that do not fit the table are named, and nothing is written.
+void test_refusals() {
+  const Layout layout{8, 8, {{0, 1, 5}}, {{0, 1, 2, 4}}};
+  const std::vector<int32_t> plan = layout.plan();
+  const dsp_conv2d_shape s{1, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1};
+  const Table forward(0, kF32, s, plan, kAuto, 1), to_x(1, kF32, s, plan, kAuto, 1);
+  Tensor x(128, kF32), bias(8, kF32), residual(128, kF32), out(128, kF32), before(128, kF32);
+  const auto run = [&](const Table& table, int64_t x_numel, const void* added, int64_t added_numel,
+                       const void* rest, int64_t rest_numel, int64_t out_numel, int64_t less) {
+    Buffer prepared(table.sizes.prepared_bytes, 1);
+    Buffer workspace(table.sizes.workspace_floats, 4);
+    return dsp_cuda_conv2d_run(&table.call, x.data, x_numel, prepared.data, prepared.numel - less, added,
+                               added_numel, rest, rest_numel, out.data, out_numel,
+                               reinterpret_cast<float*>(workspace.data), workspace.numel, DSP_ACT_NONE);
+  };
+  const void* b = bias.data;
+  const void* r = residual.data;
+  check(refused_for(run(forward, 127, b, 8, r, 128, 128, 0), "x has 127 values, expected 128"), "x");
+  check(refused_for(run(forward, 128, b, 7, r, 128, 128, 0), "bias has 7 values, expected 8"), "bias");
+  check(refused_for(run(forward, 128, nullptr, 8, r, 128, 128, 0), "bias has 8 values, expected 0"),
+        "no bias");
+  check(refused_for(run(forward, 128, b, 8, r, 120, 128, 0), "residual has 120 values, expected 128"),
+        "residual");
+  check(refused_for(run(forward, 128, b, 8, nullptr, 128, 128, 0), "residual has 128 values, expected 0"),
+        "no residual");
+  check(refused_for(run(forward, 128, b, 8, r, 128, 129, 0), "out has 129 values, expected 128"), "out");
+  check(refused_for(run(forward, 128, b, 8, r, 128, 128, 1), "prepared has "), "prepared");
+  check(refused_for(run(to_x, 128, b, 8, nullptr, 0, 128, 0), "neither bias nor residual"), "gradient");
+  check(refused_for(run(to_x, 128, nullptr, 0, r, 128, 128, 0), "neither bias nor residual"), "gradient");
+  check(same_bits(out, before), "a call that was refused has written");
+}
+
+// Words of a table changed at random, one at a time: it is refused with a text, or the kernels stay inside of
+// their buffers all the same, which the emulation and the sanitizer watch. Returns how many were refused.
+int64_t test_spoilt_tables(const Case& t, int64_t changes) {
+  const dsp_conv2d_shape& s = t.shape;
+  const std::vector<int32_t> plan = t.layout.plan();
+  const int64_t oh = out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+  const int64_t ow = out_size(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+  Tensor x(s.batch * s.height * s.width * t.layout.in, t.precision);
+  Tensor weight(t.layout.pairs() * s.kernel_h * s.kernel_w, t.precision);
+  Tensor out(s.batch * oh * ow * t.layout.out, t.precision);
+  x.randomise();
+  weight.randomise();
+  out.randomise();
+  int64_t refused = 0;
+  for (const int32_t operation : {0, 1, 2}) {
+    const Table good(operation, t.precision, s, plan, t.fill, t.blocks);
+    const auto words = static_cast<int64_t>(good.host.size());
+    const auto random_word = [&] { return static_cast<size_t>(between(0, words - 1)); };
+    for (int64_t i = 0; i < changes; ++i) {
+      std::vector<int32_t> host = good.host;
+      // Classes and items are at the end; between them and the header, long lists of weights.
+      const int64_t region = between(0, 3);
+      const size_t at = region == 0 ? random_word()
+                        : region == 1
+                            ? static_cast<size_t>(between(0, std::min<int64_t>(words, 40) - 1))
+                            : static_cast<size_t>(between(std::max<int64_t>(0, words - 160), words - 1));
+      const int32_t values[] = {host[at] + (host[at] < (1 << 30) ? 1 : 0),
+                                host[at] - (host[at] > -(1 << 30) ? 1 : 0), host[random_word()],
+                                static_cast<int32_t>(between(-(int64_t{1} << 31), (int64_t{1} << 31) - 1)),
+                                static_cast<int32_t>(between(-2, 70))};
+      host[at] = values[between(0, 4)];
+      dsp_cuda_sizes sizes{};
+      if (dsp_cuda_conv2d_sizes(host.data(), words, &sizes) != DSP_OK) {
+        check(std::strlen(dsp_last_error()) > 0, "a table was refused without a text");
+        ++refused;
+        continue;
+      }
+      Buffer device(words, 4);
+      std::memcpy(device.data, host.data(), device.bytes);
+      const dsp_cuda_call call{0, nullptr, host.data(), words, reinterpret_cast<const int32_t*>(device.data)};
+      // What is left, a weight in the place of another, is as large as before, or the call refuses its
+      // length.
+      if (sizes.workspace_floats > 1 << 22 || sizes.prepared_bytes > 1 << 24) continue;
+      Buffer prepared(sizes.prepared_bytes, 1);
+      Buffer workspace(sizes.workspace_floats, 4);
+      auto* parts = reinterpret_cast<float*>(workspace.data);
+      if (operation == 2) {
+        Tensor to(weight.numel, t.precision);
+        dsp_cuda_conv2d_grad_weight(&call, out.data, out.numel, x.data, x.numel, to.data, to.numel, parts,
+                                    workspace.numel);
+      } else if (dsp_cuda_conv2d_prepare(&call, weight.data, weight.numel, prepared.data, prepared.numel) ==
+                 DSP_OK) {
+        const Tensor& from = operation == 0 ? x : out;
+        Tensor to(operation == 0 ? out.numel : x.numel, t.precision);
+        dsp_cuda_conv2d_run(&call, from.data, from.numel, prepared.data, prepared.numel, nullptr, 0, nullptr,
+                            0, to.data, to.numel, parts, workspace.numel, DSP_ACT_NONE);
+      }
+    }
+  }
+  return refused;
 }
 
 void test_case(const Case& t, bool forward, bool backward) {
@@ -441,19 +540,23 @@ int main(int argc, char** argv) {
   current_seed = seed;
   engine.seed(seed);
   fixed_cases();
-  int64_t done = 0;
+  test_refusals();
+  int64_t done = 0, refused = 0;
   while (done < rounds && std::chrono::steady_clock::now() < end) {
     current_seed = seed + static_cast<uint64_t>(done++);
     engine.seed(current_seed);
-    test_case(random_case(), true, chance(0.5));
+    const Case t = random_case();
+    test_case(t, true, chance(0.5));
+    if (chance(0.2)) refused += test_spoilt_tables(t, 10);
   }
   const emulation::Counts& n = emulation::counts();
   check(n.multiplies > 0 && n.matrix_loads > 0 && n.async_copies > 0, "nothing was run");
   std::printf(
-      "emulate: %lld rounds, %lld blocks, %lld barriers, %lld matrix products, %lld matrix loads, %lld "
+      "emulate: %lld rounds, %lld spoilt tables refused, %lld blocks, %lld barriers, %lld matrix products, "
+      "%lld matrix loads, %lld "
       "copies\n",
-      static_cast<long long>(done), static_cast<long long>(n.blocks), static_cast<long long>(n.barriers),
-      static_cast<long long>(n.multiplies), static_cast<long long>(n.matrix_loads),
-      static_cast<long long>(n.async_copies));
+      static_cast<long long>(done), static_cast<long long>(refused), static_cast<long long>(n.blocks),
+      static_cast<long long>(n.barriers), static_cast<long long>(n.multiplies),
+      static_cast<long long>(n.matrix_loads), static_cast<long long>(n.async_copies));
   return 0;
 }

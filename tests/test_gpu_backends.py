@@ -38,6 +38,7 @@ def module(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> None:
         "build_info": lambda: {"cuda_architectures": "80;90"},
         "cuda_device_count": lambda: (0, 1),
         "last_error": lambda: "",
+        "use_team": lambda runner: None,
     } | answers
     monkeypatch.setattr(backends.importlib, "import_module", lambda name: SimpleNamespace(**made))
     backends.forget()

@@ -61,7 +61,8 @@ DSP_API int64_t dsp_fma_rounds(int64_t rounds);
 /* GOMP_parallel of an OpenMP runtime. */
 typedef void (*dsp_team_runner)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
 /* The core's loops run on teams of this runtime from now on (in a forked child, as with NULL, on threads of
- * the core's own), so that a program whose other loops run there has no more threads than it asked for. */
+ * the core's own), so that its threads, which go on spinning after a loop, are not others than the core's.
+ * Each calling thread has a team. Not to be called in a fork of a process that used the runtime. */
 DSP_API void dsp_use_team(dsp_team_runner runner);
 
 /* Permuted grouped convolution, float32, NCHW contiguous:

@@ -45,14 +45,29 @@ def _build_reason() -> str:
     return str(reason) if reason else "not built"
 
 
-def _torch_team() -> int:
-    """The address of GOMP_parallel in the OpenMP runtime that runs torch's loops; 0 where there is none."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+def _forked() -> bool:
+    """Whether this process is the fork of another and has not started a program of its own since."""
     try:
-        runner = ctypes.CDLL(str(library)).GOMP_parallel  # found among what libtorch_cpu itself is linked to
-    except (OSError, AttributeError):
+        stat = Path("/proc/self/stat").read_text()
+        return bool(int(stat.rpartition(")")[2].split()[6]) & 0x40)  # PF_FORKNOEXEC
+    except (OSError, ValueError, IndexError):
+        return True
+
+
+def _torch_team() -> int:
+    """The address of GOMP_parallel in the OpenMP runtime that runs torch's loops; 0 where there is none, or
+    where its threads may have been left behind in a parent process.
+    """
+    if _forked():
         return 0
-    return ctypes.cast(runner, ctypes.c_void_p).value or 0
+    # The linker's own order: what was preloaded, then what libtorch_cpu itself is linked to.
+    for library in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        try:
+            runner = ctypes.CDLL(library).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(runner, ctypes.c_void_p).value or 0
+    return 0
 
 
 def _load_native() -> tuple[ModuleType | None, str | None]:

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -104,13 +105,17 @@ class Pool {
   // Helps with loops until it is over.
   void attend(const std::atomic<bool>& over) {
     uint64_t seen = ~uint64_t{0};
-    while (!over.load(std::memory_order_acquire)) {
+    for (int spin = 0; !over.load(std::memory_order_acquire); ++spin) {
       const uint64_t now = generation_.load(std::memory_order_seq_cst);
-      if (now == seen) {
-        relax();
-      } else {
+      if (now != seen) {
         seen = now;
         help();
+        spin = 0;
+      } else if (spin < kSpins) {
+        relax();
+      } else {
+        std::this_thread::yield();
+        spin = kSpins;
       }
     }
   }
@@ -222,6 +227,7 @@ void use_team(TeamRunner runner) {
 }
 
 void parallel_for_raw(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  threads = std::min(threads, kMaxWorkers + 1);
   const TeamRunner runner =
       threads > 1 && tasks > 1 && !attended ? team.load(std::memory_order_acquire) : nullptr;
   if (runner != nullptr) {
@@ -240,6 +246,7 @@ void parallel_for_raw(int threads, int64_t tasks, void (*body)(void*, int64_t), 
 }
 
 void with_team_raw(int threads, void (*body)(void*), void* context) {
+  threads = std::min(threads, kMaxWorkers + 1);  // a runtime that cannot make a thread ends the process
   const TeamRunner runner = threads > 1 && !attended ? team.load(std::memory_order_acquire) : nullptr;
   if (runner == nullptr) {
     body(context);

@@ -421,7 +421,8 @@ def export_onnx(
         finally:
             logging.root.setLevel(before)
     assert program is not None
-    written = {entry.domain: entry.version for entry in program.model_proto.opset_import}[""]
+    versions = {entry.domain: entry.version for entry in program.model_proto.opset_import}
+    written = versions.get("", versions.get("ai.onnx"))
     if written != opset:
         raise ValueError(f"opset: the exporter cannot write {opset} for this network, only {written}")
     data = program.model_proto.SerializeToString()
@@ -454,9 +455,10 @@ def _compare_onnx(data: bytes, packed: PackedNetwork, inputs: tuple[Any, ...]) -
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of classes of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the file; another opset may do, and "
-            f"check=False writes it unchecked ({str(error).splitlines()[0]})"
+            f"check=False writes it unchecked ({reason})"
         ) from error
     generator = torch.Generator().manual_seed(0)
     noise = tuple(

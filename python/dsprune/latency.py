@@ -503,8 +503,8 @@ class Search:
                 now_ms, share = self._time(packed, LEISURE)
             found = self._latency(target, predicted, share, now_ms, rounds)
             error = abs(share - target) / target
-            if best is None or (not checked, error) < best[0]:
-                best = ((not checked, error), chosen, found)
+            if best is None or (error > TOLERANCE, error) < best[0]:
+                best = ((error > TOLERANCE, error), chosen, found)
             if checked and error <= SETTLED:
                 break
             if not possible and share > target * (1 + TOLERANCE):

@@ -32,35 +32,18 @@ inline void relax() {
 #endif
 }
 
-// A loop, whose tasks are taken one by one.
-struct Loop {
+// One running loop. A slot is reused only after all have left.
+struct alignas(128) Slot {
+  std::atomic<bool> taken{false};
+  std::atomic<bool> open{false};
+  std::atomic<int> inside{0};
+  std::atomic<int> places{0};
   alignas(64) std::atomic<int64_t> next{0};
   alignas(64) int64_t tasks = 0;
   void (*body)(void*, int64_t) = nullptr;
   void* context = nullptr;
   std::atomic<bool> failed{false};
   std::exception_ptr error;
-
-  void work() {
-    for (;;) {
-      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks) return;
-      try {
-        body(context, task);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
-    }
-  }
-};
-
-// Where the pool's threads find a loop. A slot is reused only after all have left.
-struct alignas(128) Slot {
-  std::atomic<bool> taken{false};
-  std::atomic<bool> open{false};
-  std::atomic<int> inside{0};
-  std::atomic<int> places{0};
-  Loop loop;
 };
 
 class Pool {
@@ -70,13 +53,12 @@ class Pool {
     Slot* slot = claim();
     if (slot == nullptr) return false;
     if (!attended) grow(threads - 1);
-    Loop& loop = slot->loop;
-    loop.tasks = tasks;
-    loop.body = body;
-    loop.context = context;
-    loop.failed.store(false, std::memory_order_relaxed);
-    loop.error = nullptr;
-    loop.next.store(0, std::memory_order_relaxed);
+    slot->tasks = tasks;
+    slot->body = body;
+    slot->context = context;
+    slot->failed.store(false, std::memory_order_relaxed);
+    slot->error = nullptr;
+    slot->next.store(0, std::memory_order_relaxed);
     slot->places.store(threads - 1, std::memory_order_relaxed);
     slot->open.store(true, std::memory_order_seq_cst);
     generation_.fetch_add(1, std::memory_order_seq_cst);
@@ -86,7 +68,7 @@ class Pool {
       }
       wake_.notify_all();
     }
-    loop.work();
+    work(*slot);
     slot->open.store(false, std::memory_order_seq_cst);
     for (int spin = 0; slot->inside.load(std::memory_order_seq_cst) != 0; ++spin) {
       if (spin < kSpins) {
@@ -95,8 +77,8 @@ class Pool {
         std::this_thread::yield();
       }
     }
-    std::exception_ptr error = loop.error;
-    loop.error = nullptr;
+    std::exception_ptr error = slot->error;
+    slot->error = nullptr;
     slot->taken.store(false, std::memory_order_release);
     if (error) std::rethrow_exception(error);
     return true;
@@ -143,6 +125,18 @@ class Pool {
     }
   }
 
+  static void work(Slot& slot) {
+    for (;;) {
+      const int64_t task = slot.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= slot.tasks) return;
+      try {
+        slot.body(slot.context, task);
+      } catch (...) {
+        if (!slot.failed.exchange(true)) slot.error = std::current_exception();
+      }
+    }
+  }
+
   bool help() {
     bool helped = false;
     for (Slot& slot : slots_) {
@@ -152,7 +146,7 @@ class Pool {
       if (slot.open.load(std::memory_order_seq_cst) &&
           slot.places.fetch_sub(1, std::memory_order_relaxed) > 0) {
         helped = true;
-        slot.loop.work();
+        work(slot);
       }
       slot.inside.fetch_sub(1, std::memory_order_seq_cst);
     }
@@ -227,22 +221,13 @@ void use_team(TeamRunner runner) {
 }
 
 void parallel_for_raw(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  threads = std::min(threads, kMaxWorkers + 1);
-  const TeamRunner runner =
-      threads > 1 && tasks > 1 && !attended ? team.load(std::memory_order_acquire) : nullptr;
-  if (runner != nullptr) {
-    Loop loop;
-    loop.tasks = tasks;
-    loop.body = body;
-    loop.context = context;
-    // Always the whole team: a runtime lets threads go that a smaller one does not need.
-    runner([](void* self) { static_cast<Loop*>(self)->work(); }, &loop, static_cast<unsigned>(threads), 0);
-    if (loop.error) std::rethrow_exception(loop.error);
-    return;
-  }
-  if (threads > tasks) threads = static_cast<int>(tasks);
-  if (threads > 1 && pool().run(threads, tasks, body, context, attended)) return;
-  for (int64_t task = 0; task < tasks; ++task) body(context, task);
+  const auto loop = [&] {
+    const int used = threads > tasks ? static_cast<int>(tasks) : threads;
+    if (used > 1 && pool().run(used, tasks, body, context, attended)) return;
+    for (int64_t task = 0; task < tasks; ++task) body(context, task);
+  };
+  // The whole team whatever the number of tasks: a runtime lets threads go that a smaller one does not need.
+  with_team(threads, loop);
 }
 
 void with_team_raw(int threads, void (*body)(void*), void* context) {

@@ -132,9 +132,9 @@ typedef struct dsp_program dsp_program;
 
 typedef struct dsp_program_memory {
   int64_t weight_bytes;  /* prepared weights, biases and tables */
-  int64_t arena_bytes;   /* activations of one image */
+  int64_t arena_bytes;   /* activations of one image, and those of a second one from where two go together */
   int64_t scratch_bytes; /* per thread, at most */
-  int64_t arenas;        /* how many arenas exist now: one per image in work at the same time */
+  int64_t arenas;        /* how many arenas exist now: one per image or pair in work at the same time */
 } dsp_program_memory;
 
 /* Copies what it needs from words and floats. */

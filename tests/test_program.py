@@ -87,6 +87,81 @@ def test_residual_dilation_and_even_groups(size: tuple[int, int], dilation: int)
     close(program(x), rc)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (16, 48), (9, 16), (16, 20)])
+@pytest.mark.parametrize(
+    ("kernel", "padding", "dilation"), [(1, 0, 1), (3, 1, 1), (3, 0, 2), (5, 4, 1), (7, 3, 1)]
+)
+@pytest.mark.parametrize("residual", [False, True])
+def test_two_convolutions_of_stride_2_read_one_result(
+    size: tuple[int, int], kernel: int, padding: int, dilation: int, residual: bool
+) -> None:
+    """Where nobody else reads it, it is stored with even and odd columns apart."""
+    torch.manual_seed(kernel)
+    first = random_layout(6, 6, 2, seed=1, dead=2)
+    second = random_layout(6, 9, 2, seed=2, dead=1)
+    w1, w2, w3 = torch.randn(6, 6, 3, 3), torch.randn(9, 6, kernel, kernel), torch.randn(4, 6, 1, 1)
+    b1, b2 = torch.randn(6), torch.randn(9)
+    program = Program((6, *size))
+    y = program.conv(
+        0,
+        first.pack(w1),
+        first,
+        b1,
+        kernel_size=3,
+        padding=1,
+        residual=0 if residual else None,
+        activation="relu",
+    )
+    a = program.conv(
+        y, second.pack(w2), second, b2, kernel_size=kernel, stride=2, padding=padding, dilation=dilation
+    )
+    b = program.conv2d(y, w3, stride=2)
+    program.build(program.concat([program.adaptive_avg_pool(v, 3) for v in (a, b)]))
+    x = torch.randn(3, 6, *size)
+    m1 = first.unpack(first.pack(w1), 3).double()
+    m2 = second.unpack(second.pack(w2), kernel).double()
+    middle = F.conv2d(x.double(), m1, b1.double(), padding=1)
+    middle = (middle + x.double() if residual else middle).relu()
+    ra = F.conv2d(middle, m2, b2.double(), stride=2, padding=padding, dilation=dilation)
+    rb = F.conv2d(middle, w3.double(), stride=2)
+    close(program(x), torch.cat([F.adaptive_avg_pool2d(v, 3) for v in (ra, rb)], 1))
+
+
+@pytest.mark.parametrize("height", [1, 4, 7, 8])
+def test_images_two_by_two(height: int) -> None:
+    """Rows of 8 pixels: two images share vectors, with the bits that each has alone; NaN stays with its own."""
+    generator = torch.Generator().manual_seed(height)
+    layout = random_layout(7, 7, 2, seed=3, dead=1)
+    program = Program((7, height, 8))
+    y = program.conv2d(0, torch.randn(7, 7, 1, 1, generator=generator), activation="relu")
+    weights = [torch.randn(7, 7, 3, 3, generator=generator) / 4 for _ in range(3)]
+    for weight in weights:
+        y = program.conv(
+            y, layout.pack(weight), layout, kernel_size=3, padding=1, residual=y, activation="relu"
+        )
+    program.build(program.concat([y, program.max_pool(y, 3, 1, 1)]))
+    x = torch.randn(9, 7, height, 8, generator=generator)
+    alone = torch.cat([program(image[None]) for image in x])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for batch in (2, 3, 8, 9):
+                assert torch.equal(program(x[:batch]), alone[:batch])
+    finally:
+        torch.set_num_threads(threads)
+    generator.manual_seed(height)
+    z = F.conv2d(x, torch.randn(7, 7, 1, 1, generator=generator)).relu().double()
+    for weight in weights:
+        z = (F.conv2d(z, layout.unpack(layout.pack(weight), 3).double(), padding=1) + z).relu()
+    close(alone, torch.cat([z, F.max_pool2d(z, 3, 1, 1)], 1))
+    x[4, 2, 0, 3] = float("nan")
+    spoilt = program(x)
+    others = [n for n in range(9) if n != 4]
+    assert spoilt[4].isnan().any()
+    assert torch.equal(spoilt[others], alone[others])
+
+
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize("kernel,stride,padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), ((3, 2), (2, 1), (1, 0))])
 def test_pooling_matches_torch(kernel: int, stride: int, padding: int, ceil_mode: bool) -> None:

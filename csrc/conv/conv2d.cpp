@@ -50,7 +50,7 @@ void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const floa
     auto body = [&](int64_t n) {
       for (int64_t f = 0; f < s.out_channels; ++f) {
         const int64_t at = n * out_image + f * s.out_plane();
-        k.fill(out + at, 0, residual == nullptr ? nullptr : residual + at, 0,
+        k.fill(out + at, 0, 0, residual == nullptr ? nullptr : residual + at, 0,
                bias == nullptr ? 0.0f : bias[f], 1, s.out_plane(), activation);
       }
     };
@@ -64,8 +64,10 @@ void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const floa
   const int64_t last_first = (strips - 1) * layout.strip_pixels;
   // 24 KB of input per chunk leaves half of the first-level cache to weights and outputs.
   constexpr int64_t kChunkBytes = 24 * 1024;
-  layout.build_tiles(whole_pixels, s.out_w, s.out_w, kChunkBytes, space.whole);
-  layout.build_tiles(plane - last_first, s.out_w, s.out_w, kChunkBytes, space.last);
+  const Planes in_planes{0, s.width, s.in_plane()};
+  const Planes out_planes{0, s.out_w, plane};
+  layout.build_tiles(whole_pixels, out_planes, s.out_w, kChunkBytes, space.whole);
+  layout.build_tiles(plane - last_first, out_planes, s.out_w, kChunkBytes, space.last);
 
   const int64_t pieces = s.batch * strips;
   int64_t parts = 1;
@@ -73,8 +75,6 @@ void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const floa
     parts = std::min<int64_t>(static_cast<int64_t>(layout.blocks.size()),
                               (2 * threads + pieces - 1) / std::max<int64_t>(pieces, 1));
   }
-  const Planes in_planes{0, s.width, s.in_plane()};
-  const Planes out_planes{0, s.out_w, plane};
   auto body = [&](int64_t task) {
     const int64_t part = task % parts;
     const int64_t strip = task / parts % strips;
@@ -101,7 +101,7 @@ void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const floa
                out_planes, activation);
     if (part != 0) return;
     for (const int32_t f : layout.dead) {
-      k.fill(to + f * plane, 0, from == nullptr ? nullptr : from + f * plane, 0,
+      k.fill(to + f * plane, 0, 0, from == nullptr ? nullptr : from + f * plane, 0,
              bias == nullptr ? 0.0f : bias[f], 1, pixels, activation);
     }
   };
@@ -359,8 +359,9 @@ void grad_weight(const ConvShape& s, const Plan& plan, const float* grad, const 
   const bool by_rows = layout.reuse_rows() && s.kw == 3;
   const int most_filters = by_rows ? (k.grad_rows[1] != nullptr ? 2 : 1) : kMaxGradFilters;
   constexpr int64_t kOneChunk = int64_t{1} << 40;
-  layout.build_tiles(std::min(layout.strip_pixels, plane), s.out_w, 0, kOneChunk, space.whole, log);
-  layout.build_tiles(plane - last_first, s.out_w, 0, kOneChunk, space.last, log);
+  const Planes grad_planes{0, s.out_w, plane};
+  layout.build_tiles(std::min(layout.strip_pixels, plane), grad_planes, 0, kOneChunk, space.whole, log);
+  layout.build_tiles(plane - last_first, grad_planes, 0, kOneChunk, space.last, log);
 
   // Slices of the batch have sums of their own, added up in order at the end.
   constexpr int64_t kScratchBytes = 640 * 1024;

@@ -14,6 +14,18 @@ enum TileMode : int32_t {
   kMasked = 2,  // nothing beyond `lanes` may be read
 };
 
+// What a step of a block is: one tap, or a column of three, with stride 1 or 2. At a plane's edge one row of
+// taps meets nothing but padding for a tile's first or last row of pixels: it is left out there.
+enum StepKind : int32_t {
+  kTap = 0,
+  kColumn = 1,
+  kColumnTop = 2,
+  kColumnBottom = 3,
+  kColumnBy2 = 4,
+  kColumnBy2Top = 5,
+  kStepKinds = 6,
+};
+
 // Where a block of pixel vectors starts, in floats from the base of channel 0.
 struct Tile {
   int64_t in, out, residual;
@@ -24,6 +36,7 @@ struct Tile {
 struct TileRun {
   int32_t rows_log;
   int32_t mode;
+  int32_t column;  // the kind of step where steps are columns, else kTap
   int64_t first, count;
 };
 
@@ -31,10 +44,12 @@ struct TileRun {
 struct BlockArgs {
   const float* in;
   float* out;
-  const float* residual;                     // may be null
-  int64_t in_step, out_step, residual_step;  // from one vector of a tile to the next
-  int64_t in_hi, out_hi, residual_hi;        // kHalf: from the first half vector to the second
+  const float* residual;               // may be null
+  int64_t in_step;                     // from one row to the next; where a step is a tap, from one vector
+  int64_t out_step, residual_step;     // from one vector of a tile to the next
+  int64_t in_hi, out_hi, residual_hi;  // kHalf: from the first half vector to the second
   int64_t out_plane, residual_plane;
+  int64_t out_odd;         // not 0: even columns go to `out`, odd ones so far behind them
   const int64_t* offsets;  // where each step reads, from the tile's start; a step is (channel, kx) or one tap
   int64_t steps;
   const float* weights;  // steps x taps of a step x filters
@@ -81,9 +96,10 @@ struct GatherArgs {
 using GatherFn = void (*)(const GatherArgs& args);
 // dst[2 j] = even[j], dst[2 j + 1] = odd[j] for the `count` values of dst; a null source is 0 throughout
 using ZipFn = void (*)(float* dst, const float* even, const float* odd, int64_t count);
-// dst = act(value + residual) for rows of a plane; residual may be null
-using FillFn = void (*)(float* dst, int64_t dst_pitch, const float* residual, int64_t residual_pitch,
-                        float value, int64_t rows, int64_t width, int32_t activation);
+// dst = act(value + residual) for rows of a plane; residual may be null. dst_odd: as out_odd above, for rows
+// of whole vectors.
+using FillFn = void (*)(float* dst, int64_t dst_pitch, int64_t dst_odd, const float* residual,
+                        int64_t residual_pitch, float value, int64_t rows, int64_t width, int32_t activation);
 
 // dst = act(a + b)
 using AddFn = void (*)(float* dst, const float* a, const float* b, int64_t count, int32_t activation);
@@ -105,8 +121,8 @@ struct KernelTable {
   bool has_half;
   int max_filters;
   int rows_log[kMaxFilters + 1];  // by filters of the block: how many vectors a tile has at best
-  // [filters - 1][rows_log][kernel of 3 rows with reuse][mode]
-  BlockFn block[kMaxFilters][kMaxRowsLog + 1][2][3];
+  // [filters - 1][rows_log][kind of step][mode]
+  BlockFn block[kMaxFilters][kMaxRowsLog + 1][kStepKinds][3];
   // [filters - 1][0: one tap, 1: three taps, 2: nine taps]
   GradFn grad[kMaxGradFilters][3];
   int max_grad_taps;

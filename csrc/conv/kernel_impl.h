@@ -8,15 +8,47 @@
 namespace dsp {
 namespace DSP_ISA {
 
-constexpr int64_t kPart = 192;  // terms of a sum that are added one after the other
+constexpr int64_t kPart = 240;  // terms of a sum that are added one after the other
 
-// MF filters x NR vectors in registers. With KH = 3 a step is one column of taps: the NR + 2 rows it loads
-// serve all three taps, which is what keeps blocks of one to three filters from waiting for loads.
-template <int MF, int NR, int KH, int MODE>
+// What a block does rarely is out of line: a layer takes turns between several blocks, and the code of all of
+// them should stay in the instruction cache.
+__attribute__((noinline)) inline void finish_masked(const BlockArgs& a, const Tile& tile, const Vec* values,
+                                                    int filters, int vectors) {
+  for (int f = 0; f < filters; ++f) {
+    const Vec bias = set1(a.bias[f]);
+    float* to = a.out + tile.out + a.filters[f] * a.out_plane;
+    const float* from =
+        a.residual == nullptr ? nullptr : a.residual + tile.residual + a.filters[f] * a.residual_plane;
+    for (int v = 0; v < vectors; ++v, to += a.out_step) {
+      Vec value = add(*values++, bias);
+      if (from != nullptr) {
+        value = add(value, load_lanes(from, tile.lanes));
+        from += a.residual_step;
+      }
+      store_lanes(to, activate(value, a.activation), tile.lanes);
+    }
+  }
+}
+
+__attribute__((noinline)) inline void add_part(Vec* total, const Vec* part, int count) {
+  for (int i = 0; i < count; ++i) total[i] = add(total[i], part[i]);
+}
+
+// MF filters x NR vectors in registers. Where a step is a column of taps the rows it loads serve several
+// taps, which is what keeps blocks of one to three filters from waiting for loads.
+template <int MF, int NR, int KIND, int MODE>
 void block(const BlockArgs& a) {
-  constexpr int kRows = NR + KH - 1;
+  constexpr int KH = KIND == kTap ? 1 : 3;
+  constexpr bool kBy2 = KIND == kColumnBy2 || KIND == kColumnBy2Top;
+  constexpr int kStride = kBy2 ? 2 : 1;
+  constexpr int kRows = kStride * (NR - 1) + KH;
+  constexpr int kFirstRow = KIND == kColumnTop || KIND == kColumnBy2Top ? 1 : 0;
+  constexpr int kLastRow = KIND == kColumnBottom ? kRows - 2 : kRows - 1;
   const int64_t in_step = a.in_step;
   const int64_t in_hi = a.in_hi;
+  // Sums of many terms go by equal parts: their error then grows with a part's length, not with the whole.
+  const int64_t parts = (a.steps * KH + kPart - 1) / kPart;
+  const int64_t length = parts > 1 ? (a.steps + parts - 1) / parts : a.steps;
   for (int64_t t = 0; t < a.n_tiles; ++t) {
     const Tile& tile = a.tiles[t];
     Vec acc[MF][NR];
@@ -28,77 +60,122 @@ void block(const BlockArgs& a) {
     const float* base = a.in + tile.in;
     const float* w = a.weights;
     const int64_t* offset = a.offsets;
-    // Sums of many terms go by parts: their error then grows with a part's length, not with the whole.
-    Vec total[MF][NR];
+    Vec total[MF * NR], part[MF * NR];
     int64_t s = 0;
-    bool parts = false;
     for (;;) {
-      const int64_t end = a.steps - s > kPart / KH ? s + kPart / KH : a.steps;
+      const int64_t end = a.steps - s > length ? s + length : a.steps;
       for (; s < end; ++s) {
         const float* p = base + offset[s];
         Vec x[kRows];
-        DSP_UNROLL
-        for (int v = 0; v < kRows; ++v) {
+        const auto load_row = [&](int v) {
           const float* row = p + v * in_step;
-          if (MODE == kHalf) {
-            x[v] = load_half(row, row + in_hi);
-          } else if (MODE == kMasked) {
-            x[v] = load_lanes(row, tile.lanes);
-          } else {
-            x[v] = load(row);
-          }
-        }
+          x[v] = MODE == kHalf ? load_half(row, row + in_hi)
+                               : (MODE == kMasked ? load_lanes(row, tile.lanes) : load(row));
+        };
         DSP_UNROLL
-        for (int ky = 0; ky < KH; ++ky) {
+        for (int turn = 0; turn < KH; ++turn) {
+          // Rows are loaded when they are needed first: then those that are alive fit the registers. By 2 the
+          // last tap comes second, as it meets the first one's rows.
+          const int ky = kBy2 && turn > 0 ? KH - turn : turn;
+          DSP_UNROLL
+          for (int v = 0; v < NR; ++v) {
+            const int row = kStride * v + ky;
+            const bool fresh = turn == 0 || v == NR - 1 || (kBy2 && ky == 1);
+            if (fresh && row >= kFirstRow && row <= kLastRow) load_row(row);
+          }
           DSP_UNROLL
           for (int f = 0; f < MF; ++f) {
             const Vec value = set1(w[ky * MF + f]);
             DSP_UNROLL
-            for (int v = 0; v < NR; ++v) acc[f][v] = fma(value, x[v + ky], acc[f][v]);
+            for (int v = 0; v < NR; ++v) {
+              const int row = kStride * v + ky;
+              if (row >= kFirstRow && row <= kLastRow) fma_to(acc[f][v], value, x[row]);
+            }
           }
         }
         w += KH * MF;
       }
       if (s == a.steps) break;
+      Vec* to = s == length ? total : part;
       DSP_UNROLL
       for (int f = 0; f < MF; ++f) {
         DSP_UNROLL
         for (int v = 0; v < NR; ++v) {
-          total[f][v] = parts ? add(total[f][v], acc[f][v]) : acc[f][v];
+          to[f * NR + v] = acc[f][v];
           acc[f][v] = zero();
         }
       }
-      parts = true;
+      if (s > length) add_part(total, part, MF * NR);
     }
-    if (parts) {
+    if (length < a.steps) {
       DSP_UNROLL
       for (int f = 0; f < MF; ++f) {
         DSP_UNROLL
-        for (int v = 0; v < NR; ++v) acc[f][v] = add(total[f][v], acc[f][v]);
+        for (int v = 0; v < NR; ++v) acc[f][v] = add(total[f * NR + v], acc[f][v]);
+      }
+    }
+    if (MODE == kFull && tile.lanes < kLanes) {
+      Vec values[MF * NR];
+      DSP_UNROLL
+      for (int f = 0; f < MF; ++f) {
+        DSP_UNROLL
+        for (int v = 0; v < NR; ++v) values[f * NR + v] = acc[f][v];
+      }
+      finish_masked(a, tile, values, MF, NR);
+      continue;
+    }
+    const Vec low = lowest(a.activation);
+    const Vec six = set1(6.0f);
+    DSP_UNROLL
+    for (int f = 0; f < MF; ++f) {
+      const Vec bias = set1(a.bias[f]);
+      DSP_UNROLL
+      for (int v = 0; v < NR; ++v) acc[f][v] = add(acc[f][v], bias);
+    }
+    if (a.residual != nullptr) {
+      DSP_UNROLL
+      for (int f = 0; f < MF; ++f) {
+        const float* from = a.residual + tile.residual + a.filters[f] * a.residual_plane;
+        DSP_UNROLL
+        for (int v = 0; v < NR; ++v, from += a.residual_step) {
+          const Vec more = MODE == kHalf ? load_half_lanes(from, from + a.residual_hi, tile.lanes)
+                                         : (MODE == kMasked ? load_lanes(from, tile.lanes) : load(from));
+          acc[f][v] = add(acc[f][v], more);
+        }
       }
     }
     DSP_UNROLL
     for (int f = 0; f < MF; ++f) {
-      const Vec bias = set1(a.bias[f]);
-      float* out = a.out + tile.out + a.filters[f] * a.out_plane;
-      const float* residual =
-          a.residual == nullptr ? nullptr : a.residual + tile.residual + a.filters[f] * a.residual_plane;
       DSP_UNROLL
-      for (int v = 0; v < NR; ++v) {
-        Vec value = add(acc[f][v], bias);
-        float* to = out + v * a.out_step;
+      for (int v = 0; v < NR; ++v) acc[f][v] = max(low, acc[f][v]);
+    }
+    if (a.activation == 2) {
+      DSP_UNROLL
+      for (int f = 0; f < MF; ++f) {
+        DSP_UNROLL
+        for (int v = 0; v < NR; ++v) acc[f][v] = min(six, acc[f][v]);
+      }
+    }
+    if (MODE == kFull && a.out_odd != 0) {
+      DSP_UNROLL
+      for (int f = 0; f < MF; ++f) {
+        float* to = a.out + tile.out + a.filters[f] * a.out_plane;
+        DSP_UNROLL
+        for (int v = 0; v < NR; ++v, to += a.out_step) store_apart(to, to + a.out_odd, acc[f][v]);
+      }
+      continue;
+    }
+    DSP_UNROLL
+    for (int f = 0; f < MF; ++f) {
+      float* to = a.out + tile.out + a.filters[f] * a.out_plane;
+      DSP_UNROLL
+      for (int v = 0; v < NR; ++v, to += a.out_step) {
         if (MODE == kHalf) {
-          if (residual != nullptr) {
-            const float* from = residual + v * a.residual_step;
-            value = add(value, load_half_lanes(from, from + a.residual_hi, tile.lanes));
-          }
-          store_half_lanes(to, to + a.out_hi, activate(value, a.activation), tile.lanes);
-        } else if (tile.lanes == kLanes) {
-          if (residual != nullptr) value = add(value, load(residual + v * a.residual_step));
-          store(to, activate(value, a.activation));
+          store_half_lanes(to, to + a.out_hi, acc[f][v], tile.lanes);
+        } else if (MODE == kMasked) {
+          store_lanes(to, acc[f][v], tile.lanes);
         } else {
-          if (residual != nullptr) value = add(value, load_lanes(residual + v * a.residual_step, tile.lanes));
-          store_lanes(to, activate(value, a.activation), tile.lanes);
+          store(to, acc[f][v]);
         }
       }
     }
@@ -350,22 +427,38 @@ inline void zip_rows(float* dst, const float* even_values, const float* odd_valu
   }
 }
 
-inline void fill(float* dst, int64_t dst_pitch, const float* residual, int64_t residual_pitch, float value,
-                 int64_t rows, int64_t width, int32_t activation) {
+template <bool ADDS, bool APART>
+void fill_rows(float* dst, int64_t dst_pitch, int64_t dst_odd, const float* residual, int64_t residual_pitch,
+               float value, int64_t rows, int64_t width, int32_t activation) {
   const Vec base = set1(value);
+  const Vec low = lowest(activation);
+  const Vec high = highest(activation);
+  const Vec constant = min(high, max(low, base));
   for (int64_t row = 0; row < rows; ++row) {
     int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes)
-      store(dst + i, activate(residual == nullptr ? base : add(base, load(residual + i)), activation));
-    if (i < width) {
+    for (; i + kLanes <= width; i += kLanes) {
+      const Vec result = ADDS ? min(high, max(low, add(base, load(residual + i)))) : constant;
+      if (APART) {
+        store_apart(dst + i / 2, dst + i / 2 + dst_odd, result);
+      } else {
+        store(dst + i, result);
+      }
+    }
+    if (!APART && i < width) {
       const int rest = static_cast<int>(width - i);
-      store_lanes(
-          dst + i,
-          activate(residual == nullptr ? base : add(base, load_lanes(residual + i, rest)), activation), rest);
+      const Vec result = ADDS ? min(high, max(low, add(base, load_lanes(residual + i, rest)))) : constant;
+      store_lanes(dst + i, result, rest);
     }
     dst += dst_pitch;
-    if (residual != nullptr) residual += residual_pitch;
+    if (ADDS) residual += residual_pitch;
   }
+}
+
+inline void fill(float* dst, int64_t dst_pitch, int64_t dst_odd, const float* residual,
+                 int64_t residual_pitch, float value, int64_t rows, int64_t width, int32_t activation) {
+  const auto run = residual == nullptr ? (dst_odd == 0 ? &fill_rows<false, false> : &fill_rows<false, true>)
+                                       : (dst_odd == 0 ? &fill_rows<true, false> : &fill_rows<true, true>);
+  run(dst, dst_pitch, dst_odd, residual, residual_pitch, value, rows, width, activation);
 }
 
 inline void add_planes(float* dst, const float* a, const float* b, int64_t count, int32_t activation) {
@@ -459,26 +552,32 @@ inline int64_t peak(int64_t rounds, float* sink) {
   return rounds * kChains * kLanes * 2;
 }
 
-template <int MF, int NR, int NR_LOG>
+template <int MF, int NR, int MODE, bool EDGES>
+void add_kinds(BlockFn (&entry)[kStepKinds][3]) {
+  entry[kTap][MODE] = &block<MF, NR, kTap, MODE>;
+  entry[kColumn][MODE] = &block<MF, NR, kColumn, MODE>;
+  entry[kColumnTop][MODE] = &block < MF, NR, EDGES ? kColumnTop : kColumn, MODE > ;
+  entry[kColumnBottom][MODE] = &block < MF, NR, EDGES ? kColumnBottom : kColumn, MODE > ;
+  entry[kColumnBy2][MODE] = &block<MF, NR, kColumnBy2, MODE>;
+  entry[kColumnBy2Top][MODE] = &block < MF, NR, EDGES ? kColumnBy2Top : kColumnBy2, MODE > ;
+}
+
+template <int MF, int NR, int NR_LOG, bool EDGES>
 void add_rows(KernelTable* table) {
   auto& entry = table->block[MF - 1][NR_LOG];
-  entry[0][kFull] = &block<MF, NR, 1, kFull>;
-  entry[1][kFull] = &block<MF, NR, 3, kFull>;
-  if (kHasHalf) {
-    entry[0][kHalf] = &block < MF, NR, 1, kHasHalf ? kHalf : kFull > ;
-    entry[1][kHalf] = &block < MF, NR, 3, kHasHalf ? kHalf : kFull > ;
-  }
-  if (NR == 1) entry[0][kMasked] = &block<MF, 1, 1, kMasked>;
+  add_kinds<MF, NR, kFull, EDGES>(entry);
+  add_kinds<MF, NR, kHasHalf ? kHalf : kFull, EDGES>(entry);
+  if (NR == 1) entry[kTap][kMasked] = &block<MF, 1, kTap, kMasked>;
 }
 
 template <int MF>
 void add_filters(KernelTable* table) {
   constexpr int kBestLog = kManyRegisters ? (MF == 1 ? 3 : 2) : (MF <= 2 ? 2 : 1);
   table->rows_log[MF] = kBestLog;
-  add_rows<MF, 1, 0>(table);
-  add_rows<MF, 2, 1>(table);
-  if (kBestLog >= 2) add_rows<MF, kBestLog >= 2 ? 4 : 1, kBestLog >= 2 ? 2 : 0>(table);
-  if (kBestLog >= 3) add_rows<MF, kBestLog >= 3 ? 8 : 1, kBestLog >= 3 ? 3 : 0>(table);
+  add_rows<MF, 1, 0, false>(table);
+  add_rows<MF, 2, 1, kBestLog == 1>(table);
+  if (kBestLog >= 2) add_rows<MF, kBestLog >= 2 ? 4 : 1, kBestLog >= 2 ? 2 : 0, kBestLog == 2>(table);
+  if (kBestLog >= 3) add_rows<MF, kBestLog >= 3 ? 8 : 1, kBestLog >= 3 ? 3 : 0, kBestLog == 3>(table);
 }
 
 inline KernelTable make_table(const char* name) {

@@ -32,6 +32,17 @@ double row_waste(int64_t width, const KernelTable& k) {
 
 }  // namespace
 
+ColumnsApart columns_apart(const ConvShape& s, int64_t kx) {
+  const int64_t column = kx * s.dw - s.pw;
+  const bool odd = column % 2 != 0;
+  return {odd, (column - (odd ? 1 : 0)) / 2};
+}
+
+bool wide_taps(const ConvShape& s) {
+  const double span_w = static_cast<double>((s.kw - 1) * s.dw / s.sw);
+  return span_w > 2.0 * static_cast<double>(s.out_w) + 64;
+}
+
 bool rows_fit(int64_t width) { return row_waste(width, kernels()) <= 1.1; }
 
 void TileSet::clear() {
@@ -205,9 +216,7 @@ void ConvLayout::set_gathered(const ConvShape& s, const Plan& plan, int threads,
     set_offsets(plan, false);
     return;
   }
-  const double span_w = static_cast<double>((s.kw - 1) * s.dw / s.sw);
-  const bool wide_taps = span_w > 2.0 * static_cast<double>(s.out_w) + 64;
-  mode = !rows_fit(s.out_w) || wide_taps ? InputMode::kGatherFlat : InputMode::kGatherRows;
+  mode = !rows_fit(s.out_w) || wide_taps(s) ? InputMode::kGatherFlat : InputMode::kGatherRows;
   int64_t rows = s.out_h;
   const int64_t used = std::max<int64_t>(static_cast<int64_t>(used_channels.size()), 1);
   set_geometry(s, rows);
@@ -239,16 +248,26 @@ void ConvLayout::set_direct_flat(const ConvShape& s, const Plan& plan, const Pla
 void ConvLayout::set_direct_rows(const ConvShape& s, const Plan& plan, const Planes& in) {
   s_ = s;
   mode = InputMode::kDirectRows;
-  in_pitch = in.pitch;
+  in_pitch = s.sh * in.pitch;
   in_plane = in.plane;
   strip_pixels = s.out_plane();
   tap_offset_.clear();
   for (int64_t kx = 0; kx < s.kw; ++kx) {
+    int64_t column = kx * s.dw - s.pw;
+    if (in.odd != 0) {
+      const ColumnsApart columns = columns_apart(s, kx);
+      column = columns.first + (columns.odd ? in.odd : 0);
+    }
     for (int64_t ky = 0; ky < s.kh; ++ky)
-      tap_offset_.push_back(in.origin + (ky * s.dh - s.ph) * in.pitch + kx * s.dw - s.pw);
+      tap_offset_.push_back(in.origin + (ky * s.dh - s.ph) * in.pitch + column);
   }
-  reuse_rows_ = s.kh == 3 && s.dh == 1;
+  reuse_rows_ = s.kh == 3 && s.sh <= 2 && s.dh == 1;
   set_offsets(plan, false);
+}
+
+bool ConvLayout::pairs_fit() const {
+  const KernelTable& k = kernels();
+  return k.has_half && mode == InputMode::kDirectRows && reuse_rows_ && s_.sh == 1 && s_.out_w <= k.lanes / 2;
 }
 
 int64_t ConvLayout::scratch_floats() const {
@@ -279,8 +298,8 @@ int64_t ConvLayout::block_share(int64_t part, int64_t parts) const {
   return count;
 }
 
-void ConvLayout::build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual_pitch, int64_t chunk_bytes,
-                             TileSet sets[], int only_log) {
+void ConvLayout::build_tiles(int64_t pixels, const Planes& out, int64_t residual_pitch, int64_t chunk_bytes,
+                             TileSet sets[], int only_log, bool pairs) {
   const KernelTable& k = kernels();
   bool needed[kMaxRowsLog + 1] = {};
   int64_t most_channels = 1;
@@ -292,17 +311,17 @@ void ConvLayout::build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual
     TileSet& set = sets[log];
     set.clear();
     if (!needed[log]) continue;
-    const auto emit = [&](int rows_log, int32_t tile_mode, const Tile& tile) {
+    const auto emit = [&](int rows_log, int32_t tile_mode, const Tile& tile, int32_t column = kTap) {
       const TileChunk& chunk = set.chunks.back();
       if (static_cast<int64_t>(set.runs.size()) > chunk.run_begin) {
         TileRun& last = set.runs.back();
-        if (last.rows_log == rows_log && last.mode == tile_mode) {
+        if (last.rows_log == rows_log && last.mode == tile_mode && last.column == column) {
           last.count++;
           set.tiles.push_back(tile);
           return;
         }
       }
-      set.runs.push_back({rows_log, tile_mode, static_cast<int64_t>(set.tiles.size()), 1});
+      set.runs.push_back({rows_log, tile_mode, column, static_cast<int64_t>(set.tiles.size()), 1});
       set.tiles.push_back(tile);
     };
     const auto begin_chunk = [&] {
@@ -339,34 +358,47 @@ void ConvLayout::build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual
     const int64_t width = s_.out_w;
     const int64_t per_row = most_channels * in_pitch * 4;
     const int64_t chunk = even_chunk(rows, chunk_bytes / std::max<int64_t>(1, per_row));
+    // Tiles of one strip may serve others too: only where there is no other is an edge known.
+    const bool edges = rows == s_.out_h && only_log < 0;
+    const auto at = [&](int64_t y, int64_t x, int32_t lanes) -> Tile {
+      return {y * in_pitch + x, y * out.pitch + (out.odd != 0 ? x / 2 : x), y * residual_pitch + x, lanes};
+    };
+    const int64_t rest = width % k.lanes;
+    const bool half = k.has_half && rest > 0 && rest <= k.lanes / 2;
+    // Whole vectors, and the rest of a row under a mask where it is more than half a vector.
+    const int64_t full_width = half ? width - rest : width;
+    const int32_t middle = !reuse_rows_ ? kTap : (s_.sh == 2 ? kColumnBy2 : kColumn);
+    const auto column_at = [&](int64_t y, int64_t step) -> int32_t {
+      const bool top = edges && s_.sh * y < s_.ph;
+      if (middle == kColumnBy2) return top ? kColumnBy2Top : middle;
+      if (middle == kColumn) {
+        if (top) return kColumnTop;
+        if (edges && y + step + 1 - s_.ph >= s_.height) return kColumnBottom;
+      }
+      return middle;
+    };
     for (int64_t y0 = 0; y0 < rows; y0 += chunk) {
       const int64_t y1 = std::min(rows, y0 + chunk);
       begin_chunk();
-      const int64_t rest = width % k.lanes;
-      const bool half = k.has_half && rest > 0 && rest <= k.lanes / 2;
-      // Whole vectors, and the rest of a row under a mask where it is more than half a vector.
-      const int64_t full_width = half ? width - rest : width;
       int64_t y = y0;
       for (int rows_log = log; rows_log >= 0; --rows_log) {
         const int64_t step = int64_t{1} << rows_log;
         for (; y + step <= y1; y += step) {
           for (int64_t x = 0; x < full_width; x += k.lanes) {
-            emit(rows_log, kFull,
-                 {y * in_pitch + x, y * out_pitch + x, y * residual_pitch + x,
-                  static_cast<int32_t>(std::min<int64_t>(k.lanes, width - x))});
+            emit(rows_log, kFull, at(y, x, static_cast<int32_t>(std::min<int64_t>(k.lanes, width - x))),
+                 column_at(y, step));
           }
+          if (pairs) emit(rows_log, kHalf, at(y, 0, static_cast<int32_t>(rest)), column_at(y, step));
         }
       }
-      if (half) {
-        const int64_t x = full_width;
-        const int32_t lanes = static_cast<int32_t>(rest);
+      if (half && !pairs) {
         y = y0;
         for (int rows_log = log; rows_log >= 0; --rows_log) {
           const int64_t step = int64_t{2} << rows_log;
           for (; y + step <= y1; y += step)
-            emit(rows_log, kHalf, {y * in_pitch + x, y * out_pitch + x, y * residual_pitch + x, lanes});
+            emit(rows_log, kHalf, at(y, full_width, static_cast<int32_t>(rest)), middle);
         }
-        if (y < y1) emit(0, kFull, {y * in_pitch + x, y * out_pitch + x, y * residual_pitch + x, lanes});
+        if (y < y1) emit(0, kFull, at(y, full_width, static_cast<int32_t>(rest)), middle);
       }
       end_chunk();
     }
@@ -432,7 +464,7 @@ void ConvLayout::tap_offsets(const Group& group, std::vector<int64_t>* offsets) 
 void ConvLayout::run(const TileSet sets[], int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
                      int64_t block_end, const float* in, const float* weights, const float* bias_values,
                      float* out, const Planes& out_planes, const float* residual,
-                     const Planes& residual_planes, int32_t activation) const {
+                     const Planes& residual_planes, int32_t activation, int64_t second) const {
   const KernelTable& k = kernels();
   BlockArgs args{};
   args.in = in;
@@ -440,7 +472,8 @@ void ConvLayout::run(const TileSet sets[], int64_t chunk_begin, int64_t chunk_en
   args.residual = residual == nullptr ? nullptr : residual + residual_planes.origin;
   args.out_plane = out_planes.plane;
   args.residual_plane = residual_planes.plane;
-  args.in_step = flat() ? k.lanes : in_pitch;
+  args.out_odd = out_planes.odd;
+  args.in_step = flat() ? k.lanes : (reuse_rows_ ? in_pitch / s_.sh : in_pitch);
   args.out_step = flat() ? k.lanes : out_planes.pitch;
   args.residual_step = flat() ? k.lanes : residual_planes.pitch;
   args.activation = activation;
@@ -457,12 +490,12 @@ void ConvLayout::run(const TileSet sets[], int64_t chunk_begin, int64_t chunk_en
       for (int64_t r = runs.run_begin; r < runs.run_end; ++r) {
         const TileRun& run = set.runs[static_cast<size_t>(r)];
         const int64_t vectors = int64_t{1} << run.rows_log;
-        args.in_hi = vectors * args.in_step;
-        args.out_hi = vectors * args.out_step;
-        args.residual_hi = vectors * args.residual_step;
+        args.in_hi = second != 0 ? second : vectors * in_pitch;
+        args.out_hi = second != 0 ? second : vectors * args.out_step;
+        args.residual_hi = second != 0 ? second : vectors * args.residual_step;
         args.tiles = set.tiles.data() + run.first;
         args.n_tiles = run.count;
-        k.block[block.filters - 1][run.rows_log][reuse_rows_ ? 1 : 0][run.mode](args);
+        k.block[block.filters - 1][run.rows_log][run.column][run.mode](args);
       }
     }
   }

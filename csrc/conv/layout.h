@@ -9,12 +9,23 @@
 
 namespace dsp {
 
-// A buffer of planes: pixel (y, x) of channel c is at origin + c * plane + y * pitch + x.
+// A buffer of planes: pixel (y, x) of channel c is at origin + c * plane + y * pitch + x. Where `odd` is not
+// 0, a row's even columns lie next to each other, at x / 2, and its odd ones `odd` behind them: each a row to
+// a convolution of stride 2.
 struct Planes {
   int64_t origin = 0;
   int64_t pitch = 0;
   int64_t plane = 0;
+  int64_t odd = 0;
 };
+
+// Which columns of a row tap `kx` of a convolution of stride 2 reads: those that are odd or those that are
+// even, from number `first` on.
+struct ColumnsApart {
+  bool odd;
+  int64_t first;
+};
+ColumnsApart columns_apart(const ConvShape& s, int64_t kx);
 
 enum class InputMode {
   kGatherRows,  // rows are copied with their padding, phases of the stride apart: tiles are rows below each
@@ -50,13 +61,15 @@ class ConvLayout {
   void set_blocks(const Plan& plan, const ConvShape& s);
   // Chooses how the input is read and lays out the offsets. `strip_pixels` is chosen for `threads`.
   void set_gathered(const ConvShape& s, const Plan& plan, int threads, bool allow_direct);
-  // The input lies in `in`, with room for the padding around every plane.
+  // The input lies in `in`, with room for the padding around every plane; stride 1, or 2 where columns lie
+  // apart.
   void set_direct_rows(const ConvShape& s, const Plan& plan, const Planes& in);
   // 1x1, stride 1, no padding. `exact`: nothing may be read beyond the planes.
   void set_direct_flat(const ConvShape& s, const Plan& plan, const Planes& in, bool exact);
-  // Tiles for the first `pixels` output pixels after the start of a strip.
-  void build_tiles(int64_t pixels, int64_t out_pitch, int64_t residual_pitch, int64_t chunk_bytes,
-                   TileSet sets[], int only_log = -1);
+  // Tiles for the first `pixels` output pixels after the start of a strip. With `pairs` a vector is a row of
+  // one image and the same row of a second one.
+  void build_tiles(int64_t pixels, const Planes& out, int64_t residual_pitch, int64_t chunk_bytes,
+                   TileSet sets[], int only_log = -1, bool pairs = false);
 
   // Copies what output pixels [first, first + pixels) need of one image into scratch. The same part of the
   // image that lies `ahead` floats further is fetched into the cache; 0: none.
@@ -66,12 +79,15 @@ class ConvLayout {
   // Where each (channel, ky, kx) of a group reads, from a tile's place.
   void tap_offsets(const Group& group, std::vector<int64_t>* offsets) const;
 
-  // Runs blocks [block_begin, block_end) over chunks [chunk_begin, chunk_end).
+  // Runs blocks [block_begin, block_end) over chunks [chunk_begin, chunk_end). Where the tiles are of pairs,
+  // all that belongs to the second image lies `second` floats behind the first's.
   void run(const TileSet sets[], int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
            int64_t block_end, const float* in, const float* weights, const float* bias, float* out,
-           const Planes& out_planes, const float* residual, const Planes& residual_planes,
-           int32_t activation) const;
+           const Planes& out_planes, const float* residual, const Planes& residual_planes, int32_t activation,
+           int64_t second = 0) const;
 
+  // Whether rows are so short that two images' rows share a vector, and gain by it.
+  bool pairs_fit() const;
   int64_t strips() const { return (s_.out_plane() + strip_pixels - 1) / strip_pixels; }
   int64_t scratch_floats() const;
   int64_t table_bytes() const;
@@ -112,6 +128,9 @@ class ConvLayout {
 // Packed weights (filters, channels, kh, kw) to the kernels' order: by block, (channel, kx, ky, filter). The
 // number of values is the same.
 void prepare_weights(const Plan& plan, int64_t kh, int64_t kw, const float* packed, float* prepared);
+
+// The taps of a row lie so far apart that what is read is most of it air.
+bool wide_taps(const ConvShape& s);
 
 // Rows of this width fill whole vectors well enough; the width of every output that is written row by row.
 bool rows_fit(int64_t width);

@@ -60,6 +60,7 @@ DSP_INLINE void store_half_lanes(float* lo, float* hi, Vec v, int n) {
 DSP_INLINE Vec set1(float a) { return _mm512_set1_ps(a); }
 DSP_INLINE Vec zero() { return _mm512_setzero_ps(); }
 DSP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+DSP_INLINE void fma_to(Vec& c, Vec a, Vec b) { asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
 DSP_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 DSP_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 // max(a, b) and min(a, b) give b when either is NaN: pass the data as b and NaN goes through.
@@ -75,6 +76,14 @@ DSP_INLINE Vec where_positive(Vec sign, Vec v) {
 DSP_INLINE Vec even(Vec a, Vec b) {
   const __m512i index = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   return _mm512_permutex2var_ps(a, index, b);
+}
+
+// The even elements to one place, the odd ones to another.
+DSP_INLINE void store_apart(float* evens, float* odds, Vec v) {
+  const __m512i index = _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+  const Vec apart = _mm512_permutexvar_ps(index, v);
+  _mm256_storeu_ps(evens, _mm512_castps512_ps256(apart));
+  _mm256_storeu_ps(odds, _mm512_extractf32x8_ps(apart, 1));
 }
 
 // The elements of two vectors in turn: of their first halves, and of their second.
@@ -111,6 +120,7 @@ DSP_INLINE void store_lanes(float* p, Vec v, int n) { _mm256_maskstore_ps(p, fir
 DSP_INLINE Vec set1(float a) { return _mm256_set1_ps(a); }
 DSP_INLINE Vec zero() { return _mm256_setzero_ps(); }
 DSP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+DSP_INLINE void fma_to(Vec& c, Vec a, Vec b) { asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b)); }
 DSP_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 DSP_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 DSP_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
@@ -122,6 +132,12 @@ DSP_INLINE Vec where_positive(Vec sign, Vec v) {
 DSP_INLINE Vec even(Vec a, Vec b) {
   const Vec mixed = _mm256_shuffle_ps(a, b, 0x88);
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+}
+
+DSP_INLINE void store_apart(float* evens, float* odds, Vec v) {
+  const Vec apart = _mm256_permutevar8x32_ps(v, _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0));
+  _mm_storeu_ps(evens, _mm256_castps256_ps128(apart));
+  _mm_storeu_ps(odds, _mm256_extractf128_ps(apart, 1));
 }
 
 DSP_INLINE Vec zip_low(Vec a, Vec b) {
@@ -183,9 +199,19 @@ DSP_INLINE Vec keep_lanes(Vec v, int n) {
 DSP_INLINE Vec where_positive(Vec sign, Vec v) { return sign <= zero() ? zero() : v; }
 DSP_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 DSP_INLINE Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
+DSP_INLINE void store_apart(float* evens, float* odds, Vec v) {
+  for (int i = 0; i < kLanes / 2; ++i) {
+    evens[i] = v[2 * i];
+    odds[i] = v[2 * i + 1];
+  }
+}
 DSP_INLINE Vec zip_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
 DSP_INLINE Vec zip_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
 
+#endif
+
+#if !defined(__AVX512F__) && !defined(__AVX2__)
+DSP_INLINE void fma_to(Vec& c, Vec a, Vec b) { c = fma(a, b, c); }
 #endif
 
 #if !defined(__AVX512F__)
@@ -195,11 +221,11 @@ DSP_INLINE Vec load_half_lanes(const float* lo, const float*, int n) { return lo
 DSP_INLINE void store_half_lanes(float* lo, float*, Vec v, int n) { store_lanes(lo, v, n); }
 #endif
 
+// An activation is min(highest, max(lowest, v)): no branch at each value.
+DSP_INLINE Vec lowest(int32_t activation) { return set1(activation == 0 ? -__builtin_inff() : 0.0f); }
+DSP_INLINE Vec highest(int32_t activation) { return set1(activation == 2 ? 6.0f : __builtin_inff()); }
 DSP_INLINE Vec activate(Vec v, int32_t activation) {
-  if (activation == 0) return v;
-  v = max(zero(), v);
-  if (activation == 2) v = min(set1(6.0f), v);
-  return v;
+  return min(highest(activation), max(lowest(activation), v));
 }
 
 }  // namespace DSP_ISA

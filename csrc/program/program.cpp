@@ -19,6 +19,7 @@ constexpr int64_t kSlack = 64;  // floats that a full vector may read beyond the
 constexpr int64_t kMostSteps = 1 << 20;
 constexpr int64_t kMostSize = int64_t{1} << 31;
 constexpr int64_t kChunkBytes = 24 * 1024;
+constexpr int64_t kMostPadding = 8;  // more air than that is better made while copying
 
 int64_t spread(int64_t floats) { return (((floats + 15) / 16) | 1) * 16; }
 
@@ -59,8 +60,9 @@ int64_t Value::floats() const { return channels * planes.plane + kSlack; }
 Program::Program(const int64_t* words, int64_t words_numel, const float* floats, int64_t floats_numel) {
   parse(words, words_numel, floats, floats_numel);
   choose_padding();
-  plan_memory();
   build_steps();
+  choose_pairs();
+  plan_memory();
 }
 
 Program::~Program() {
@@ -244,73 +246,129 @@ void Program::choose_padding() {
     if (step.op != DSP_OP_CONV || step.sh != 1 || step.sw != 1) continue;
     Value& x = values_[static_cast<size_t>(step.inputs.front())];
     if (&x == &values_.front() || !rows_fit(x.width) || !rows_fit(step.shape.out_w)) continue;
-    if (step.ph > 8 || step.pw > 8) continue;  // that much air is better made while copying
+    if (step.ph > kMostPadding || step.pw > kMostPadding) continue;
     x.pad_h = std::max(x.pad_h, step.ph);
     x.pad_w = std::max(x.pad_w, step.pw);
   }
+  choose_columns_apart();
   for (size_t i = 0; i < values_.size(); ++i) {
     Value& value = values_[i];
     // The zeros right of a row are those left of the next.
-    value.planes.pitch = value.width + value.pad_w;
+    value.planes.pitch = value.width + value.pad_w + value.pad_middle;
     value.planes.origin = value.pad_h * value.planes.pitch + value.pad_w;
     value.planes.plane = (value.height + 2 * value.pad_h) * value.planes.pitch + value.pad_w;
     if (i > 0 && value.height * value.width > 1) value.planes.plane = spread(value.planes.plane);
   }
 }
 
+// So does one with stride 2 where even and odd columns lie apart: a convolution's result can be written so,
+// if nobody else reads it.
+void Program::choose_columns_apart() {
+  std::vector<bool> apart(values_.size(), false);
+  for (size_t i = 0; i < steps_.size(); ++i)
+    apart[i + 1] = steps_[i].op == DSP_OP_CONV && values_[i + 1].width % kernels().lanes == 0 &&
+                   !wide_taps(steps_[i].shape);
+  apart[static_cast<size_t>(output_)] = false;
+  for (const Step& step : steps_) {
+    const bool fits = step.op == DSP_OP_CONV && step.sh == 2 && step.sw == 2 && rows_fit(step.shape.out_w) &&
+                      step.ph <= kMostPadding && step.pw <= kMostPadding;
+    for (size_t j = fits ? 1 : 0; j < step.inputs.size(); ++j)
+      apart[static_cast<size_t>(step.inputs[j])] = false;
+  }
+  for (const Step& step : steps_) {
+    if (step.op != DSP_OP_CONV || !apart[static_cast<size_t>(step.inputs.front())]) continue;
+    Value& x = values_[static_cast<size_t>(step.inputs.front())];
+    const int64_t half = x.width / 2;
+    x.pad_h = std::max(x.pad_h, step.ph);
+    for (int64_t kx = 0; kx < step.kw; ++kx) {
+      const ColumnsApart columns = columns_apart(step.shape, kx);
+      const int64_t left = -columns.first;
+      const int64_t right = columns.first + step.shape.out_w - half;
+      x.pad_w = std::max(x.pad_w, columns.odd ? right : left);
+      x.pad_middle = std::max(x.pad_middle, columns.odd ? left : right);
+    }
+    x.planes.odd = half + x.pad_middle;
+  }
+}
+
+// Where rows are half a vector, two images fill one: from there on they go through the steps together, and
+// what is still needed there exists twice.
+void Program::choose_pairs() {
+  first_pair_ = steps_.size();
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    Step& step = steps_[i];
+    const Value& y = values_[i + 1];
+    if (step.op != DSP_OP_CONV || step.layout.blocks.empty() || !step.layout.pairs_fit()) continue;
+    if (step.inputs.size() > 1 && step.inputs[1] == 0) continue;  // the caller's images lie elsewhere
+    step.pairs = true;
+    first_pair_ = std::min(first_pair_, i);
+    const int64_t residual_pitch =
+        step.inputs.size() > 1 ? values_[static_cast<size_t>(step.inputs[1])].planes.pitch : 0;
+    step.layout.build_tiles(step.shape.out_plane(), y.planes, residual_pitch, kChunkBytes, step.of_pairs, -1,
+                            true);
+  }
+  for (size_t v = 1; v < values_.size(); ++v)
+    values_[v].twice = values_[v].last_use >= static_cast<int64_t>(first_pair_);
+}
+
 // Offsets by liveness. Padded values share memory only with values of the same layout, because their zeros
 // are written once, when an arena is made; the others go wherever there is room.
 void Program::plan_memory() {
   struct Slot {
-    int64_t pad_h, pad_w, height, width, floats, busy_until;
+    int64_t pad_h, pad_w, pad_middle, height, width, floats, busy_until;
     std::vector<size_t> values;
   };
-  std::vector<Slot> slots;
-  std::vector<size_t> plain;
-  int64_t plain_end = 0;
-  for (size_t v = 1; v < values_.size(); ++v) {
-    Value& value = values_[v];
-    const int64_t made = static_cast<int64_t>(v) - 1;
-    if (value.pad_h == 0 && value.pad_w == 0) {
-      const int64_t size = (value.floats() + 15) / 16 * 16;
-      std::vector<std::pair<int64_t, int64_t>> taken;
-      for (const size_t other : plain) {
-        if (values_[other].last_use >= made)
-          taken.emplace_back(values_[other].offset, (values_[other].floats() + 15) / 16 * 16);
+  int64_t begin = 0;
+  for (const bool twice : {false, true}) {
+    std::vector<Slot> slots;
+    std::vector<size_t> plain;
+    int64_t end = begin;
+    for (size_t v = 1; v < values_.size(); ++v) {
+      Value& value = values_[v];
+      if (value.twice != twice) continue;
+      const int64_t made = static_cast<int64_t>(v) - 1;
+      if (value.pad_h == 0 && value.pad_w == 0 && value.pad_middle == 0) {
+        const int64_t size = (value.floats() + 15) / 16 * 16;
+        std::vector<std::pair<int64_t, int64_t>> taken;
+        for (const size_t other : plain) {
+          if (values_[other].last_use >= made)
+            taken.emplace_back(values_[other].offset, (values_[other].floats() + 15) / 16 * 16);
+        }
+        std::sort(taken.begin(), taken.end());
+        int64_t at = begin;
+        for (const auto& piece : taken) {
+          if (piece.first >= at + size) break;
+          at = std::max(at, piece.first + piece.second);
+        }
+        value.offset = at;
+        end = std::max(end, at + size);
+        plain.push_back(v);
+        continue;
       }
-      std::sort(taken.begin(), taken.end());
-      int64_t at = 0;
-      for (const auto& piece : taken) {
-        if (piece.first >= at + size) break;
-        at = std::max(at, piece.first + piece.second);
+      Slot* found = nullptr;
+      for (Slot& slot : slots) {
+        if (slot.busy_until < made && slot.pad_h == value.pad_h && slot.pad_w == value.pad_w &&
+            slot.pad_middle == value.pad_middle && slot.height == value.height && slot.width == value.width) {
+          found = &slot;
+          break;
+        }
       }
-      value.offset = at;
-      plain_end = std::max(plain_end, at + size);
-      plain.push_back(v);
-      continue;
-    }
-    Slot* found = nullptr;
-    for (Slot& slot : slots) {
-      if (slot.busy_until < made && slot.pad_h == value.pad_h && slot.pad_w == value.pad_w &&
-          slot.height == value.height && slot.width == value.width) {
-        found = &slot;
-        break;
+      if (found == nullptr) {
+        slots.push_back({value.pad_h, value.pad_w, value.pad_middle, value.height, value.width, 0, 0, {}});
+        found = &slots.back();
       }
+      found->floats = std::max(found->floats, value.floats());
+      found->busy_until = value.last_use;
+      found->values.push_back(v);
     }
-    if (found == nullptr) {
-      slots.push_back({value.pad_h, value.pad_w, value.height, value.width, 0, 0, {}});
-      found = &slots.back();
+    for (const Slot& slot : slots) {
+      for (const size_t v : slot.values) values_[v].offset = end;
+      end += (slot.floats + 15) / 16 * 16;
     }
-    found->floats = std::max(found->floats, value.floats());
-    found->busy_until = value.last_use;
-    found->values.push_back(v);
+    if (twice) second_ = end - begin;
+    begin = end;
   }
-  int64_t at = plain_end;
-  for (const Slot& slot : slots) {
-    for (const size_t v : slot.values) values_[v].offset = at;
-    at += (slot.floats + 15) / 16 * 16;
-  }
-  arena_floats_ = at;
+  arena_floats_ = begin + second_;
 }
 
 void Program::build_steps() {
@@ -328,11 +386,12 @@ void Program::build_steps() {
     if (step.layout.blocks.empty()) continue;
     const bool unit = s.sh == 1 && s.sw == 1;
     const bool one = unit && s.kh == 1 && s.kw == 1 && s.ph == 0 && s.pw == 0;
-    const bool packed = x.planes.pitch == x.width && y.planes.pitch == y.width &&
+    const bool packed = x.planes.pitch == x.width && y.planes.pitch == y.width && y.planes.odd == 0 &&
                         (residual == nullptr || residual->planes.pitch == residual->width);
     if (one && packed) {
       step.layout.set_direct_flat(s, plan, x.planes, id == 0);
-    } else if (unit && id != 0 && x.pad_h >= s.ph && x.pad_w >= s.pw && rows_fit(s.out_w)) {
+    } else if (x.planes.odd != 0 ||
+               (unit && id != 0 && x.pad_h >= s.ph && x.pad_w >= s.pw && rows_fit(s.out_w))) {
       step.layout.set_direct_rows(s, plan, x.planes);
     } else {
       step.layout.set_gathered(s, plan, 1, false);
@@ -344,9 +403,9 @@ void Program::build_steps() {
     const int64_t plane = s.out_plane();
     const int64_t last_first = (step.layout.strips() - 1) * step.layout.strip_pixels;
     const int64_t residual_pitch = residual == nullptr ? 0 : residual->planes.pitch;
-    step.layout.build_tiles(std::min(step.layout.strip_pixels, plane), y.planes.pitch, residual_pitch,
-                            kChunkBytes, step.whole);
-    step.layout.build_tiles(plane - last_first, y.planes.pitch, residual_pitch, kChunkBytes, step.last);
+    step.layout.build_tiles(std::min(step.layout.strip_pixels, plane), y.planes, residual_pitch, kChunkBytes,
+                            step.whole);
+    step.layout.build_tiles(plane - last_first, y.planes, residual_pitch, kChunkBytes, step.last);
   }
 }
 
@@ -382,14 +441,32 @@ struct Program::Place {
   const std::vector<Value>* values;
   const float* in;
   float* arena;
-  const float* read(int64_t id) const {
-    return id == 0 ? in : arena + (*values)[static_cast<size_t>(id)].offset;
+  int64_t second;  // 0 for the first of two
+  const float* read(int64_t id) const { return id == 0 ? in : write(id); }
+  float* write(int64_t id) const {
+    const Value& value = (*values)[static_cast<size_t>(id)];
+    return arena + value.offset + (value.twice ? second : 0);
   }
-  float* write(int64_t id) const { return arena + (*values)[static_cast<size_t>(id)].offset; }
 };
 
+void Program::fill_dead(const Step& step, const Place& at, int64_t result) const {
+  const Value& y = values_[static_cast<size_t>(result)];
+  float* out = at.write(result) + y.planes.origin;
+  for (const int32_t f : step.layout.dead) {
+    const float* residual = nullptr;
+    int64_t residual_pitch = 0;
+    if (step.inputs.size() > 1) {
+      const Planes& planes = values_[static_cast<size_t>(step.inputs[1])].planes;
+      residual = at.read(step.inputs[1]) + planes.origin + f * planes.plane;
+      residual_pitch = planes.pitch;
+    }
+    const float value = step.bias.empty() ? 0.0f : step.bias[static_cast<size_t>(f)];
+    kernels().fill(out + f * y.planes.plane, y.planes.pitch, y.planes.odd, residual, residual_pitch, value,
+                   y.height, y.width, step.activation);
+  }
+}
+
 void Program::run_conv(const Step& step, const Place& at, int64_t result, int threads) const {
-  const KernelTable& k = kernels();
   const ConvLayout& layout = step.layout;
   const ConvShape& s = step.shape;
   const Value& x = values_[static_cast<size_t>(step.inputs.front())];
@@ -402,12 +479,7 @@ void Program::run_conv(const Step& step, const Place& at, int64_t result, int th
     residual = at.read(step.inputs[1]);
     residual_planes = values_[static_cast<size_t>(step.inputs[1])].planes;
   }
-  for (const int32_t f : layout.dead) {
-    const float value = step.bias.empty() ? 0.0f : step.bias[static_cast<size_t>(f)];
-    k.fill(out + y.planes.origin + f * y.planes.plane, y.planes.pitch,
-           residual == nullptr ? nullptr : residual + residual_planes.origin + f * residual_planes.plane,
-           residual_planes.pitch, value, y.height, y.width, step.activation);
-  }
+  fill_dead(step, at, result);
   if (layout.blocks.empty()) return;
   const int64_t n_blocks = static_cast<int64_t>(layout.blocks.size());
   const int64_t slots = static_cast<int64_t>(layout.used_channels.size());
@@ -552,20 +624,21 @@ void Program::run_other(const Step& step, const Place& at, int64_t result, int64
       }
       break;
     case DSP_OP_ADAPTIVE_AVG_POOL:
-      for (int64_t c = begin; c < end; ++c) {
-        for (int64_t oy = 0; oy < y.height; ++oy) {
-          const int64_t y0 = oy * x.height / y.height;
-          const int64_t y1 = ((oy + 1) * x.height + y.height - 1) / y.height;
-          for (int64_t ox = 0; ox < y.width; ++ox) {
-            const int64_t x0 = ox * x.width / y.width;
-            const int64_t x1 = ((ox + 1) * x.width + y.width - 1) / y.width;
+      for (int64_t oy = 0; oy < y.height; ++oy) {
+        const int64_t y0 = oy * x.height / y.height;
+        const int64_t y1 = ((oy + 1) * x.height + y.height - 1) / y.height;
+        for (int64_t ox = 0; ox < y.width; ++ox) {
+          const int64_t x0 = ox * x.width / y.width;
+          const int64_t x1 = ((ox + 1) * x.width + y.width - 1) / y.width;
+          const float pixels = static_cast<float>((y1 - y0) * (x1 - x0));
+          for (int64_t c = begin; c < end; ++c) {
             float sum = 0;
             if (x1 - x0 == x.planes.pitch) {
               sum = k.sum(in_row(c, y0), (y1 - y0) * x.planes.pitch);
             } else {
               for (int64_t iy = y0; iy < y1; ++iy) sum += k.sum(in_row(c, iy) + x0, x1 - x0);
             }
-            out_row(c, oy)[ox] = sum / static_cast<float>((y1 - y0) * (x1 - x0));
+            out_row(c, oy)[ox] = sum / pixels;
           }
         }
       }
@@ -582,7 +655,7 @@ void Program::run_other(const Step& step, const Place& at, int64_t result, int64
     }
     case DSP_OP_ACTIVATION:
       for (int64_t c = begin; c < end; ++c) {
-        k.fill(out_row(c, 0), y.planes.pitch, in_row(c, 0), x.planes.pitch, 0.0f, y.height, y.width,
+        k.fill(out_row(c, 0), y.planes.pitch, 0, in_row(c, 0), x.planes.pitch, 0.0f, y.height, y.width,
                step.activation);
       }
       break;
@@ -618,50 +691,90 @@ void Program::run_other(const Step& step, const Place& at, int64_t result, int64
   }
 }
 
-void Program::run_image(const float* in, float* out, float* arena, int threads) const {
-  const Place at{&values_, in, arena};
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    const Step& step = steps_[i];
-    const int64_t result = static_cast<int64_t>(i) + 1;
-    if (step.op == DSP_OP_CONV) {
-      run_conv(step, at, result, threads);
+void Program::run_step(size_t i, const Place& at, int threads) const {
+  const Step& step = steps_[i];
+  const int64_t result = static_cast<int64_t>(i) + 1;
+  if (step.op == DSP_OP_CONV) {
+    run_conv(step, at, result, threads);
+    return;
+  }
+  const int64_t count = units(step, result);
+  const Value& y = values_[i + 1];
+  const int64_t work = step.op == DSP_OP_LINEAR ? static_cast<int64_t>(step.weights.size())
+                                                : y.channels * y.height * y.width * step.kh * step.kw;
+  const int64_t shares = threads <= 1 || work < 32 * 1024 ? 1 : std::min<int64_t>(count, 2 * threads);
+  auto body = [&](int64_t share) {
+    run_other(step, at, result, share * count / shares, (share + 1) * count / shares);
+  };
+  parallel_for(threads, shares, body);
+}
+
+// A step of two images. `at` is the first's place.
+void Program::run_pair(size_t i, const Place& at) const {
+  const Step& step = steps_[i];
+  const int64_t result = static_cast<int64_t>(i) + 1;
+  Place other = at;
+  other.second = second_;
+  fill_dead(step, at, result);
+  fill_dead(step, other, result);
+  const bool adds = step.inputs.size() > 1;
+  step.layout.run(
+      step.of_pairs, 0, step.layout.chunks(step.of_pairs), 0, static_cast<int64_t>(step.layout.blocks.size()),
+      at.read(step.inputs.front()), step.weights.data(), step.layout.bias.data(), at.write(result),
+      values_[i + 1].planes, adds ? at.read(step.inputs[1]) : nullptr,
+      adds ? values_[static_cast<size_t>(step.inputs[1])].planes : Planes{}, step.activation, second_);
+}
+
+// One image, or two: these go one after the other until they can share vectors.
+void Program::run_images(const float* in, float* out, int64_t images, float* arena, int threads) const {
+  const int64_t in_image = input().channels * input().height * input().width;
+  const Place at[2] = {{&values_, in, arena, 0}, {&values_, in + (images - 1) * in_image, arena, second_}};
+  const size_t alone = images == 1 ? steps_.size() : first_pair_;
+  for (int64_t n = 0; n < images; ++n) {
+    for (size_t i = 0; i < alone; ++i) run_step(i, at[n], threads);
+  }
+  for (size_t i = alone; i < steps_.size(); ++i) {
+    if (steps_[i].pairs) {
+      run_pair(i, at[0]);
       continue;
     }
-    const int64_t count = units(step, result);
-    const Value& y = values_[static_cast<size_t>(result)];
-    const int64_t work = step.op == DSP_OP_LINEAR ? static_cast<int64_t>(step.weights.size())
-                                                  : y.channels * y.height * y.width * step.kh * step.kw;
-    const int64_t shares = threads <= 1 || work < 32 * 1024 ? 1 : std::min<int64_t>(count, 2 * threads);
-    auto body = [&](int64_t share) {
-      run_other(step, at, result, share * count / shares, (share + 1) * count / shares);
-    };
-    parallel_for(threads, shares, body);
+    for (const Place& place : at) run_step(i, place, threads);
   }
   const Value& y = output();
-  const float* from = at.read(output_) + y.planes.origin;
-  for (int64_t c = 0; c < y.channels; ++c) {
-    for (int64_t row = 0; row < y.height; ++row)
-      std::memcpy(out + (c * y.height + row) * y.width, from + c * y.planes.plane + row * y.planes.pitch,
-                  static_cast<size_t>(y.width) * sizeof(float));
+  for (int64_t n = 0; n < images; ++n) {
+    const float* from = at[n].read(output_) + y.planes.origin;
+    for (int64_t c = 0; c < y.channels; ++c) {
+      for (int64_t row = 0; row < y.height; ++row, out += y.width)
+        std::memcpy(out, from + c * y.planes.plane + row * y.planes.pitch,
+                    static_cast<size_t>(y.width) * sizeof(float));
+    }
   }
 }
 
 void Program::run(const float* in, float* out, int64_t batch, int threads) {
   const int64_t in_image = input().channels * input().height * input().width;
   const int64_t out_image = output().channels * output().height * output().width;
-  const auto one = [&](int64_t n, int inner) {
+  const auto some = [&](int64_t n, int64_t images, int inner) {
     struct Lease {
       Program* program;
       float* arena;
       ~Lease() { program->give_arena(arena); }
     } lease{this, take_arena()};
-    run_image(in + n * in_image, out + n * out_image, lease.arena, inner);
+    run_images(in + n * in_image, out + n * out_image, images, lease.arena, inner);
   };
-  // Whole images side by side while every thread has one; what is left over is shared layer by layer.
+  // Whole images side by side while every thread has one, two at a time where that helps; what is left over
+  // is shared layer by layer.
   const int64_t whole = threads <= 1 ? batch : batch / threads * threads;
-  auto body = [&](int64_t n) { one(n, 1); };
-  parallel_for(threads, whole, body);
-  for (int64_t n = whole; n < batch; ++n) one(n, threads);
+  const int64_t pairs = first_pair_ < steps_.size() ? whole / threads / 2 * threads : 0;
+  auto body = [&](int64_t task) {
+    if (task < pairs) {
+      some(2 * task, 2, 1);
+    } else {
+      some(pairs + task, 1, 1);
+    }
+  };
+  parallel_for(threads, whole - pairs, body);
+  for (int64_t n = whole; n < batch; ++n) some(n, 1, threads);
 }
 
 dsp_program_memory Program::memory() const {
@@ -670,7 +783,7 @@ dsp_program_memory Program::memory() const {
     memory.weight_bytes += static_cast<int64_t>((step.weights.size() + step.bias.size()) * sizeof(float));
     memory.weight_bytes +=
         static_cast<int64_t>(step.plan.size() * sizeof(int32_t)) + step.layout.table_bytes();
-    for (const TileSet* sets : {step.whole, step.last}) {
+    for (const TileSet* sets : {step.whole, step.last, step.of_pairs}) {
       for (int log = 0; log <= kMaxRowsLog; ++log)
         memory.weight_bytes += static_cast<int64_t>(sets[log].tiles.size() * sizeof(Tile));
     }

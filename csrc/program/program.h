@@ -15,9 +15,11 @@ namespace dsp {
 struct Value {
   int64_t channels = 0, height = 0, width = 0;
   int64_t pad_h = 0, pad_w = 0;  // zeros kept around each plane, for the convolutions that read it
+  int64_t pad_middle = 0;        // between a row's even and odd columns, where these lie apart
   Planes planes;
   int64_t offset = 0;
   int64_t last_use = 0;
+  bool twice = false;  // there is a second one, of another image
   int64_t floats() const;
 };
 
@@ -34,6 +36,8 @@ struct Step {
   ConvLayout layout;
   TileSet whole[kMaxRowsLog + 1];
   TileSet last[kMaxRowsLog + 1];
+  bool pairs = false;  // can take two images at once
+  TileSet of_pairs[kMaxRowsLog + 1];
 };
 
 class Program {
@@ -52,18 +56,25 @@ class Program {
   struct Place;
   void parse(const int64_t* words, int64_t words_numel, const float* floats, int64_t floats_numel);
   void choose_padding();
-  void plan_memory();
+  void choose_columns_apart();
   void build_steps();
+  void choose_pairs();
+  void plan_memory();
   float* take_arena();
   void give_arena(float* arena);
-  void run_image(const float* in, float* out, float* arena, int threads) const;
+  void run_images(const float* in, float* out, int64_t images, float* arena, int threads) const;
+  void run_step(size_t i, const Place& at, int threads) const;
+  void run_pair(size_t i, const Place& at) const;
   void run_conv(const Step& step, const Place& at, int64_t result, int threads) const;
+  void fill_dead(const Step& step, const Place& at, int64_t result) const;
   void run_other(const Step& step, const Place& at, int64_t result, int64_t begin, int64_t end) const;
   int64_t units(const Step& step, int64_t result) const;
 
   std::vector<Value> values_;
   std::vector<Step> steps_;
   int64_t output_ = 0;
+  size_t first_pair_ = 0;  // the first step for which images wait for one another
+  int64_t second_ = 0;     // from a value of the first image to that of the second
   int64_t arena_floats_ = 0;
   int64_t scratch_floats_ = 0;
   mutable std::mutex mutex_;

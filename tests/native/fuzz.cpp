@@ -405,7 +405,13 @@ int64_t find_value(const Network& net, int64_t channels, int64_t height, int64_t
 
 Network random_network() {
   Network net;
-  Tensor input{between(1, 6), random_size(), random_size(), {}};
+  // Often as CNNs have them: maps of whole or half vectors, halved by stride 2.
+  const bool usual = chance(0.4);
+  constexpr int64_t kUsual[] = {4, 8, 16, 32, 48};
+  Tensor input{between(1, 6),
+               usual ? kUsual[between(0, 4)] : random_size(),
+               usual ? kUsual[between(0, 4)] : random_size(),
+               {}};
   for (int64_t i = 0; i < input.channels * input.height * input.width; ++i)
     input.data.push_back(static_cast<double>(normal()));
   net.values.push_back(input);
@@ -417,7 +423,7 @@ Network random_network() {
     const Tensor x = net.values[static_cast<size_t>(id)];
     Tensor y{};
     const int32_t activation = static_cast<int32_t>(between(0, 2));
-    const int64_t kind = between(0, 9);
+    const int64_t kind = usual && chance(0.7) ? 0 : between(0, 9);
     if (kind <= 4) {
       dsp_conv2d_shape s{};
       do {
@@ -425,6 +431,13 @@ Network random_network() {
         s.batch = 1;
         s.height = x.height;
         s.width = x.width;
+        if (usual && chance(0.8)) {
+          constexpr int64_t kKernels[] = {3, 3, 1, 5, 7};
+          s.kernel_h = s.kernel_w = kKernels[between(0, 4)];
+          s.padding_h = s.padding_w = chance(0.8) ? s.kernel_h / 2 : between(0, 4);
+          s.stride_h = s.stride_w = chance(0.5) ? 1 : 2;
+          if (chance(0.8)) s.dilation_h = s.dilation_w = 1;
+        }
       } while (out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h) < 1 ||
                out_size(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w) < 1 || s.dilation_h > 3 ||
                s.dilation_w > 3 || s.padding_h > 9 || s.padding_w > 9);
@@ -554,7 +567,7 @@ void fuzz_program() {
         "program refused");
   const Tensor& x = net.values.front();
   const Tensor& y = net.values[static_cast<size_t>(net.output)];
-  const int64_t batch = between(0, 4);
+  const int64_t batch = between(0, 7);
   std::vector<float> in;
   for (int64_t n = 0; n < batch; ++n) {
     for (const double value : x.data) in.push_back(static_cast<float>(value));

@@ -129,7 +129,7 @@ def test_two_convolutions_of_stride_2_read_one_result(
 
 @pytest.mark.parametrize("height", [1, 4, 7, 8])
 def test_images_two_by_two(height: int) -> None:
-    """Rows of 8 pixels: two images share vectors, with the bits that each has alone; NaN stays with its own."""
+    """Rows of 8 pixels: two images share vectors, with the bits each has alone; NaN stays with its own."""
     generator = torch.Generator().manual_seed(height)
     layout = random_layout(7, 7, 2, seed=3, dead=1)
     program = Program((7, height, 8))

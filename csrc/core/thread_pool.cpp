@@ -32,35 +32,120 @@ inline void relax() {
 #endif
 }
 
-// One running loop. A slot is reused only after all have left.
-struct alignas(128) Slot {
+inline void wait_a_little(int spin) {
+  if (spin < kSpins) {
+    relax();
+  } else {
+    std::this_thread::yield();
+  }
+}
+
+// Where others find a caller's loop. The next loop begins only after all have left the one before.
+class alignas(128) Slot {
+ public:
   std::atomic<bool> taken{false};
-  std::atomic<bool> open{false};
-  std::atomic<int> inside{0};
-  std::atomic<int> places{0};
-  alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) int64_t tasks = 0;
-  void (*body)(void*, int64_t) = nullptr;
-  void* context = nullptr;
-  std::atomic<bool> failed{false};
-  std::exception_ptr error;
+
+  void open(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+    tasks_ = tasks;
+    body_ = body;
+    context_ = context;
+    failed_.store(false, std::memory_order_relaxed);
+    error_ = nullptr;
+    next_.store(0, std::memory_order_relaxed);
+    places_.store(threads - 1, std::memory_order_relaxed);
+    open_.store(true, std::memory_order_seq_cst);
+  }
+
+  // The caller's share, and the wait for the others'.
+  std::exception_ptr finish() {
+    work();
+    open_.store(false, std::memory_order_seq_cst);
+    for (int spin = 0; inside_.load(std::memory_order_seq_cst) != 0; spin += spin < kSpins)
+      wait_a_little(spin);
+    std::exception_ptr error = error_;
+    error_ = nullptr;
+    return error;
+  }
+
+  void help() {
+    if (!open_.load(std::memory_order_acquire)) return;
+    inside_.fetch_add(1, std::memory_order_seq_cst);
+    // Checked again now that the caller waits for us: the loop may have ended in between.
+    if (open_.load(std::memory_order_seq_cst) && places_.fetch_sub(1, std::memory_order_relaxed) > 0) work();
+    inside_.fetch_sub(1, std::memory_order_seq_cst);
+  }
+
+ private:
+  void work() {
+    for (;;) {
+      const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks_) return;
+      try {
+        body_(context_, task);
+      } catch (...) {
+        if (!failed_.exchange(true)) error_ = std::current_exception();
+      }
+    }
+  }
+
+  std::atomic<bool> open_{false};
+  std::atomic<int> inside_{0};
+  std::atomic<int> places_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) int64_t tasks_ = 0;
+  void (*body_)(void*, int64_t) = nullptr;
+  void* context_ = nullptr;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
 };
 
+// A team of the caller's OpenMP runtime, for all loops that the caller runs while it lasts.
+class Team {
+ public:
+  // False within a task of the caller's own.
+  bool run(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+    if (running_) return false;
+    running_ = true;
+    slot_.open(threads, tasks, body, context);
+    generation_.fetch_add(1, std::memory_order_seq_cst);
+    std::exception_ptr error = slot_.finish();
+    running_ = false;
+    if (error) std::rethrow_exception(error);
+    return true;
+  }
+
+  void attend() {
+    uint64_t seen = 0;
+    for (int spin = 0; !over_.load(std::memory_order_acquire);) {
+      const uint64_t now = generation_.load(std::memory_order_seq_cst);
+      if (now != seen) {
+        seen = now;
+        slot_.help();
+        spin = 0;
+      } else {
+        wait_a_little(spin);
+        spin += spin < kSpins;
+      }
+    }
+  }
+
+  void dismiss() { over_.store(true, std::memory_order_release); }
+
+ private:
+  Slot slot_;
+  bool running_ = false;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<bool> over_{false};
+};
+
+// Threads of the core's own.
 class Pool {
  public:
-  // attended: others are in attend() for the caller's loops.
-  bool run(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context, bool attended) {
+  bool run(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
     Slot* slot = claim();
     if (slot == nullptr) return false;
-    if (!attended) grow(threads - 1);
-    slot->tasks = tasks;
-    slot->body = body;
-    slot->context = context;
-    slot->failed.store(false, std::memory_order_relaxed);
-    slot->error = nullptr;
-    slot->next.store(0, std::memory_order_relaxed);
-    slot->places.store(threads - 1, std::memory_order_relaxed);
-    slot->open.store(true, std::memory_order_seq_cst);
+    grow(threads - 1);
+    slot->open(threads, tasks, body, context);
     generation_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       {
@@ -68,38 +153,10 @@ class Pool {
       }
       wake_.notify_all();
     }
-    work(*slot);
-    slot->open.store(false, std::memory_order_seq_cst);
-    for (int spin = 0; slot->inside.load(std::memory_order_seq_cst) != 0; ++spin) {
-      if (spin < kSpins) {
-        relax();
-      } else {
-        std::this_thread::yield();
-      }
-    }
-    std::exception_ptr error = slot->error;
-    slot->error = nullptr;
+    std::exception_ptr error = slot->finish();
     slot->taken.store(false, std::memory_order_release);
     if (error) std::rethrow_exception(error);
     return true;
-  }
-
-  // Helps with loops until it is over.
-  void attend(const std::atomic<bool>& over) {
-    uint64_t seen = ~uint64_t{0};
-    for (int spin = 0; !over.load(std::memory_order_acquire); ++spin) {
-      const uint64_t now = generation_.load(std::memory_order_seq_cst);
-      if (now != seen) {
-        seen = now;
-        help();
-        spin = 0;
-      } else if (spin < kSpins) {
-        relax();
-      } else {
-        std::this_thread::yield();
-        spin = kSpins;
-      }
-    }
   }
 
  private:
@@ -125,34 +182,6 @@ class Pool {
     }
   }
 
-  static void work(Slot& slot) {
-    for (;;) {
-      const int64_t task = slot.next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= slot.tasks) return;
-      try {
-        slot.body(slot.context, task);
-      } catch (...) {
-        if (!slot.failed.exchange(true)) slot.error = std::current_exception();
-      }
-    }
-  }
-
-  bool help() {
-    bool helped = false;
-    for (Slot& slot : slots_) {
-      if (!slot.open.load(std::memory_order_acquire)) continue;
-      slot.inside.fetch_add(1, std::memory_order_seq_cst);
-      // Checked again now that the caller waits for us: the loop may have ended in between.
-      if (slot.open.load(std::memory_order_seq_cst) &&
-          slot.places.fetch_sub(1, std::memory_order_relaxed) > 0) {
-        helped = true;
-        work(slot);
-      }
-      slot.inside.fetch_sub(1, std::memory_order_seq_cst);
-    }
-    return helped;
-  }
-
   void loop() {
     uint64_t seen = ~uint64_t{0};
     for (;;) {
@@ -169,7 +198,7 @@ class Pool {
         continue;
       }
       seen = now;
-      help();
+      for (Slot& slot : slots_) slot.help();
     }
   }
 
@@ -182,15 +211,14 @@ class Pool {
 };
 
 std::atomic<Pool*> current{nullptr};
-std::atomic<TeamRunner> team{nullptr};
+std::atomic<TeamRunner> team_runner{nullptr};
 std::mutex creation;
-// On the caller of with_team, while a team attends to its loops.
-thread_local bool attended = false;
+thread_local Team* team = nullptr;  // the caller's, in with_team
 
 // A forked child has none of the parent's threads: it starts with a pool of its own (the old one is
 // abandoned), and an OpenMP runtime would wait for its own for ever.
 void forget_after_fork() {
-  team.store(nullptr);
+  team_runner.store(nullptr);
   current.store(nullptr);
   new (&creation) std::mutex;
 }
@@ -217,13 +245,15 @@ Pool& pool() {
 
 void use_team(TeamRunner runner) {
   mind_forks();
-  team.store(runner);
+  team_runner.store(runner);
 }
 
 void parallel_for_raw(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
   const auto loop = [&] {
     const int used = threads > tasks ? static_cast<int>(tasks) : threads;
-    if (used > 1 && pool().run(used, tasks, body, context, attended)) return;
+    if (used > 1 &&
+        (team != nullptr ? team->run(used, tasks, body, context) : pool().run(used, tasks, body, context)))
+      return;
     for (int64_t task = 0; task < tasks; ++task) body(context, task);
   };
   // The whole team whatever the number of tasks: a runtime lets threads go that a smaller one does not need.
@@ -232,7 +262,8 @@ void parallel_for_raw(int threads, int64_t tasks, void (*body)(void*, int64_t), 
 
 void with_team_raw(int threads, void (*body)(void*), void* context) {
   threads = std::min(threads, kMaxWorkers + 1);  // a runtime that cannot make a thread ends the process
-  const TeamRunner runner = threads > 1 && !attended ? team.load(std::memory_order_acquire) : nullptr;
+  const TeamRunner runner =
+      threads > 1 && team == nullptr ? team_runner.load(std::memory_order_acquire) : nullptr;
   if (runner == nullptr) {
     body(context);
     return;
@@ -240,25 +271,24 @@ void with_team_raw(int threads, void (*body)(void*), void* context) {
   struct Session {
     void (*body)(void*);
     void* context;
-    Pool& loops;
     std::thread::id caller;
     std::exception_ptr error;
-    std::atomic<bool> over{false};
-  } session = {body, context, pool(), std::this_thread::get_id(), nullptr};
+    Team team;
+  } session = {body, context, std::this_thread::get_id(), nullptr, {}};
   const auto part = [](void* self) {
     Session& s = *static_cast<Session*>(self);
     if (std::this_thread::get_id() != s.caller) {
-      s.loops.attend(s.over);
+      s.team.attend();
       return;
     }
-    attended = true;
+    team = &s.team;
     try {
       s.body(s.context);
     } catch (...) {
       s.error = std::current_exception();
     }
-    attended = false;
-    s.over.store(true, std::memory_order_release);
+    team = nullptr;
+    s.team.dismiss();
   };
   runner(part, &session, static_cast<unsigned>(threads), 0);
   if (session.error) std::rethrow_exception(session.error);

@@ -354,7 +354,8 @@ class Program:
             raise ValueError(f"x must be float32 on the cpu, got {x.dtype} on {x.device}")
         if x.dim() != 4 or tuple(x.shape[1:]) != self.input_shape:
             raise ValueError(f"x must be (N, {', '.join(map(str, self.input_shape))}), got {tuple(x.shape)}")
-        x = x.detach().contiguous()
+        if not x.is_contiguous():
+            x = x.detach().contiguous()
         channels, height, width = self.output_shape
         flat = self._steps[self._output - 1][0] in (_LINEAR, _FLATTEN)
         out = torch.empty((x.shape[0], channels) if flat else (x.shape[0], channels, height, width))
@@ -372,7 +373,7 @@ class Program:
         return out
 
     def memory(self) -> dict[str, int]:
-        """``weight_bytes``, ``arena_bytes`` (an image), ``scratch_bytes`` (a thread), count of ``arenas``.
+        """``weight_bytes``, ``arena_bytes`` (image or pair), ``scratch_bytes`` (thread), number of ``arenas``.
 
         Raises RuntimeError before build().
         """

@@ -136,6 +136,7 @@ class PackedNetwork(nn.Module):
         self._hidden: dict[str, nn.Module] = {"skeleton": skeleton}
         self._variants: dict[Any, nn.Module] = {}
         self._caches: dict[nn.Module, Any] = {}
+        self._fitting: torch.Size | None = None  # of one image tensor: the sizes that fitted last
         self._names = list(inspect.signature(skeleton.forward).parameters)
         # DistributedDataParallel would send these to all processes in each forward pass, and so mark them as
         # changed.
@@ -153,12 +154,19 @@ class PackedNetwork(nn.Module):
             return self.network(*args, **kwargs)
         if kwargs:
             args = self._positional(args, kwargs)
-        network = self.network_for(args)
-        if not torch.compiler.is_compiling():
-            cache = self._programs(network)
-            program = cache.find(args)
-            if program is not None:
-                return cache.run(program, args[0])
+        if torch.compiler.is_compiling():
+            return self.network_for(args)(*args)
+        # Sizes that fitted are not looked at again. (Tracers' tensors have types of their own.)
+        shape = args[0].shape if len(args) == 1 and type(args[0]) is torch.Tensor else None
+        if shape is not None and shape == self._fitting:
+            network = self.network
+        else:
+            network = self.network_for(args)
+            self._fitting = shape if network is self.network else None
+        cache = self._programs(network)
+        program = cache.find(args)
+        if program is not None:
+            return cache.run(program, args[0])
         return network(*args)
 
     def _programs(self, network: nn.Module) -> Any:

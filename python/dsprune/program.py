@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -155,6 +157,47 @@ def to_program(network: nn.Module, shape: tuple[int, ...]) -> tuple[Program | No
         return None, str(error).partition("\n")[0]
 
 
+_version = operator.attrgetter("_version")
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The tensors of a network and their versions. Asked before each call, when a program's own memory has
+    emptied the caches: loops are in C and touch little.
+    """
+
+    owners: tuple[dict[str, Any], ...] = ()
+    names: tuple[str, ...] = ()
+    tensors: tuple[torch.Tensor, ...] = ()
+    ids: tuple[int, ...] = ()
+    counted: tuple[torch.Tensor, ...] = ()  # those that have a version: tensors of inference mode have none
+    versions: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(network: nn.Module) -> _Weights:
+        found = [
+            (owner, name, tensor)
+            for module in network.modules()
+            for owner in (module._parameters, module._buffers)
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
+        if not found:
+            return _Weights()
+        owners, names, tensors = zip(*found, strict=True)
+        counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
+        return _Weights(
+            owners, names, tensors, tuple(map(id, tensors)), counted, tuple(map(_version, counted))
+        )
+
+    def unchanged(self) -> bool:
+        return (
+            bool(self.ids)
+            and tuple(map(id, map(operator.getitem, self.owners, self.names))) == self.ids
+            and tuple(map(_version, self.counted)) == self.versions
+        )
+
+
 class ProgramCache:
     """The programs of one packed graph by image size, made when first needed, dropped when weights change.
 
@@ -168,12 +211,13 @@ class ProgramCache:
         self.reason: str | None = None
         self._programs: OrderedDict[tuple[int, ...], tuple[Program | None, str | None]] = OrderedDict()
         self._lock = threading.Lock()
-        self._weights: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+        self._weights = _Weights()
         modules = list(network.modules())
         self._hooks: list[Any] = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
         self._hooks += [torch.nn.modules.module._global_forward_hooks]
         self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
         self._place: tuple[int, int] | None = None
+        self._alone = False  # the network returns the tensor itself
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ProgramCache, (self.network, self.backend))  # programs are made again where they are needed
@@ -190,10 +234,12 @@ class ProgramCache:
             return None, "the input is not one plain tensor of images"
         if x.dtype is not torch.float32 or x.device.type != "cpu":
             return None, f"the input is {x.dtype} on {x.device.type}; programs are float32 on the cpu"
-        if self._stale():
+        if not self._weights.unchanged():
             self._programs.clear()
-            self._weights = self._present_weights()
-        if torch.is_grad_enabled() and (x.requires_grad or any(w[2].requires_grad for w in self._weights)):
+            self._weights = _Weights.of(self.network)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(w.requires_grad for w in self._weights.tensors)
+        ):
             return None, "gradients are wanted"
         if any(self._hooks):
             return None, "a layer has hooks"
@@ -220,25 +266,14 @@ class ProgramCache:
             output = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
             leaves = list(output) if isinstance(output, (list, tuple)) else [output]
             self._place = (next(i for i, leaf in enumerate(leaves) if leaf is not None), len(leaves))
+            self._alone = len(leaves) == 1 and graph.process_outputs([x]) is x
+        result = program(x)
+        if self._alone:
+            return result
         place, count = self._place
         values: list[Any] = [None] * count
-        values[place] = program(x)
+        values[place] = result
         return graph.process_outputs(values)
-
-    def _present_weights(self) -> list[tuple[dict[str, Any], str, torch.Tensor, int]]:
-        out = []
-        for module in self.network.modules():
-            for owner in (module._parameters, module._buffers):
-                for name, tensor in owner.items():
-                    if tensor is not None:
-                        out.append((owner, name, tensor, -1 if tensor.is_inference() else tensor._version))
-        return out
-
-    def _stale(self) -> bool:
-        for owner, name, tensor, version in self._weights:
-            if owner[name] is not tensor or (version >= 0 and tensor._version != version):
-                return True
-        return not self._weights
 
     def _make(self, shape: tuple[int, ...]) -> tuple[Program | None, str | None]:
         if any(p.dtype is not torch.float32 for p in self.network.parameters()):

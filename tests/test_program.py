@@ -127,6 +127,52 @@ def test_two_convolutions_of_stride_2_read_one_result(
     close(program(x), torch.cat([F.adaptive_avg_pool2d(v, 3) for v in (ra, rb)], 1))
 
 
+def test_images_meet_halfway_through_a_network() -> None:
+    """Each image alone up to rows of 8 pixels, then two by two: what one leaves the other does not touch."""
+    generator = torch.Generator().manual_seed(1)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / (3 * shape[1] ** 0.5)
+
+    weights = [
+        weight(6, 3, 3, 3),
+        weight(8, 6, 3, 3),
+        weight(8, 6, 1, 1),
+        weight(10, 8, 3, 3),
+        weight(10, 8, 1, 1),
+    ]
+    weights += [weight(10, 10, 3, 3) for _ in range(3)]
+    program = Program((3, 32, 32))
+    y = program.conv2d(0, weights[0], padding=1, activation="relu")
+    for first, second in ((1, 2), (3, 4)):
+        a = program.conv2d(y, weights[first], stride=2, padding=1)
+        y = program.conv2d(y, weights[second], stride=2, residual=a, activation="relu")
+    early = y
+    for w in weights[5:]:
+        y = program.conv2d(y, w, padding=1, residual=y, activation="relu")
+    program.build(program.flatten(program.adaptive_avg_pool(program.concat([early, y]), 2)))
+    x = torch.randn(8, 3, 32, 32, generator=generator)
+    z = F.conv2d(x.double(), weights[0].double(), padding=1).relu()
+    for first, second in ((1, 2), (3, 4)):
+        a = F.conv2d(z, weights[first].double(), stride=2, padding=1)
+        z = (F.conv2d(z, weights[second].double(), stride=2) + a).relu()
+    early_z = z
+    for w in weights[5:]:
+        z = (F.conv2d(z, w.double(), padding=1) + z).relu()
+    expected = F.adaptive_avg_pool2d(torch.cat([early_z, z], 1), 2).flatten(1)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for batch in (8, 5, 2):
+                close(program(x[:batch]), expected[:batch])
+                assert torch.equal(
+                    program(x[:batch]), torch.cat([program(image[None]) for image in x[:batch]])
+                )
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("height", [1, 4, 7, 8])
 def test_images_two_by_two(height: int) -> None:
     """Rows of 8 pixels: two images share vectors, with the bits each has alone; NaN stays with its own."""
@@ -156,7 +202,11 @@ def test_images_two_by_two(height: int) -> None:
         z = (F.conv2d(z, layout.unpack(layout.pack(weight), 3).double(), padding=1) + z).relu()
     close(alone, torch.cat([z, F.max_pool2d(z, 3, 1, 1)], 1))
     x[4, 2, 0, 3] = float("nan")
-    spoilt = program(x)
+    try:
+        torch.set_num_threads(1)
+        spoilt = program(x)
+    finally:
+        torch.set_num_threads(threads)
     others = [n for n in range(9) if n != 4]
     assert spoilt[4].isnan().any()
     assert torch.equal(spoilt[others], alone[others])

@@ -261,8 +261,8 @@ void Program::choose_padding() {
   }
 }
 
-// So does one with stride 2 where even and odd columns lie apart: a convolution's result can be written so,
-// if nobody else reads it.
+// A convolution with stride 2 reads its input in place where even and odd columns lie apart. A convolution's
+// result can be written so if nobody else reads it.
 void Program::choose_columns_apart() {
   std::vector<bool> apart(values_.size(), false);
   for (size_t i = 0; i < steps_.size(); ++i)
@@ -307,6 +307,7 @@ void Program::choose_pairs() {
     step.layout.build_tiles(step.shape.out_plane(), y.planes, residual_pitch, kChunkBytes, step.of_pairs, -1,
                             true);
   }
+  if (first_pair_ == steps_.size()) return;
   for (size_t v = 1; v < values_.size(); ++v)
     values_[v].twice = values_[v].last_use >= static_cast<int64_t>(first_pair_);
 }

@@ -373,7 +373,7 @@ class Program:
         return out
 
     def memory(self) -> dict[str, int]:
-        """``weight_bytes``, ``arena_bytes`` (image or pair), ``scratch_bytes`` (thread), number of ``arenas``.
+        """``weight_bytes``, ``arena_bytes`` (image or pair), ``scratch_bytes`` (thread), ``arenas`` (number).
 
         Raises RuntimeError before build().
         """

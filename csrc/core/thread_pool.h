@@ -19,9 +19,9 @@ using TeamRunner = void (*)(void (*body)(void*), void* context, unsigned threads
 // others.
 void use_team(TeamRunner runner);
 
-// Runs body(context) on the caller. Where loops run on teams, one team stays for all the loops in it, so that a
-// loop waits for no thread that is not there yet: on a busy machine each such wait can take milliseconds. A loop
-// outside has a team of its own. A team helps nobody but its caller.
+// Runs body(context) on the caller. Where loops run on teams, one team stays for all the loops in it, so that
+// a loop waits for no thread that is not there yet: on a busy machine each such wait can take milliseconds. A
+// loop outside has a team of its own. A team helps nobody but its caller.
 void with_team_raw(int threads, void (*body)(void* context), void* context);
 
 template <typename F>

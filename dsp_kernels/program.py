@@ -398,6 +398,7 @@ class Program:
 
     def __del__(self) -> None:
         handle, native = getattr(self, "_handle", 0), getattr(self, "_native", None)
-        if handle and native is not None:
+        destroy = getattr(native, "program_destroy", None)  # gone while Python ends
+        if handle and destroy is not None:
             self._handle = 0
-            native.program_destroy(handle)
+            destroy(handle)

@@ -8,7 +8,7 @@
 namespace dsp {
 namespace DSP_ISA {
 
-constexpr int64_t kPart = 240;  // terms of a sum that are added one after the other
+constexpr int64_t kPart = 240;  // terms of a sum that are added one after the other: whole columns of three
 
 // What a block does rarely is out of line: a layer takes turns between several blocks, and the code of all of
 // them should stay in the instruction cache.
@@ -46,9 +46,11 @@ void block(const BlockArgs& a) {
   constexpr int kLastRow = KIND == kColumnBottom ? kRows - 2 : kRows - 1;
   const int64_t in_step = a.in_step;
   const int64_t in_hi = a.in_hi;
-  // Sums of many terms go by equal parts: their error then grows with a part's length, not with the whole.
+  // Sums of many terms go by equal parts: their error then grows with a part's length, not with the whole. No
+  // part ends within a column, so that steps of taps and of columns give the same bits.
   const int64_t parts = (a.steps * KH + kPart - 1) / kPart;
-  const int64_t length = parts > 1 ? (a.steps + parts - 1) / parts : a.steps;
+  const int64_t equal = parts > 1 ? (a.steps + parts - 1) / parts : a.steps;
+  const int64_t length = KH == 1 && parts > 1 ? (equal + 2) / 3 * 3 : equal;
   for (int64_t t = 0; t < a.n_tiles; ++t) {
     const Tile& tile = a.tiles[t];
     Vec acc[MF][NR];
@@ -73,14 +75,13 @@ void block(const BlockArgs& a) {
                                : (MODE == kMasked ? load_lanes(row, tile.lanes) : load(row));
         };
         DSP_UNROLL
-        for (int turn = 0; turn < KH; ++turn) {
-          // Rows are loaded when they are needed first: then those that are alive fit the registers. By 2 the
-          // last tap comes second, as it meets the first one's rows.
-          const int ky = kBy2 && turn > 0 ? KH - turn : turn;
+        for (int ky = 0; ky < KH; ++ky) {
+          // Rows are loaded when they are needed: then those that are alive fit the registers. By 2 each tap
+          // meets other rows than the one before.
           DSP_UNROLL
           for (int v = 0; v < NR; ++v) {
             const int row = kStride * v + ky;
-            const bool fresh = turn == 0 || v == NR - 1 || (kBy2 && ky == 1);
+            const bool fresh = ky == 0 || v == NR - 1 || kBy2;
             if (fresh && row >= kFirstRow && row <= kLastRow) load_row(row);
           }
           DSP_UNROLL

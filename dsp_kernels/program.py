@@ -73,6 +73,7 @@ class Program:
             )
         self.input_shape = shape
         self.output_shape: tuple[int, int, int] | None = None
+        self._output_sizes: tuple[int, ...] = ()  # of one image; a flat output's are its features alone
         self._steps: list[list[int]] = []
         self._floats: list[Tensor] = []
         self._n_floats = 0
@@ -336,7 +337,9 @@ class Program:
             raise ValueError(native.last_error())
         self._native = native
         self._handle = handle
-        self.output_shape = native.program_output(handle)
+        self.output_shape = channels, height, width = native.program_output(handle)
+        flat = self._steps[self._output - 1][0] in (_LINEAR, _FLATTEN)
+        self._output_sizes = (channels,) if flat else (channels, height, width)
 
     # ---- running ----
 
@@ -352,20 +355,23 @@ class Program:
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"x must be float32 on the cpu, got {x.dtype} on {x.device}")
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.input_shape:
-            raise ValueError(f"x must be (N, {', '.join(map(str, self.input_shape))}), got {tuple(x.shape)}")
+        shape = x.shape
+        if len(shape) != 4 or shape[1:] != self.input_shape:
+            raise ValueError(f"x must be (N, {', '.join(map(str, self.input_shape))}), got {tuple(shape)}")
+        return self._run(x, shape[0])
+
+    def _run(self, x: Tensor, batch: int) -> Tensor:
+        """A call whose x was checked. Each line here counts: the call before has emptied the caches."""
         if not x.is_contiguous():
             x = x.detach().contiguous()
-        channels, height, width = self.output_shape
-        flat = self._steps[self._output - 1][0] in (_LINEAR, _FLATTEN)
-        out = torch.empty((x.shape[0], channels) if flat else (x.shape[0], channels, height, width))
+        out = x.new_empty((batch, *self._output_sizes))
         status = self._native.program_run(
             self._handle,
             x.data_ptr(),
             x.numel(),
             out.data_ptr(),
             out.numel(),
-            x.shape[0],
+            batch,
             torch.get_num_threads(),
         )
         if status != 0:

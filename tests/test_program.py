@@ -253,6 +253,63 @@ def test_small_steps_match_torch() -> None:
     close(program(x), F.linear(rd.flatten(1), fc, bias).relu())
 
 
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (7, 7)])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("before", [None, "relu", "relu6"])
+@pytest.mark.parametrize("after", [None, "relu", "relu6"])
+def test_sums_take_the_place_of_their_residuals(
+    size: tuple[int, int], kernel: int, before: str | None, after: str | None
+) -> None:
+    """Dead filters with and without a bias; residuals that are read again, and others; one image and two."""
+    generator = torch.Generator().manual_seed(kernel)
+    layout = random_layout(6, 6, 2, seed=5, dead=2)
+    act = {None: lambda v: v, "relu": torch.relu, "relu6": F.relu6}
+    mask = layout.unpack(layout.pack(torch.ones(6, 6, kernel, kernel)), kernel)
+    dead = mask.flatten(1).sum(1) == 0
+    x = torch.randn(3, 6, *size, generator=generator)
+    for bias in (None, torch.randn(6, generator=generator), torch.randn(6, generator=generator) * ~dead):
+        for kept in (False, True):
+            program = Program((6, *size))
+            first = 4 * torch.randn(6, 6, 1, 1, generator=generator)
+            a = program.conv2d(0, first, activation=before)
+            weights = [torch.randn(6, 6, kernel, kernel, generator=generator) / 4 for _ in range(4)]
+            y, reference = a, act[before](F.conv2d(x.double(), first.double()))
+            start = reference
+            for w1, w2 in (weights[:2], weights[2:]):
+                h = program.conv(
+                    y, layout.pack(w1), layout, kernel_size=kernel, padding=kernel // 2, activation="relu"
+                )
+                y = program.conv(
+                    h,
+                    layout.pack(w2),
+                    layout,
+                    bias,
+                    kernel_size=kernel,
+                    padding=kernel // 2,
+                    residual=y,
+                    activation=after,
+                )
+                inner = F.conv2d(reference, (w1 * mask).double(), padding=kernel // 2).relu()
+                outer = F.conv2d(
+                    inner, (w2 * mask).double(), None if bias is None else bias.double(), padding=kernel // 2
+                )
+                reference = act[after](outer + reference)
+            if kept:
+                y, reference = program.add(y, a), reference + start
+            close(program.build(y)(x), reference)
+
+
+def test_the_default_dtype_is_no_matter() -> None:
+    program, x = small_network(), torch.randn(2, 3, 32, 32)
+    expected = program(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        out = program(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+
+
 def small_network() -> Program:
     generator = torch.Generator().manual_seed(5)
     program = Program((3, 32, 32))

@@ -368,6 +368,12 @@ DSP_INLINE void copy_row(float* dst, const float* from, int64_t count) {
   }
 }
 
+// Few values, as a rule: a call of memset would take longer.
+DSP_INLINE void clear_row(float* dst, int64_t count) {
+  for (int64_t j = 0; j < count; j += kLanes)
+    store_lanes(dst + j, zero(), static_cast<int>(count - j < kLanes ? count - j : kLanes));
+}
+
 // Every second of at most `width` values.
 DSP_INLINE void copy_even(float* dst, const float* from, int64_t count, int64_t width) {
   for (int64_t j = 0; j < count; j += kLanes) {
@@ -393,7 +399,7 @@ inline void gather(const GatherArgs& a) {
     if (a.ahead != 0) {
       for (int64_t j = 0; j < a.width; j += 16) __builtin_prefetch(from + a.ahead + j, 0, 2);
     }
-    for (int64_t j = 0; j < a.first; ++j) dst[j] = 0;
+    clear_row(dst, a.first);
     if (a.stride == 1) {
       copy_row(dst + a.first, from, real);
     } else if (a.stride == 2) {
@@ -401,7 +407,7 @@ inline void gather(const GatherArgs& a) {
     } else {
       for (int64_t j = 0; j < real; ++j) dst[a.first + j] = from[j * a.stride];
     }
-    for (int64_t j = a.last; j < a.count; ++j) dst[j] = 0;
+    clear_row(dst + a.last, a.count - a.last);
     dst += a.dst_pitch;
     from += a.from_pitch;
   }

@@ -53,6 +53,11 @@ int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padding, in
   return out;
 }
 
+// Whether results of activation `before` stay what they are under activation `after` (codes as in dsp.h).
+bool implies(int32_t before, int32_t after) {
+  return after == 0 || before == after || (before == 2 && after == 1);
+}
+
 }  // namespace
 
 int64_t Value::floats() const { return channels * planes.plane + kSlack; }
@@ -312,6 +317,20 @@ void Program::choose_pairs() {
     values_[v].twice = values_[v].last_use >= static_cast<int64_t>(first_pair_);
 }
 
+// The value in whose place result `v` may be written, or 0: a residual that nobody reads later lies like its
+// sum with it, and is read where the sum is written.
+size_t Program::overwritten(size_t v) const {
+  const Step& step = steps_[v - 1];
+  if (step.op != DSP_OP_CONV || step.inputs.size() < 2 || step.inputs[1] == step.inputs[0]) return 0;
+  const Value& old = values_[static_cast<size_t>(step.inputs[1])];
+  const Value& made = values_[v];
+  const bool alike = old.pad_h == made.pad_h && old.pad_w == made.pad_w &&
+                     old.planes.odd == made.planes.odd && old.planes.pitch == made.planes.pitch &&
+                     old.planes.plane == made.planes.plane;
+  const bool free = old.last_use == static_cast<int64_t>(v) - 1 && old.twice == made.twice;
+  return alike && free ? static_cast<size_t>(step.inputs[1]) : 0;
+}
+
 // Offsets by liveness. Padded values share memory only with values of the same layout, because their zeros
 // are written once, when an arena is made; the others go wherever there is room.
 void Program::plan_memory() {
@@ -328,6 +347,8 @@ void Program::plan_memory() {
       Value& value = values_[v];
       if (value.twice != twice) continue;
       const int64_t made = static_cast<int64_t>(v) - 1;
+      const size_t old = overwritten(v);
+      if (old != 0) steps_[v - 1].settled = implies(steps_[old - 1].activation, steps_[v - 1].activation);
       if (value.pad_h == 0 && value.pad_w == 0 && value.pad_middle == 0) {
         const int64_t size = (value.floats() + 15) / 16 * 16;
         std::vector<std::pair<int64_t, int64_t>> taken;
@@ -341,14 +362,15 @@ void Program::plan_memory() {
           if (piece.first >= at + size) break;
           at = std::max(at, piece.first + piece.second);
         }
-        value.offset = at;
-        end = std::max(end, at + size);
+        value.offset = old != 0 ? values_[old].offset : at;
+        end = std::max(end, value.offset + size);
         plain.push_back(v);
         continue;
       }
       Slot* found = nullptr;
       for (Slot& slot : slots) {
-        if (slot.busy_until < made && slot.pad_h == value.pad_h && slot.pad_w == value.pad_w &&
+        const bool vacant = old != 0 ? slot.values.back() == old : slot.busy_until < made;
+        if (vacant && slot.pad_h == value.pad_h && slot.pad_w == value.pad_w &&
             slot.pad_middle == value.pad_middle && slot.height == value.height && slot.width == value.width) {
           found = &slot;
           break;
@@ -462,6 +484,7 @@ void Program::fill_dead(const Step& step, const Place& at, int64_t result) const
       residual_pitch = planes.pitch;
     }
     const float value = step.bias.empty() ? 0.0f : step.bias[static_cast<size_t>(f)];
+    if (step.settled && value == 0.0f) continue;  // what is to be written is there
     kernels().fill(out + f * y.planes.plane, y.planes.pitch, y.planes.odd, residual, residual_pitch, value,
                    y.height, y.width, step.activation);
   }

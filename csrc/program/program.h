@@ -31,6 +31,7 @@ struct Step {
   bool include_pad = true;
   std::vector<float> weights, bias;
   // convolution
+  bool settled = false;  // its residual is where its result goes, and stays as it is if nothing is added
   std::vector<int32_t> plan;
   ConvShape shape{};
   ConvLayout layout;
@@ -59,6 +60,7 @@ class Program {
   void choose_columns_apart();
   void build_steps();
   void choose_pairs();
+  size_t overwritten(size_t v) const;
   void plan_memory();
   float* take_arena();
   void give_arena(float* arena);

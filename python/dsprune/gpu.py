@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dsp_kernels import GroupLayout, backends, cost
@@ -26,6 +25,7 @@ from dsp_kernels.conv import chain as chains
 from dsp_kernels.conv.triton import recording
 
 from .nn import PermutedGroupedConv2d
+from .watch import Watch
 
 __all__ = [
     "Capturer",
@@ -779,11 +779,7 @@ class GraphCache:
         self.reason: str | None = None
         self._graphs: OrderedDict[Any, tuple[Captured | None, str | None]] = OrderedDict()
         self._lock = threading.RLock()
-        self._weights: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
-        modules = list(network.modules())
-        self._hooks: list[Any] = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
-        self._hooks += [torch.nn.modules.module._global_forward_hooks]
-        self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
+        self._watch = Watch(network)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Graphs are made again where they are needed.
@@ -822,20 +818,11 @@ class GraphCache:
         refused = self.capturer.refuses(x)
         if refused is not None:
             return None, refused
-        if self._stale():
+        if self._watch.changed():
             self._graphs.clear()
-            self._weights = self._present_weights()
-        if torch.is_grad_enabled() and (x.requires_grad or any(w[2].requires_grad for w in self._weights)):
-            return None, "gradients are wanted"
-        if any(self._hooks):
-            return None, "a layer has hooks"
-        if (
-            _get_current_dispatch_mode() is not None
-            or torch.overrides._get_current_function_mode() is not None
-        ):
-            return None, "a torch mode wants to see every operator"
-        if torch.is_autocast_enabled(x.device.type):
-            return None, "autocast is on"
+        refused = self._watch.refuses(x)
+        if refused is not None:
+            return None, refused
         key = self._key(x)
         if key in self._graphs:
             self._graphs.move_to_end(key)
@@ -870,18 +857,3 @@ class GraphCache:
         if not all(isinstance(leaf, torch.Tensor) or leaf is None for leaf in tree_leaves(replay.outputs)):
             return None, "the network returns something else than tensors"
         return Captured(network, prediction, replay, threading.Lock()), None
-
-    def _present_weights(self) -> list[tuple[dict[str, Any], str, torch.Tensor, int]]:
-        out = []
-        for module in self.network.modules():
-            for owner in (module._parameters, module._buffers):
-                for name, tensor in owner.items():
-                    if tensor is not None:
-                        out.append((owner, name, tensor, -1 if tensor.is_inference() else tensor._version))
-        return out
-
-    def _stale(self) -> bool:
-        for owner, name, tensor, version in self._weights:
-            if owner[name] is not tensor or (version >= 0 and tensor._version != version):
-                return True
-        return not self._weights

@@ -136,7 +136,7 @@ class PackedNetwork(nn.Module):
         self._hidden: dict[str, nn.Module] = {"skeleton": skeleton}
         self._variants: dict[Any, nn.Module] = {}
         self._caches: dict[nn.Module, Any] = {}
-        self._fitting: torch.Size | None = None  # of one image tensor: the sizes that fitted last
+        self._fitting: tuple[Any, Any] = (None, None)  # one tensor's sizes, and the network that they fitted
         self._names = list(inspect.signature(skeleton.forward).parameters)
         # DistributedDataParallel would send these to all processes in each forward pass, and so mark them as
         # changed.
@@ -158,16 +158,13 @@ class PackedNetwork(nn.Module):
             return self.network_for(args)(*args)
         # Sizes that fitted are not looked at again. (Tracers' tensors have types of their own.)
         shape = args[0].shape if len(args) == 1 and type(args[0]) is torch.Tensor else None
-        if shape is not None and shape == self._fitting:
-            network = self.network
-        else:
+        known, network = self._fitting
+        if shape is None or shape != known or network is not self._modules["network"]:
             network = self.network_for(args)
-            self._fitting = shape if network is self.network else None
+            self._fitting = (shape, network) if network is self.network else (None, None)
         cache = self._programs(network)
-        program = cache.find(args)
-        if program is not None:
-            return cache.run(program, args[0])
-        return network(*args)
+        found = cache.find(args)
+        return network(*args) if found is None else cache.run(found, args[0])
 
     def _programs(self, network: nn.Module) -> Any:
         """What runs a fused network in one call: native programs on the CPU, CUDA graphs on a GPU."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dsp_kernels import backends
 from dsp_kernels.program import Program
 
 from .graph import aten
 from .nn import PermutedGroupedConv2d
+from .watch import Watch
 
 __all__ = ["ProgramCache", "to_program"]
 
@@ -157,47 +155,6 @@ def to_program(network: nn.Module, shape: tuple[int, ...]) -> tuple[Program | No
         return None, str(error).partition("\n")[0]
 
 
-_version = operator.attrgetter("_version")
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """The tensors of a network and their versions. Asked before each call, when a program's own memory has
-    emptied the caches: loops are in C and touch little.
-    """
-
-    owners: tuple[dict[str, Any], ...] = ()
-    names: tuple[str, ...] = ()
-    tensors: tuple[torch.Tensor, ...] = ()
-    ids: tuple[int, ...] = ()
-    counted: tuple[torch.Tensor, ...] = ()  # those that have a version: tensors of inference mode have none
-    versions: tuple[int, ...] = ()
-
-    @staticmethod
-    def of(network: nn.Module) -> _Weights:
-        found = [
-            (owner, name, tensor)
-            for module in network.modules()
-            for owner in (module._parameters, module._buffers)
-            for name, tensor in owner.items()
-            if tensor is not None
-        ]
-        if not found:
-            return _Weights()
-        owners, names, tensors = zip(*found, strict=True)
-        counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
-        return _Weights(
-            owners, names, tensors, tuple(map(id, tensors)), counted, tuple(map(_version, counted))
-        )
-
-    def unchanged(self) -> bool:
-        return (
-            bool(self.ids)
-            and tuple(map(id, map(operator.getitem, self.owners, self.names))) == self.ids
-            and tuple(map(_version, self.counted)) == self.versions
-        )
-
-
 class ProgramCache:
     """The programs of one packed graph by image size, made when first needed, dropped when weights change.
 
@@ -211,11 +168,7 @@ class ProgramCache:
         self.reason: str | None = None
         self._programs: OrderedDict[tuple[int, ...], tuple[Program | None, str | None]] = OrderedDict()
         self._lock = threading.Lock()
-        self._weights = _Weights()
-        modules = list(network.modules())
-        self._hooks: list[Any] = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
-        self._hooks += [torch.nn.modules.module._global_forward_hooks]
-        self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
+        self._watch = Watch(network)
         self._place: tuple[int, int] | None = None
         self._alone = False  # the network returns the tensor itself
 
@@ -230,34 +183,23 @@ class ProgramCache:
 
     def _find(self, args: tuple[Any, ...]) -> tuple[Program | None, str | None]:
         x = args[0]
-        if len(args) != 1 or type(x) is not torch.Tensor or x.dim() != 4:
+        if len(args) != 1 or type(x) is not torch.Tensor or len(shape := x.shape) != 4:
             return None, "the input is not one plain tensor of images"
-        if x.dtype is not torch.float32 or x.device.type != "cpu":
+        if x.dtype is not torch.float32 or not x.is_cpu:
             return None, f"the input is {x.dtype} on {x.device.type}; programs are float32 on the cpu"
-        if not self._weights.unchanged():
+        if self._watch.changed():
             self._programs.clear()
-            self._weights = _Weights.of(self.network)
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any(w.requires_grad for w in self._weights.tensors)
-        ):
-            return None, "gradients are wanted"
-        if any(self._hooks):
-            return None, "a layer has hooks"
-        if (
-            _get_current_dispatch_mode() is not None
-            or torch.overrides._get_current_function_mode() is not None
-        ):
-            return None, "a torch mode wants to see every operator"
-        if torch.is_autocast_enabled("cpu"):
-            return None, "autocast is on"
-        shape = tuple(x.shape[1:])
-        if shape in self._programs:
-            self._programs.move_to_end(shape)
+        refused = self._watch.refuses(x)
+        if refused is not None:
+            return None, refused
+        image = shape[1:]
+        if image in self._programs:
+            self._programs.move_to_end(image)
         else:
-            self._programs[shape] = self._make(shape)
+            self._programs[image] = self._make(tuple(image))
             if len(self._programs) > KEPT_PROGRAMS:
                 self._programs.popitem(last=False)
-        return self._programs[shape]
+        return self._programs[image]
 
     def run(self, program: Program, x: torch.Tensor) -> Any:
         """The program's result in the form in which the network returns it."""
@@ -267,7 +209,7 @@ class ProgramCache:
             leaves = list(output) if isinstance(output, (list, tuple)) else [output]
             self._place = (next(i for i, leaf in enumerate(leaves) if leaf is not None), len(leaves))
             self._alone = len(leaves) == 1 and graph.process_outputs([x]) is x
-        result = program(x)
+        result = program._run(x, x.shape[0])  # find() has seen to x
         if self._alone:
             return result
         place, count = self._place

@@ -75,6 +75,7 @@ class Program:
         self.output_shape: tuple[int, int, int] | None = None
         self._output_sizes: tuple[int, ...] = ()  # of one image; a flat output's are its features alone
         self._steps: list[list[int]] = []
+        self._flat = [False]  # by value: features alone
         self._floats: list[Tensor] = []
         self._n_floats = 0
         self._output = 0
@@ -100,11 +101,19 @@ class Program:
         self._n_floats += tensor.numel()
         return at
 
-    def _step(self, operation: int, *arguments: int) -> int:
+    def _step(self, operation: int, *arguments: int, flat: bool = False) -> int:
         if self._handle:
             raise RuntimeError("the program is built; make another one for other steps")
+        self._flat.append(flat)
         self._steps.append([operation, len(arguments) + 2, *arguments])
         return len(self._steps)
+
+    def is_flat(self, value: int) -> bool:
+        """Whether a value is a vector of features.
+
+        Raises: see :class:`Program`.
+        """
+        return self._flat[self._value("value", value)]
 
     def conv(
         self,
@@ -208,6 +217,7 @@ class Program:
             weight.shape[0],
             self._store("weight", weight),
             -1 if bias is None else self._store("bias", bias),
+            flat=True,
         )
 
     def max_pool(
@@ -270,15 +280,16 @@ class Program:
 
         Raises: see :class:`Program`.
         """
-        return self._step(_ADD, self._value("a", a), self._value("b", b), _activation(activation))
+        a, b = self._value("a", a), self._value("b", b)
+        return self._step(_ADD, a, b, _activation(activation), flat=self._flat[a] and self._flat[b])
 
     def relu(self, x: int) -> int:
         """max(x, 0)."""
-        return self._step(_ACTIVATION, self._value("x", x), 1)
+        return self._step(_ACTIVATION, self._value("x", x), 1, flat=self._flat[x])
 
     def relu6(self, x: int) -> int:
         """min(max(x, 0), 6)."""
-        return self._step(_ACTIVATION, self._value("x", x), 2)
+        return self._step(_ACTIVATION, self._value("x", x), 2, flat=self._flat[x])
 
     def affine(self, x: int, scale: Tensor, shift: Tensor, *, activation: str | None = None) -> int:
         """act(x * scale + shift), one scale and shift per channel: a BatchNorm that nothing took in.
@@ -295,15 +306,17 @@ class Program:
             self._store("scale", scale),
             self._store("shift", shift),
             _activation(activation),
+            flat=self._flat[self._value("x", x)],
         )
 
     def concat(self, values: Sequence[int]) -> int:
         """Channels of all values, one after the other."""
-        return self._step(_CONCAT, len(values), *(self._value("values", value) for value in values))
+        flat = all(self._flat[self._value("values", value)] for value in values)
+        return self._step(_CONCAT, len(values), *values, flat=flat)
 
     def flatten(self, x: int) -> int:
         """(channels, height, width) as one vector, as torch.flatten(x, 1)."""
-        return self._step(_FLATTEN, self._value("x", x))
+        return self._step(_FLATTEN, self._value("x", x), flat=True)
 
     def build(self, output: int) -> Program:
         """Checks shapes, lays out memory and weights.
@@ -338,8 +351,7 @@ class Program:
         self._native = native
         self._handle = handle
         self.output_shape = channels, height, width = native.program_output(handle)
-        flat = self._steps[self._output - 1][0] in (_LINEAR, _FLATTEN)
-        self._output_sizes = (channels,) if flat else (channels, height, width)
+        self._output_sizes = (channels,) if self._flat[self._output] else (channels, height, width)
 
     # ---- running ----
 

@@ -163,6 +163,55 @@ def test_changed_weights_are_noticed(how: str) -> None:
     assert not torch.equal(after, before)
 
 
+def test_a_replaced_layer_is_noticed() -> None:
+    packed, x, seen = packed_of(nets.Plain), torch.randn(1, 3, 16, 16), []
+    head = packed.network.head
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        packed(x)
+        packed.network.head = nn.Linear(head.in_features, 4, bias=False)
+        after = packed(x)
+        assert packed.program_reason is None and after.shape == (1, 4)
+        torch.testing.assert_close(after, packed.network(x), rtol=1e-5, atol=1e-6)
+        packed.network.head.bias = nn.Parameter(torch.ones(4))
+        torch.testing.assert_close(packed(x), after + 1, rtol=1e-5, atol=1e-6)
+        packed.network.head.register_forward_hook(lambda *_: seen.append(1))
+        packed(x)
+    assert seen == [1]
+
+
+def test_a_network_without_weights_keeps_its_program() -> None:
+    class Pool(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.max_pool2d(x, 2)
+
+    packed, x = dsprune.pack(Pool(), torch.randn(1, 3, 8, 8)), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(packed(x), F.max_pool2d(x, 2))
+        assert cache(packed).find((x,)) is cache(packed).find((x,)) is not None
+
+
+@pytest.mark.parametrize("last", ["relu", "sum"])
+def test_flat_outputs(last: str) -> None:
+    """Of a step that is neither a linear layer nor a flattening."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x).mean((2, 3))
+            return F.relu(self.a(x)) if last == "relu" else self.a(x) + self.b(x)
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 3, 8, 8)
+    packed = dsprune.pack(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), model(x), rtol=1e-5, atol=1e-6)
+    assert packed.program_reason is None
+
+
 def test_dtype_changes_are_noticed() -> None:
     packed, x = packed_of(nets.Plain), torch.randn(1, 3, 16, 16)
     with torch.no_grad():
@@ -177,7 +226,18 @@ def test_inference_mode() -> None:
         expected = packed(x)
     with torch.inference_mode():
         assert torch.equal(packed(x), expected)
-        assert torch.equal(packed_of(nets.Plain)(x), expected)
+        made_there = packed_of(nets.Plain)
+        assert torch.equal(made_there(x), expected) and made_there.program_reason is None
+        head = made_there.network.head
+        assert isinstance(head, nn.Linear)
+        head.weight.mul_(2)
+        assert not torch.equal(made_there(x), expected)
+        # A weight that does not tell when it is written: layers run.
+        head.weight = nn.Parameter(head.weight.clone())
+        for _ in range(2):
+            head.weight.mul_(2)
+            torch.testing.assert_close(made_there(x), made_there.network(x))
+        assert "inference mode" in (made_there.program_reason or "")
 
 
 def test_few_sizes_are_kept() -> None:

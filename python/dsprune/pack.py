@@ -354,6 +354,7 @@ def _differ(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> Non
                     )
 
 
+@torch.inference_mode(False)  # weights made in that mode could not tell a program when they are written
 def pack(
     model: nn.Module, example_input: Any, *, train: bool = False, backend: str | None = None
 ) -> PackedNetwork:

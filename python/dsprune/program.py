@@ -33,7 +33,6 @@ class _Builder(fx.Interpreter):
     def __init__(self, network: fx.GraphModule, shape: tuple[int, ...]) -> None:
         super().__init__(network, garbage_collect_values=False)
         self.program = Program(shape)
-        self.flat: set[int] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_function" and n.target is aten.sym_size.int:
@@ -83,14 +82,10 @@ class _Builder(fx.Interpreter):
                 groups=layer.groups,
             )
         if isinstance(layer, nn.Linear):
-            if x not in self.flat:
+            if not program.is_flat(x):
                 raise _Unsupported(f"{target} is a linear layer on more than a vector")
-            return self._flat(program.linear(x, layer.weight, layer.bias))
+            return program.linear(x, layer.weight, layer.bias)
         raise _Unsupported(f"{target} is a {type(layer).__name__}")
-
-    def _flat(self, value: int) -> int:
-        self.flat.add(value)
-        return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         program = self.program
@@ -98,14 +93,14 @@ class _Builder(fx.Interpreter):
         if target in IDENTITY:
             return x
         if target is aten.relu.default:
-            return self._like(program.relu(x), x)
+            return program.relu(x)
         clamped = target is aten.hardtanh.default and [float(a) for a in args[1:]] == [0.0, 6.0]
         if target is aten.relu6.default or clamped:
-            return self._like(program.relu6(x), x)
+            return program.relu6(x)
         if target is aten.add.Tensor and not kwargs and all(type(a) is int for a in args):
-            if (args[0] in self.flat) != (args[1] in self.flat):
+            if program.is_flat(args[0]) != program.is_flat(args[1]):
                 raise _Unsupported("an addition of a vector and an image")
-            return self._like(program.add(*args), x)
+            return program.add(*args)
         if target is aten.max_pool2d.default:
             return program.max_pool(x, *args[1:], **kwargs)
         if target is aten.avg_pool2d.default and len(args) <= 6:
@@ -113,26 +108,23 @@ class _Builder(fx.Interpreter):
             return program.avg_pool(x, args[1], stride, *args[3:], **kwargs)
         if target in (aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default):
             return program.adaptive_avg_pool(x, args[1])
-        if target is aten.mean.dim and not kwargs and x not in self.flat:
+        if target is aten.mean.dim and not kwargs and not program.is_flat(x):
             dims = {d % 4 for d in ([args[1]] if isinstance(args[1], int) else args[1])}
             if dims == {2, 3}:
                 pooled = program.adaptive_avg_pool(x, 1)
                 keep = len(args) > 2 and bool(args[2])
-                return pooled if keep else self._flat(program.flatten(pooled))
+                return pooled if keep else program.flatten(pooled)
         if target is torch.flatten and tuple(args[1:]) == (1,):
-            return self._flat(program.flatten(x))
+            return program.flatten(x)
         joins_channels = target is aten.cat.default and len(args) > 1 and args[1] == 1
-        if joins_channels and not any(v in self.flat for v in x):
+        if joins_channels and not any(map(program.is_flat, x)):
             return program.concat(x)
-        if target is F.batch_norm and x not in self.flat:
+        if target is F.batch_norm and not program.is_flat(x):
             mean, var, weight, bias = args[1:5]
             scale = torch.rsqrt(var.double() + args[7]) * (1.0 if weight is None else weight.double())
             shift = -mean.double() * scale + (0.0 if bias is None else bias.double())
             return program.affine(x, scale.float(), shift.float())
         raise _Unsupported(f"operator {target}")
-
-    def _like(self, value: int, x: int) -> int:
-        return self._flat(value) if x in self.flat else value
 
 
 def to_program(network: nn.Module, shape: tuple[int, ...]) -> tuple[Program | None, str | None]:

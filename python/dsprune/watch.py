@@ -9,57 +9,64 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .nn import PermutedGroupedConv2d
-
 __all__ = ["Watch"]
 
 _version = operator.attrgetter("_version")
 
 
 class Watch:
-    """Watches the weights and hooks of a network for those who run it in one call.
+    """Watches the layers, weights and hooks of a network for those who run it in one call.
 
     It is asked before each call, and a long call before has emptied the caches: loops are in C and touch
-    little. Writing weights through ``.data`` goes unseen, and so does writing what packed layers derive from
-    their layouts.
+    little. Writing weights through ``.data`` goes unseen, and so does writing a packed layer's plan.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
+        self._known = False
+        # What each name stood for: layers, parameters and buffers, None where there was none.
         self._owners: tuple[dict[str, Any], ...] = ()
         self._names: tuple[str, ...] = ()
-        self._tensors: tuple[torch.Tensor, ...] = ()
-        self._counted: tuple[torch.Tensor, ...] = ()  # tensors of inference mode have no version
+        self._things: tuple[Any, ...] = ()
+        self._weights: list[torch.Tensor] = []
         self._versions: tuple[int, ...] = ()
-        modules = list(network.modules())
-        self._hooks: list[Any] = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
-        self._hooks += [torch.nn.modules.module._global_forward_hooks]
-        self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
+        self._uncounted = False
+        self._hooks: list[Any] = []
 
     def changed(self) -> bool:
-        """Whether weights are others than at the last call of this method; True at the first."""
+        """Whether layers or weights are others than at the last call of this method; True at the first."""
         if (
-            self._tensors
-            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._tensors))
-            and tuple(map(_version, self._counted)) == self._versions
+            self._known
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._things))
+            and (self._uncounted or tuple(map(_version, self._weights)) == self._versions)
         ):
             return False
-        found = [
-            (owner, name, tensor)
-            for module in self._network.modules()
-            for owner in (module._parameters, module._buffers)
-            if not (owner is module._buffers and isinstance(module, PermutedGroupedConv2d))
-            for name, tensor in owner.items()
-            if tensor is not None
+        modules = list(self._network.modules())
+        entries = [
+            (owner, name, thing)
+            for module in modules
+            for owner in (module._modules, module._parameters, module._buffers)
+            for name, thing in owner.items()
+            if name != "blank"  # a packed layer's: moves with its plan
         ]
-        self._owners, self._names, self._tensors = zip(*found, strict=True) if found else ((), (), ())
-        self._counted = tuple(tensor for tensor in self._tensors if not tensor.is_inference())
-        self._versions = tuple(map(_version, self._counted))
+        self._owners, self._names, self._things = zip(*entries, strict=True) if entries else ((), (), ())
+        tensors = [thing for thing in self._things if isinstance(thing, torch.Tensor)]
+        self._weights = [tensor for tensor in tensors if tensor.is_floating_point()]
+        self._uncounted = any(tensor.is_inference() for tensor in self._weights)
+        self._versions = () if self._uncounted else tuple(map(_version, self._weights))
+        self._hooks = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
+        self._hooks += [torch.nn.modules.module._global_forward_hooks]
+        self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
+        self._known = True
         return True
 
     def refuses(self, x: torch.Tensor) -> str | None:
-        """Why a call with ``x`` must go through the layers; None where nobody would see the difference."""
-        if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self._tensors)):
+        """Why a call with ``x`` must go through the layers; None where nobody would see the difference. Goes
+        by what ``changed`` has found.
+        """
+        if self._uncounted:
+            return "weights made in inference mode do not tell when they are written"
+        if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self._weights)):
             return "gradients are wanted"
         if any(self._hooks):
             return "a layer has hooks"

@@ -25,6 +25,9 @@ def main() -> int:
     parser.add_argument("--layers", action="store_true", help="single layers in place of whole networks")
     parser.add_argument("--only", default="", help="only networks whose name holds this")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each form in each cell")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often each cell is measured: the median counts (networks)"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
         "--no-inductor", action="store_true", help="leave out Inductor, which compiles for minutes"
@@ -43,6 +46,8 @@ def main() -> int:
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():
             parser.error(f"--{name}: {folder} is no folder")
+    if options.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     keep_freed_memory()
     if options.layers:
         measured = layers.run(
@@ -62,6 +67,7 @@ def main() -> int:
         checkpoints=options.checkpoints,
         authors=options.authors,
         seconds=0.1 if options.quick else options.seconds,
+        rounds=1 if options.quick else options.rounds,
         threads=tuple(options.threads),
         inductor=not (options.no_inductor or options.quick),
         memory=not (options.no_memory or options.quick),

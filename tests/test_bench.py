@@ -39,7 +39,7 @@ def tiny_case() -> cases.Case:
 
 @cache
 def tiny_rows() -> list[dict[str, Any]]:
-    return networks.run_case(tiny_case(), (1,), 0.01, False, None, lambda text: None)
+    return networks.run_case(tiny_case(), (1,), 0.01, False, None, lambda text: None, rounds=2)
 
 
 def test_random_structure_meets_its_cut() -> None:
@@ -52,6 +52,10 @@ def test_a_network_is_compared_before_it_is_timed() -> None:
     (row,) = tiny_rows()
     assert row["outputs_agree"] and row["difference"] < 1e-4
     assert set(row["times_ms"]) == {"eager", "channels_last", "TorchScript", "packed"}
+    first, second = row["rounds_ms"]
+    assert all(
+        time == pytest.approx((first[name] + second[name]) / 2) for name, time in row["times_ms"].items()
+    )
     assert row["speed_up"] == row["times_ms"][row["best_dense"]] / row["times_ms"]["packed"]
 
 

@@ -282,6 +282,20 @@ def test_another_size_plans_again_and_is_kept() -> None:
     assert difference(copy.deepcopy(model).double(), packed, odd.double()) < 1e-5
 
 
+def test_another_size_in_inference_mode_runs_as_without() -> None:
+    """Weights made in that mode would keep the network planned again from being one program."""
+    model = pruned(nets.SizeBranch)
+    reasons = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        packed = dsprune.pack(model, torch.randn(1, 4, 16, 16))
+        with mode():
+            packed(torch.randn(2, 4, 15, 15))
+        (kept,) = packed._variants.values()
+        assert not any(p.is_inference() for p in kept.parameters())
+        reasons.append(packed._programs(kept).reason)
+    assert reasons[0] == reasons[1]
+
+
 def test_wrong_rank_is_refused() -> None:
     packed = dsprune.pack(pruned(nets.Plain), torch.randn(1, 3, 16, 16))
     with pytest.raises(ValueError, match="expected a tensor of 4 dimensions"):

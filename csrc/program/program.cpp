@@ -350,6 +350,11 @@ void Program::plan_memory() {
       const size_t old = overwritten(v);
       if (old != 0) steps_[v - 1].settled = implies(steps_[old - 1].activation, steps_[v - 1].activation);
       if (value.pad_h == 0 && value.pad_w == 0 && value.pad_middle == 0) {
+        if (old != 0) {
+          value.offset = values_[old].offset;
+          plain.push_back(v);
+          continue;
+        }
         const int64_t size = (value.floats() + 15) / 16 * 16;
         std::vector<std::pair<int64_t, int64_t>> taken;
         for (const size_t other : plain) {
@@ -362,8 +367,8 @@ void Program::plan_memory() {
           if (piece.first >= at + size) break;
           at = std::max(at, piece.first + piece.second);
         }
-        value.offset = old != 0 ? values_[old].offset : at;
-        end = std::max(end, value.offset + size);
+        value.offset = at;
+        end = std::max(end, at + size);
         plain.push_back(v);
         continue;
       }

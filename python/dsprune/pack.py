@@ -220,12 +220,13 @@ class PackedNetwork(nn.Module):
         key = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in args)
         if key not in self._variants:
             reference = next(self.network.parameters(), None)
-            try:
-                network = lower(trace(self.dense_model(), args), self.backend)
-            except (ExportError, ValueError) as error:
-                raise ValueError(f"x: the network does not take sizes {list(key)} ({error})") from error
-            if reference is not None:
-                network = network.to(device=reference.device, dtype=reference.dtype)
+            with torch.inference_mode(False):  # as for pack
+                try:
+                    network = lower(trace(self.dense_model(), args), self.backend)
+                except (ExportError, ValueError) as error:
+                    raise ValueError(f"x: the network does not take sizes {list(key)} ({error})") from error
+                if reference is not None:
+                    network = network.to(device=reference.device, dtype=reference.dtype)
             self._variants[key] = network
         return self._variants[key]
 

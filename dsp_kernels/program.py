@@ -7,6 +7,7 @@ allocated or dispatched between layers. float32 on the CPU only; what is not her
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from .backends import native_module
 from .layout import GroupLayout
 
-__all__ = ["Program"]
+__all__ = ["Program", "Value"]
 
 _MAGIC = 0x44535047
 _ACTIVATIONS = {None: 0, "none": 0, "relu": 1, "relu6": 2}
@@ -39,15 +40,28 @@ def _activation(name: str | None) -> int:
     return _ACTIVATIONS[name]
 
 
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What a step of a program makes, or its input: (channels, height, width) of an image, or a vector of
+    features (``flat``). Steps of the same program take it; numbers and tensors are no values.
+    """
+
+    program: Program
+    number: int  # 0: the input; else that of the step
+    flat: bool
+
+    def __repr__(self) -> str:
+        return f"Value({self.number})"
+
+
 class Program:
     """A network built step by step, then called.
 
     ``program = Program((3, 32, 32)); y = program.conv2d(program.input, weight); program.build(y);
-    out = program(x)``. Each step returns the number of the value that it makes, which later steps name; 0,
-    ``program.input``, is the input. A value is (channels, height, width) of an image, or a vector of
-    features. Weights are float32 on the CPU, and are copied when the program is built. Calls from several
-    threads at once are fine, the result does not depend on the number of threads, and a program can be copied
-    and pickled (it is then built again, from the tensors as they are at that time).
+    out = program(x)``. Each step takes values (``Value``) and returns the one that it makes;
+    ``program.input`` is the input. Weights are float32 on the CPU, and are copied when the program is built.
+    Calls from several threads at once are fine, the result does not depend on the number of threads, and a
+    program can be copied and pickled (it is then built again, from the tensors as they are at that time).
 
     Each step takes sizes as an int or (vertical, horizontal), in pixels, and activations None, "relu" or
     "relu6".
@@ -57,13 +71,11 @@ class Program:
             each call.
 
     Raises:
-        ValueError: ``input_shape`` is another. Steps: TypeError for a weight that is no tensor, ValueError,
-        naming the argument, for weights of another shape, dtype or device, a value that the program does not
-        have, or an unknown activation; RuntimeError for a step after ``build``. Shapes that do not fit one
-        another are found by ``build``.
+        ValueError: ``input_shape`` is another. Steps: TypeError, naming the argument, for a weight that is no
+        tensor, or a number or anything else in the place of a value; ValueError for weights of another shape,
+        dtype or device, a value of another program, or an unknown activation; RuntimeError for a step after
+        ``build``. Shapes that do not fit one another are found by ``build``.
     """
-
-    input = 0
 
     def __init__(self, input_shape: Sequence[int]) -> None:
         shape = tuple(int(size) for size in input_shape)
@@ -75,21 +87,27 @@ class Program:
         self.output_shape: tuple[int, int, int] | None = None
         self._output_sizes: tuple[int, ...] = ()  # of one image; a flat output's are its features alone
         self._steps: list[list[int]] = []
-        self._flat = [False]  # by value: features alone
         self._floats: list[Tensor] = []
         self._n_floats = 0
         self._output = 0
+        self._output_flat = False
         self._handle = 0
         self._native: Any = None
 
     # ---- building ----
 
-    def _value(self, name: str, value: int) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= len(self._steps):
-            raise ValueError(
-                f"{name} must be a value of this program, 0 to {len(self._steps)}, got {value!r}"
-            )
-        return value
+    @property
+    def input(self) -> Value:
+        """The images that the program is called with."""
+        return Value(self, 0, False)
+
+    def _value(self, name: str, value: Value) -> int:
+        """The number of one of this program's values."""
+        if not isinstance(value, Value):
+            raise TypeError(f"{name} must be a value of this program, got {type(value).__name__} {value!r}")
+        if value.program is not self:
+            raise ValueError(f"{name} must be a value of this program, got one of another program")
+        return value.number
 
     def _store(self, name: str, tensor: Tensor) -> int:
         if not isinstance(tensor, Tensor):
@@ -101,23 +119,15 @@ class Program:
         self._n_floats += tensor.numel()
         return at
 
-    def _step(self, operation: int, *arguments: int, flat: bool = False) -> int:
+    def _step(self, operation: int, *arguments: int, flat: bool = False) -> Value:
         if self._handle:
             raise RuntimeError("the program is built; make another one for other steps")
-        self._flat.append(flat)
         self._steps.append([operation, len(arguments) + 2, *arguments])
-        return len(self._steps)
-
-    def is_flat(self, value: int) -> bool:
-        """Whether a value is a vector of features.
-
-        Raises: see :class:`Program`.
-        """
-        return self._flat[self._value("value", value)]
+        return Value(self, len(self._steps), flat)
 
     def conv(
         self,
-        x: int,
+        x: Value,
         weight: Tensor,
         layout: GroupLayout,
         bias: Tensor | None = None,
@@ -126,14 +136,14 @@ class Program:
         stride: IntPair = 1,
         padding: IntPair = 0,
         dilation: IntPair = 1,
-        residual: int | None = None,
+        residual: Value | None = None,
         activation: str | None = None,
-    ) -> int:
+    ) -> Value:
         """act(conv + bias + residual), permuted and grouped; ``weight`` as ``layout.pack`` gives it.
 
         Raises: see :class:`Program`.
         """
-        self._value("x", x)
+        source = self._value("x", x)
         kernel = _pair("kernel_size", kernel_size)
         if weight.dim() != 1 or weight.numel() != layout.weight_numel(kernel):
             raise ValueError(
@@ -144,7 +154,7 @@ class Program:
         plan = layout.plan().tolist()
         return self._step(
             _CONV,
-            x,
+            source,
             -1 if residual is None else self._value("residual", residual),
             _activation(activation),
             *kernel,
@@ -159,7 +169,7 @@ class Program:
 
     def conv2d(
         self,
-        x: int,
+        x: Value,
         weight: Tensor,
         bias: Tensor | None = None,
         *,
@@ -167,9 +177,9 @@ class Program:
         padding: IntPair = 0,
         dilation: IntPair = 1,
         groups: int = 1,
-        residual: int | None = None,
+        residual: Value | None = None,
         activation: str | None = None,
-    ) -> int:
+    ) -> Value:
         """An ordinary convolution; ``weight`` is (out, in / groups, kh, kw). Depthwise is groups = in.
 
         Raises: see :class:`Program`.
@@ -200,8 +210,8 @@ class Program:
         )
 
     def linear(
-        self, x: int, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
-    ) -> int:
+        self, x: Value, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+    ) -> Value:
         """act(weight @ x + bias) of a flat value; ``weight`` is (out, in).
 
         Raises: see :class:`Program`.
@@ -222,13 +232,13 @@ class Program:
 
     def max_pool(
         self,
-        x: int,
+        x: Value,
         kernel_size: IntPair,
         stride: IntPair | None = None,
         padding: IntPair = 0,
         dilation: IntPair = 1,
         ceil_mode: bool = False,
-    ) -> int:
+    ) -> Value:
         """As torch.nn.functional.max_pool2d.
 
         Raises: see :class:`Program`.
@@ -246,13 +256,13 @@ class Program:
 
     def avg_pool(
         self,
-        x: int,
+        x: Value,
         kernel_size: IntPair,
         stride: IntPair | None = None,
         padding: IntPair = 0,
         ceil_mode: bool = False,
         count_include_pad: bool = True,
-    ) -> int:
+    ) -> Value:
         """As torch.nn.functional.avg_pool2d without divisor_override.
 
         Raises: see :class:`Program`.
@@ -268,30 +278,30 @@ class Program:
             int(count_include_pad),
         )
 
-    def adaptive_avg_pool(self, x: int, output_size: IntPair) -> int:
+    def adaptive_avg_pool(self, x: Value, output_size: IntPair) -> Value:
         """As torch.nn.functional.adaptive_avg_pool2d; 1 is the mean over each plane.
 
         Raises: see :class:`Program`.
         """
         return self._step(_ADAPTIVE, self._value("x", x), *_pair("output_size", output_size))
 
-    def add(self, a: int, b: int, *, activation: str | None = None) -> int:
+    def add(self, a: Value, b: Value, *, activation: str | None = None) -> Value:
         """act(a + b) of two values of one shape.
 
         Raises: see :class:`Program`.
         """
-        a, b = self._value("a", a), self._value("b", b)
-        return self._step(_ADD, a, b, _activation(activation), flat=self._flat[a] and self._flat[b])
+        numbers = self._value("a", a), self._value("b", b)
+        return self._step(_ADD, *numbers, _activation(activation), flat=a.flat and b.flat)
 
-    def relu(self, x: int) -> int:
+    def relu(self, x: Value) -> Value:
         """max(x, 0)."""
-        return self._step(_ACTIVATION, self._value("x", x), 1, flat=self._flat[x])
+        return self._step(_ACTIVATION, self._value("x", x), 1, flat=x.flat)
 
-    def relu6(self, x: int) -> int:
+    def relu6(self, x: Value) -> Value:
         """min(max(x, 0), 6)."""
-        return self._step(_ACTIVATION, self._value("x", x), 2, flat=self._flat[x])
+        return self._step(_ACTIVATION, self._value("x", x), 2, flat=x.flat)
 
-    def affine(self, x: int, scale: Tensor, shift: Tensor, *, activation: str | None = None) -> int:
+    def affine(self, x: Value, scale: Tensor, shift: Tensor, *, activation: str | None = None) -> Value:
         """act(x * scale + shift), one scale and shift per channel: a BatchNorm that nothing took in.
 
         Raises: see :class:`Program`.
@@ -306,32 +316,32 @@ class Program:
             self._store("scale", scale),
             self._store("shift", shift),
             _activation(activation),
-            flat=self._flat[self._value("x", x)],
+            flat=x.flat,
         )
 
-    def concat(self, values: Sequence[int]) -> int:
+    def concat(self, values: Sequence[Value]) -> Value:
         """Channels of all values, one after the other."""
-        flat = all(self._flat[self._value("values", value)] for value in values)
-        return self._step(_CONCAT, len(values), *values, flat=flat)
+        numbers = [self._value("values", value) for value in values]
+        return self._step(_CONCAT, len(numbers), *numbers, flat=all(value.flat for value in values))
 
-    def flatten(self, x: int) -> int:
+    def flatten(self, x: Value) -> Value:
         """(channels, height, width) as one vector, as torch.flatten(x, 1)."""
         return self._step(_FLATTEN, self._value("x", x), flat=True)
 
-    def build(self, output: int) -> Program:
+    def build(self, output: Value) -> Program:
         """Checks shapes, lays out memory and weights.
 
         ``output``: the value to return, that of a step. Returns the program itself.
 
-        Raises ValueError for another ``output``, or with the core's text where shapes do not fit one another;
-        RuntimeError where there is no compiled module, or the program is built already.
+        Raises TypeError or ValueError for another ``output``, ValueError with the core's text where shapes do
+        not fit one another; RuntimeError where there is no compiled module, or the program is built already.
         """
-        self._value("output", output)
-        if output == 0:
+        number = self._value("output", output)
+        if number == 0:
             raise ValueError("output must be the value of a step, got the input")
         if self._handle:
             raise RuntimeError("the program is built already")
-        self._output = output
+        self._output, self._output_flat = number, output.flat
         self._create()
         return self
 
@@ -351,7 +361,7 @@ class Program:
         self._native = native
         self._handle = handle
         self.output_shape = channels, height, width = native.program_output(handle)
-        self._output_sizes = (channels,) if self._flat[self._output] else (channels, height, width)
+        self._output_sizes = (channels,) if self._output_flat else (channels, height, width)
 
     # ---- running ----
 

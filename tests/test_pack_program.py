@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import nets
@@ -267,3 +268,76 @@ def test_more_than_one_input_has_no_program() -> None:
     program, reason = to_program(torch.fx.symbolic_trace(Two()), (3, 8, 8))
     assert program is None and reason == "the network takes more than one input"
     assert to_program(nn.Linear(2, 2), (3, 8, 8)) == (None, "the network is no exported graph")
+
+
+# Operators that take a number, with the number on either side and in every form that torch takes.
+WITH_NUMBERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "x + 0": lambda x: x + 0,
+    "x + 1": lambda x: x + 1,
+    "x + 2": lambda x: x + 2,
+    "3 + x": lambda x: 3 + x,
+    "x + 1.0": lambda x: x + 1.0,
+    "x + True": lambda x: x + True,
+    "x += 1": lambda x: x.clone().add_(1),
+    "x + tensor": lambda x: x + torch.tensor(1),
+    "x + a tensor of one": lambda x: x + torch.tensor([1.0]),
+    "x - 1": lambda x: x - 1,
+    "1 - x": lambda x: 1 - x,
+    "rsub": lambda x: torch.rsub(x, 1, alpha=2),
+    "x * 2": lambda x: x * 2,
+    "2 * x": lambda x: 2 * x,
+    "x / 2": lambda x: x / 2,
+    "1 / x": lambda x: 1 / (x.abs() + 1),
+    "x // 1": lambda x: x // 1,
+    "x % 2": lambda x: x % 2,
+    "x ** 2": lambda x: x**2,
+    "2 ** x": lambda x: 2**x,
+    "add, alpha": lambda x: torch.add(x, x, alpha=2),
+    "sub, alpha": lambda x: torch.sub(x, x.relu(), alpha=2),
+    "add 1, alpha": lambda x: torch.add(x, 1, alpha=2),
+    "clamp": lambda x: x.clamp(0, 1),
+    "clamp from below": lambda x: x.clamp(min=1),
+    "clamp from above": lambda x: x.clamp(max=1),
+    "hardtanh": lambda x: F.hardtanh(x, 0, 2),
+    "maximum": lambda x: torch.maximum(x, torch.tensor(1.0)),
+    "minimum": lambda x: torch.minimum(torch.tensor(1.0), x),
+    "leaky relu": lambda x: F.leaky_relu(x, 1),
+    "threshold": lambda x: F.threshold(x, 1, 2),
+    "where": lambda x: torch.where(x > 1, x, 1),
+    "fill": lambda x: x.masked_fill(x > 0, 1),
+    "lerp": lambda x: torch.lerp(x, x.relu(), 2),
+    "addcmul": lambda x: torch.addcmul(x, x, x, value=1),
+    "full": lambda x: x + torch.full_like(x, 1),
+    "cat": lambda x: torch.cat([x, torch.ones_like(x)], 1),
+    "its height": lambda x: x + x.shape[2],
+    "its width, in float": lambda x: x / x.shape[3],
+    "padding": lambda x: F.pad(x, (1, 1, 1, 1), value=1),
+    "max pool": lambda x: F.max_pool2d(x, 1, 2),
+    "mean": lambda x: x.mean((2, 3), keepdim=True) + 1,
+}
+
+
+@pytest.mark.parametrize("name", WITH_NUMBERS)
+def test_numbers_are_numbers_at_every_size(name: str) -> None:
+    """The first steps' outputs have the same sizes as what is computed with at one of the sizes, and not at
+    another.
+    """
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.last = nn.Conv2d(16 if name == "cat" else 8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.adaptive_avg_pool2d(F.relu(self.b(F.relu(self.a(x)))), 6)
+            return self.last(WITH_NUMBERS[name](x))
+
+    torch.manual_seed(0)
+    model = nets.structured_zeros(Net()).eval()
+    packed, exact = dsprune.pack(model, torch.randn(2, 3, 12, 12)), copy.deepcopy(model).double()
+    with torch.no_grad():
+        for shape in ((2, 3, 12, 12), (1, 3, 6, 6), (3, 3, 9, 7)):
+            x = torch.randn(shape)
+            expected = exact(x.double())
+            torch.testing.assert_close(packed(x).double(), expected, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     available_backends()["native"] is not None, reason=f"native: {available_backends()['native']}"
 )
 
-from dsp_kernels.program import Program  # noqa: E402
+from dsp_kernels.program import Program, Value  # noqa: E402
 
 
 def random_layout(channels: int, filters: int, groups: int, seed: int = 0, dead: int = 0) -> GroupLayout:
@@ -38,9 +39,9 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     assert (actual.double() - expected.double()).abs().max().item() <= tolerance * scale
 
 
-def one_step(shape: tuple[int, int, int], make: Callable[[Program, int], int], x: Tensor) -> Tensor:
+def one_step(shape: tuple[int, int, int], make: Callable[[Program, Value], Value], x: Tensor) -> Tensor:
     program = Program(shape)
-    return program.build(make(program, 0))(x)
+    return program.build(make(program, program.input))(x)
 
 
 SIZES = [(32, 32), (16, 16), (8, 8), (4, 4), (7, 7), (14, 14), (9, 24), (5, 33), (1, 1), (3, 56)]
@@ -58,7 +59,9 @@ def test_conv_matches_torch(size: tuple[int, int], kernel: int, stride: int) -> 
     b1, b2 = torch.randn(13), torch.randn(9)
     program = Program((5, *size))
     pad = kernel // 2
-    y = program.conv(0, first.pack(w1), first, b1, kernel_size=kernel, padding=pad, activation="relu")
+    y = program.conv(
+        program.input, first.pack(w1), first, b1, kernel_size=kernel, padding=pad, activation="relu"
+    )
     y = program.conv(
         y, second.pack(w2), second, b2, kernel_size=kernel, stride=stride, padding=pad, activation="relu6"
     )
@@ -76,8 +79,8 @@ def test_residual_dilation_and_even_groups(size: tuple[int, int], dilation: int)
     torch.manual_seed(0)
     w1, w2 = torch.randn(8, 4, 3, 3), torch.randn(8, 1, 3, 3)
     program = Program((8, *size))
-    a = program.conv2d(0, w1, padding=dilation, dilation=dilation, groups=2, activation="relu")
-    b = program.conv2d(a, w2, padding=1, groups=8, residual=0, activation="relu")
+    a = program.conv2d(program.input, w1, padding=dilation, dilation=dilation, groups=2, activation="relu")
+    b = program.conv2d(a, w2, padding=1, groups=8, residual=program.input, activation="relu")
     c = program.conv2d(b, torch.randn(8, 8, 1, 1, generator=torch.Generator().manual_seed(3)), residual=a)
     program.build(c)
     x = torch.randn(2, 8, *size)
@@ -103,13 +106,13 @@ def test_two_convolutions_of_stride_2_read_one_result(
     b1, b2 = torch.randn(6), torch.randn(9)
     program = Program((6, *size))
     y = program.conv(
-        0,
+        program.input,
         first.pack(w1),
         first,
         b1,
         kernel_size=3,
         padding=1,
-        residual=0 if residual else None,
+        residual=program.input if residual else None,
         activation="relu",
     )
     a = program.conv(
@@ -143,7 +146,7 @@ def test_images_meet_halfway_through_a_network() -> None:
     ]
     weights += [weight(10, 10, 3, 3) for _ in range(3)]
     program = Program((3, 32, 32))
-    y = program.conv2d(0, weights[0], padding=1, activation="relu")
+    y = program.conv2d(program.input, weights[0], padding=1, activation="relu")
     for first, second in ((1, 2), (3, 4)):
         a = program.conv2d(y, weights[first], stride=2, padding=1)
         y = program.conv2d(y, weights[second], stride=2, residual=a, activation="relu")
@@ -179,7 +182,7 @@ def test_images_two_by_two(height: int) -> None:
     generator = torch.Generator().manual_seed(height)
     layout = random_layout(7, 7, 2, seed=3, dead=1)
     program = Program((7, height, 8))
-    y = program.conv2d(0, torch.randn(7, 7, 1, 1, generator=generator), activation="relu")
+    y = program.conv2d(program.input, torch.randn(7, 7, 1, 1, generator=generator), activation="relu")
     weights = [torch.randn(7, 7, 3, 3, generator=generator) / 4 for _ in range(3)]
     for weight in weights:
         y = program.conv(
@@ -239,10 +242,10 @@ def test_small_steps_match_torch() -> None:
     torch.manual_seed(0)
     program = Program((3, 8, 8))
     weight, scale, shift = torch.randn(5, 3, 3, 3), torch.randn(5), torch.randn(5)
-    a = program.conv2d(0, weight, padding=1)
+    a = program.conv2d(program.input, weight, padding=1)
     b = program.affine(a, scale, shift, activation="relu")
     c = program.relu6(program.add(a, b, activation="relu"))
-    d = program.concat([a, 0, c, program.relu(a)])
+    d = program.concat([a, program.input, c, program.relu(a)])
     fc, bias = torch.randn(7, 18 * 64), torch.randn(7)
     e = program.linear(program.flatten(d), fc, bias, activation="relu")
     program.build(e)
@@ -271,7 +274,7 @@ def test_sums_take_the_place_of_their_residuals(
         for kept in (False, True):
             program = Program((6, *size))
             first = 4 * torch.randn(6, 6, 1, 1, generator=generator)
-            a = program.conv2d(0, first, activation=before)
+            a = program.conv2d(program.input, first, activation=before)
             weights = [torch.randn(6, 6, kernel, kernel, generator=generator) / 4 for _ in range(4)]
             y, reference = a, act[before](F.conv2d(x.double(), first.double()))
             start = reference
@@ -314,7 +317,9 @@ def small_network() -> Program:
     generator = torch.Generator().manual_seed(5)
     program = Program((3, 32, 32))
     layout = random_layout(16, 16, 3, seed=4)
-    y = program.conv2d(0, torch.randn(16, 3, 3, 3, generator=generator), padding=1, activation="relu")
+    y = program.conv2d(
+        program.input, torch.randn(16, 3, 3, 3, generator=generator), padding=1, activation="relu"
+    )
     for _ in range(3):
         weight = torch.randn(layout.weight_numel(3), generator=generator) / 10
         h = program.conv(y, weight, layout, kernel_size=3, padding=1, activation="relu")
@@ -369,7 +374,7 @@ def test_copies_and_pickles() -> None:
 def test_nan_and_inf_stay_with_the_filters_that_read_them() -> None:
     layout = GroupLayout(4, 4, [([0, 1], [0, 1]), ([2, 3], [2, 3])])
     program = Program((4, 8, 8))
-    y = program.relu(0)
+    y = program.relu(program.input)
     y = program.conv(y, torch.ones(layout.weight_numel(3)), layout, kernel_size=3, padding=1)
     program.build(y)
     x = torch.zeros(1, 4, 8, 8)
@@ -411,37 +416,75 @@ def test_refuses_other_inputs(x: object, error: type[Exception]) -> None:
 
 def test_refuses_bad_steps() -> None:
     program = Program((3, 8, 8))
-    with pytest.raises(ValueError, match="x must be a value"):
-        program.relu(1)
     with pytest.raises(ValueError, match="activation must be"):
-        program.add(0, 0, activation="gelu")
+        program.add(program.input, program.input, activation="gelu")
     with pytest.raises(ValueError, match="weight must be 1-D"):
-        program.conv(0, torch.zeros(5), random_layout(3, 4, 1), kernel_size=3)
+        program.conv(program.input, torch.zeros(5), random_layout(3, 4, 1), kernel_size=3)
     with pytest.raises(ValueError, match="weight must be float32"):
-        program.conv2d(0, torch.zeros(4, 3, 3, 3, dtype=torch.float64))
+        program.conv2d(program.input, torch.zeros(4, 3, 3, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="bias must have 4"):
-        program.conv2d(0, torch.zeros(4, 3, 3, 3), torch.zeros(3))
+        program.conv2d(program.input, torch.zeros(4, 3, 3, 3), torch.zeros(3))
     with pytest.raises(ValueError, match="input_shape"):
         Program((3, 0, 8))
     with pytest.raises(RuntimeError, match="not built"):
         program(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="output must be"):
-        program.build(0)
+        program.build(program.input)
+
+
+# Every step that takes a value, and each place where it takes one.
+TAKERS: dict[str, Callable[[Program, Any], object]] = {
+    "conv x": lambda p, v: p.conv(v, torch.zeros(27), GroupLayout(3, 1, [([0, 1, 2], [0])]), kernel_size=3),
+    "conv residual": lambda p, v: p.conv(
+        p.input, torch.zeros(9), GroupLayout(3, 3, [([0, 1, 2], [0, 1, 2])]), kernel_size=1, residual=v
+    ),
+    "conv2d x": lambda p, v: p.conv2d(v, torch.zeros(3, 3, 1, 1)),
+    "conv2d residual": lambda p, v: p.conv2d(p.input, torch.zeros(3, 3, 1, 1), residual=v),
+    "linear x": lambda p, v: p.linear(v, torch.zeros(4, 192)),
+    "max_pool x": lambda p, v: p.max_pool(v, 2),
+    "avg_pool x": lambda p, v: p.avg_pool(v, 2),
+    "adaptive_avg_pool x": lambda p, v: p.adaptive_avg_pool(v, 1),
+    "add a": lambda p, v: p.add(v, p.input),
+    "add b": lambda p, v: p.add(p.input, v),
+    "relu x": lambda p, v: p.relu(v),
+    "relu6 x": lambda p, v: p.relu6(v),
+    "affine x": lambda p, v: p.affine(v, torch.ones(3), torch.ones(3)),
+    "concat values": lambda p, v: p.concat([p.input, v]),
+    "flatten x": lambda p, v: p.flatten(v),
+    "build output": lambda p, v: p.build(v),
+}
+
+
+@pytest.mark.parametrize("step", TAKERS)
+def test_numbers_and_other_programs_values_are_no_values(step: str) -> None:
+    """A program has many steps, so that a number could be taken for one of them."""
+    name = step.split()[1]
+    program, other = Program((3, 8, 8)), Program((3, 8, 8))
+    for made in (program, other):
+        made.relu(made.relu(made.input))
+    wrong: tuple[Any, ...] = (0, 1, True, 1.0, "1", torch.ones(()), torch.tensor(1), (program.input,))
+    for value in wrong if "residual" in step else (*wrong, None):
+        with pytest.raises(TypeError, match=f"^{name} must be a value of this program, got "):
+            TAKERS[step](program, value)
+    with pytest.raises(ValueError, match=f"^{name} must be a value of this program, got one of another"):
+        TAKERS[step](program, other.relu(other.input))
+    assert len(program) == 2
+    TAKERS[step](program, program.relu(program.input))
 
 
 @pytest.mark.parametrize(
     "make,text",
     [
-        (lambda p: p.conv2d(0, torch.zeros(4, 5, 3, 3)), "input channels"),
-        (lambda p: p.conv2d(0, torch.zeros(4, 3, 11, 11)), "larger than the padded input"),
-        (lambda p: p.conv2d(0, torch.zeros(4, 3, 3, 3), residual=0, padding=1), "residual"),
-        (lambda p: p.linear(0, torch.zeros(4, 3)), "flat"),
-        (lambda p: p.add(0, p.max_pool(0, 2)), "two shapes"),
-        (lambda p: p.max_pool(0, 2, padding=2), "pads more"),
-        (lambda p: p.concat([0, p.max_pool(0, 2)]), "two sizes"),
+        (lambda p: p.conv2d(p.input, torch.zeros(4, 5, 3, 3)), "input channels"),
+        (lambda p: p.conv2d(p.input, torch.zeros(4, 3, 11, 11)), "larger than the padded input"),
+        (lambda p: p.conv2d(p.input, torch.zeros(4, 3, 3, 3), residual=p.input, padding=1), "residual"),
+        (lambda p: p.linear(p.input, torch.zeros(4, 3)), "flat"),
+        (lambda p: p.add(p.input, p.max_pool(p.input, 2)), "two shapes"),
+        (lambda p: p.max_pool(p.input, 2, padding=2), "pads more"),
+        (lambda p: p.concat([p.input, p.max_pool(p.input, 2)]), "two sizes"),
     ],
 )
-def test_build_refuses_what_does_not_fit(make: Callable[[Program], int], text: str) -> None:
+def test_build_refuses_what_does_not_fit(make: Callable[[Program], Value], text: str) -> None:
     program = Program((3, 8, 8))
     value = make(program)
     with pytest.raises(ValueError, match=text):

@@ -386,6 +386,8 @@ class Program:
         """A call whose x was checked. Each line here counts: the call before has emptied the caches."""
         if not x.is_contiguous():
             x = x.detach().contiguous()
+        if x.is_neg():  # a view that says "negated": what lies in memory has the other sign
+            x = x.detach().resolve_neg()
         out = x.new_empty((batch, *self._output_sizes))
         status = self._native.program_run(
             self._handle,

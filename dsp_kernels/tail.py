@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._library import NAMESPACE, define, library
+from ._library import NAMESPACE, define, library, register_derivatives
 from .program import Program
 
 __all__ = ["adaptive_avg_pool", "linear"]
@@ -109,12 +110,8 @@ def _pool_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), x), None
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::program_linear", _linear_backward, setup_context=_linear_context, lib=library
-)
-torch.library.register_autograd(
-    f"{NAMESPACE}::program_adaptive_avg_pool", _pool_backward, setup_context=_pool_context, lib=library
-)
+register_derivatives("program_linear", F.linear, _linear_backward, _linear_context)
+register_derivatives("program_adaptive_avg_pool", F.adaptive_avg_pool2d, _pool_backward, _pool_context)
 
 
 @register_flop_formula(_ops.program_linear)

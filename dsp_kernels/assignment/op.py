@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import define, library
+from .._library import define, library, register_derivatives
 from . import reference
 from .rooms import backend_for, room
 
@@ -220,17 +220,40 @@ def _no_third_order(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError("group_lasso is differentiable twice: its Hessian product has no derivative")
 
 
+def _plain(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """``definition`` with the operators' last argument, the backend, which it has no use for."""
+
+    def run(*args: Any) -> Any:
+        return definition(*args[:-1])
+
+    return run
+
+
+def _harden_definition(logs: Tensor) -> Tensor:
+    finite = torch.where(logs.isfinite(), logs, 0.0)
+    return reference.harden(logs.detach()) + (finite - finite.detach())
+
+
 _Setup = Callable[[Any, tuple[Any, ...], Any], None]
-_AUTOGRAD: dict[str, tuple[Callable[..., Any], _Setup]] = {
-    "sample_groups": (_sample_backward, _sample_setup),
-    "sample_groups_backward": (_sample_double_backward, _sample_backward_setup),
-    "harden_groups": (_harden_backward, _no_setup),
-    "group_lasso": (_lasso_backward, _lasso_setup),
-    "group_lasso_backward": (_lasso_double_backward, _lasso_backward_setup),
-    "group_lasso_hessian": (_no_third_order, _no_setup),
+# In torch's own operators, the arguments' backend left out; backward; context.
+_DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[..., Any], _Setup]] = {
+    "sample_groups": (_plain(reference.sample_groups), _sample_backward, _sample_setup),
+    "sample_groups_backward": (
+        _plain(reference.sample_groups_backward),
+        _sample_double_backward,
+        _sample_backward_setup,
+    ),
+    "harden_groups": (_harden_definition, _harden_backward, _no_setup),
+    "group_lasso": (_plain(reference.group_lasso), _lasso_backward, _lasso_setup),
+    "group_lasso_backward": (
+        _plain(reference.group_lasso_backward),
+        _lasso_double_backward,
+        _lasso_backward_setup,
+    ),
+    "group_lasso_hessian": (_plain(reference.group_lasso_hessian), _no_third_order, _no_setup),
 }
-for _name, (_backward, _setup) in _AUTOGRAD.items():
-    torch.library.register_autograd(f"dsp_kernels::{_name}", _backward, setup_context=_setup, lib=library)
+for _name, (_definition, _backward, _setup) in _DERIVATIVES.items():
+    register_derivatives(_name, _definition, _backward, _setup)
 
 
 # ---- FLOP formulas

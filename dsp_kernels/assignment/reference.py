@@ -165,8 +165,9 @@ def lasso_terms(square: Tensor, log_probabilities: Tensor) -> LassoTerms:
     squares = square_probabilities @ square
     # Written so that a NaN counts as live and comes through.
     dead = squares <= NORM_FLOOR[square.dtype] ** 2
-    norm = squares.sqrt().masked_fill(dead, 0.0)
-    inverse = norm.reciprocal().masked_fill(dead, 0.0)
+    root_of = squares.masked_fill(dead, 1.0).sqrt()  # so that its own derivatives stay finite
+    norm = root_of.masked_fill(dead, 0.0)
+    inverse = root_of.reciprocal().masked_fill(dead, 0.0)
     return LassoTerms(square, square_probabilities, root, root_sum, root_sum.square(), norm, inverse)
 
 
@@ -241,4 +242,4 @@ def sample_groups_backward(grad: Tensor, log_probabilities: Tensor, temperature:
 def harden(log_probabilities: Tensor) -> Tensor:
     """0 at the first largest entry of each column and -inf elsewhere."""
     best = log_probabilities.argmax(dim=0, keepdim=True)
-    return torch.full_like(log_probabilities, -torch.inf).scatter_(0, best, 0.0)
+    return torch.full_like(log_probabilities, -torch.inf).scatter(0, best, 0.0)

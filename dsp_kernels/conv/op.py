@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import NAMESPACE, define, library
+from .._library import NAMESPACE, define, library, register_derivatives, transforming
 from ..backends import choose
 from ..layout import GroupLayout
 from . import cuda, native, reference, triton
@@ -209,15 +209,21 @@ def _grad_weight_backward(ctx: Any, direction: Tensor) -> tuple[Any, ...]:
     return of_grad, of_x, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::{FORWARD}", _forward_backward, setup_context=_forward_context, lib=library
-)
-torch.library.register_autograd(
-    f"{NAMESPACE}::{GRAD_INPUT}", _grad_input_backward, setup_context=_grad_input_context, lib=library
-)
-torch.library.register_autograd(
-    f"{NAMESPACE}::{GRAD_WEIGHT}", _grad_weight_backward, setup_context=_grad_weight_context, lib=library
-)
+def _forward_definition(*args: Any) -> Tensor:
+    return reference.forward(*args[:-1])  # the rest is the backend
+
+
+def _grad_input_definition(*args: Any) -> Tensor:
+    return reference.grad_input(*args[:-1])
+
+
+def _grad_weight_definition(*args: Any) -> Tensor:
+    return reference.grad_weight(*args[:-1])
+
+
+register_derivatives(FORWARD, _forward_definition, _forward_backward, _forward_context)
+register_derivatives(GRAD_INPUT, _grad_input_definition, _grad_input_backward, _grad_input_context)
+register_derivatives(GRAD_WEIGHT, _grad_weight_definition, _grad_weight_backward, _grad_weight_context)
 
 
 # Every packed weight meets every output pixel once, in each of the three: 2 FLOPs for a multiply and an add.
@@ -381,7 +387,7 @@ def conv2d_from_plan(
         shape = (x.shape[0], out_channels, *size)
         if tuple(residual.shape) != shape:
             raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
-    if weight.requires_grad and not torch.is_grad_enabled():
+    if weight.requires_grad and not torch.is_grad_enabled() and not transforming():
         # So that backends know that they may keep what they prepare: operators do not see the mode.
         weight = weight.detach()
     return _forward_op(

@@ -1,5 +1,5 @@
 """The definition of the permuted grouped convolution, in plain PyTorch: gather, convolve, scatter, group by
-group.
+group, out of place: torch's own derivatives and transforms go through it.
 
 With F_g the filters and C_g the channels of group g, w the packed weight, * the cross-correlation of
 ``conv2d``:
@@ -18,8 +18,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import Tensor
 
+from .._library import transforming
 from ..plan import PlanHeader, read_header
-from .shapes import Pair, empty_output, output_size
+from .shapes import Pair, empty_output, is_channels_last, output_size
 
 __all__ = ["forward", "grad_input", "grad_weight"]
 
@@ -54,10 +55,18 @@ def _live_groups(
         start = g.weight_offset * taps
         yield (
             channels,
-            filters.long(),  # index_copy takes nothing shorter
+            filters.long(),
             slice(start, start + g.n_filters * g.n_channels * taps),
             (g.n_filters, g.n_channels, *kernel),
         )
+
+
+def _stored(total: Tensor, like: Tensor) -> Tensor:
+    """``total`` in the dtype and memory format of ``like``."""
+    if not transforming():
+        return empty_output(like, total.shape).copy_(total)
+    format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return total.to(like.dtype).contiguous(memory_format=format)
 
 
 def _header(
@@ -105,26 +114,34 @@ def forward(
             f"residual must have the output's shape {(x.shape[0], out_channels, *size)}, "
             f"got {tuple(residual.shape)}"
         )
-    out = empty_output(x, (x.shape[0], out_channels, *size))
-    if out.numel() == 0:
-        return out
+    shape = (x.shape[0], out_channels, *size)
+    if 0 in shape:
+        return empty_output(x, shape)
     dtype = _compute_dtype(x.dtype)
     plan = plan.to(x.device)
     with _exact(x):
-        total = torch.zeros_like(out, dtype=dtype)
-        for channels, filters, part, shape in _live_groups(header, plan, kernel):
+        owners, parts = [], []
+        for channels, filters, part, kernels in _live_groups(header, plan, kernel):
             taken = x.index_select(1, channels).to(dtype)
-            w = weight[part].view(shape).to(dtype)
-            total.index_copy_(1, filters, torch.conv2d(taken, w, None, stride, padding, dilation))
+            w = weight[part].view(kernels).to(dtype)
+            owners.append(filters)
+            parts.append(torch.conv2d(taken, w, None, stride, padding, dilation))
+        total = x.new_zeros((x.shape[0], out_channels - sum(map(len, owners)), *size), dtype=dtype)
+        if parts:
+            live = torch.cat(owners)
+            alive = torch.zeros(out_channels, dtype=torch.bool, device=x.device).index_fill(0, live, True)
+            # Filters in the order of the parts, then the dead ones: back into the order of the output.
+            order = torch.cat([live, (~alive).nonzero().flatten()]).argsort()
+            total = torch.cat([*parts, total], 1).index_select(1, order)
         if bias is not None:
-            total += bias.to(dtype)[:, None, None]
+            total = total + bias.to(dtype)[:, None, None]
         if residual is not None:
-            total += residual
+            total = total + residual.to(dtype)
         if activation == "relu":
-            total.relu_()
+            total = torch.relu(total)
         elif activation == "relu6":
-            total.clamp_(0.0, 6.0)
-        return out.copy_(total)
+            total = torch.nn.functional.hardtanh(total, 0.0, 6.0)
+        return _stored(total, x)
 
 
 def grad_input(
@@ -142,13 +159,12 @@ def grad_input(
     Raises ValueError, naming the argument, where shapes do not fit the plan or one another.
     """
     header = _header(plan, kernel, channels=input_size[1], filters=grad.shape[1], weight_numel=weight.numel())
-    out = empty_output(grad, tuple(input_size))
-    if out.numel() == 0 or grad.numel() == 0:
-        return out.zero_()
     dtype = _compute_dtype(grad.dtype)
+    total = grad.new_zeros(tuple(input_size), dtype=dtype)
+    if total.numel() == 0 or grad.numel() == 0:
+        return _stored(total, grad)
     plan = plan.to(grad.device)
     with _exact(grad):
-        total = torch.zeros_like(out, dtype=dtype)
         for channels, filters, part, shape in _live_groups(header, plan, kernel):
             given = grad.index_select(1, filters).to(dtype)
             w = weight[part].view(shape).to(dtype)
@@ -156,8 +172,8 @@ def grad_input(
             mine, _, _ = torch.ops.aten.convolution_backward(
                 given, like, w, None, stride, padding, dilation, False, (0, 0), 1, (True, False, False)
             )
-            total.index_add_(1, channels, mine)
-        return out.copy_(total)
+            total = total.index_add(1, channels, mine)
+        return _stored(total, grad)
 
 
 def grad_weight(
@@ -175,18 +191,18 @@ def grad_weight(
     Raises ValueError, naming the argument, where shapes do not fit the plan or one another.
     """
     header = _header(plan, kernel, channels=x.shape[1], filters=grad.shape[1], weight_numel=weight_numel)
-    out = x.new_empty(weight_numel)
-    if grad.numel() == 0 or x.numel() == 0:
-        return out.zero_()
+    if grad.numel() == 0 or x.numel() == 0 or weight_numel == 0:
+        return x.new_zeros(weight_numel)
     dtype = _compute_dtype(grad.dtype)
     plan = plan.to(grad.device)
     with _exact(grad):
-        for channels, filters, part, shape in _live_groups(header, plan, kernel):
+        parts = []
+        for channels, filters, _, shape in _live_groups(header, plan, kernel):
             given = grad.index_select(1, filters).to(dtype)
             taken = x.index_select(1, channels).to(dtype)
             like = given.new_empty(1).expand(shape)
             _, mine, _ = torch.ops.aten.convolution_backward(
                 given, taken, like, None, stride, padding, dilation, False, (0, 0), 1, (False, True, False)
             )
-            out[part] = mine.reshape(-1)
-    return out
+            parts.append(mine.reshape(-1))
+        return torch.cat(parts).to(x.dtype)  # groups lie in their order

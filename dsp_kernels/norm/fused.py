@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._library import NAMESPACE, define, library
+from .._library import NAMESPACE, define, library, register_derivatives, transforming
 from ..conv import op as conv
 from ..conv.shapes import Pair, empty_output, output_size
 from . import native, reference
@@ -172,7 +172,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 def _gradient(ctx: Any, _inner: Tensor, grad: Tensor, *_: object) -> tuple[Any, ...]:
     x, weight, plan, norm_weight, norm_bias, blank, inner, y, mean, variance = ctx.saved_tensors
     *geometry, eps, activation = ctx.how
-    if torch.is_grad_enabled():  # a second derivative is wanted: by the definition, from the convolution on
+    # A second derivative is wanted: by the definition, from the convolution on.
+    if torch.is_grad_enabled() or transforming():
         inner = _convolve(x, weight, plan, inner.shape[1], tuple(geometry))
         of_inner, of_residual, of_norm_weight, of_norm_bias = reference.backward(
             grad, inner, y, norm_weight, eps, activation
@@ -211,7 +212,17 @@ def _gradient(ctx: Any, _inner: Tensor, grad: Tensor, *_: object) -> tuple[Any, 
     )
 
 
-torch.library.register_autograd(f"{NAMESPACE}::{FORWARD}", _gradient, setup_context=_context, lib=library)
+def _definition(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, plan, norm_weight, norm_bias, _, residual, out_channels = args[:8]
+    kernel_size, stride, padding, dilation, eps, activation = args[8:]
+    inner = conv.reference.forward(
+        x, weight, plan, None, None, out_channels, kernel_size, stride, padding, dilation, "none"
+    )
+    out, mean, variance = reference.forward(inner, norm_weight, norm_bias, residual, eps, activation)
+    return inner.detach(), out, mean.detach(), variance.detach()
+
+
+register_derivatives(FORWARD, _definition, _gradient, _context)
 
 
 def conv2d_batch_norm_act(

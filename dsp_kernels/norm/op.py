@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._library import NAMESPACE, define, library
+from .._library import NAMESPACE, define, library, register_derivatives, transforming
 from . import native, reference
 
 __all__ = ["batch_norm_act"]
@@ -100,7 +100,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Te
 def _gradient(ctx: Any, grad: Tensor, *_: object) -> tuple[Any, ...]:
     x, y, weight, bias, mean, variance = ctx.saved_tensors
     eps, activation, residual = ctx.rest
-    if torch.is_grad_enabled():  # a second derivative is wanted: by the definition
+    if torch.is_grad_enabled() or transforming():  # a second derivative is wanted: by the definition
         of_x, of_residual, of_weight, of_bias = reference.backward(grad, x, y, weight, eps, activation)
     else:
         of_x, of_residual, of_weight, of_bias = _backward_op(
@@ -116,7 +116,12 @@ def _gradient(ctx: Any, grad: Tensor, *_: object) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd(f"{NAMESPACE}::{FORWARD}", _gradient, setup_context=_context, lib=library)
+def _definition(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, mean, variance = reference.forward(*args)
+    return out, mean.detach(), variance.detach()
+
+
+register_derivatives(FORWARD, _definition, _gradient, _context)
 
 
 def batch_norm_act(

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from dsp_kernels._library import transforming
+
 __all__ = ["Watch"]
 
 _version = operator.attrgetter("_version")
@@ -70,6 +72,8 @@ class Watch:
             return "gradients are wanted"
         if any(self._hooks):
             return "a layer has hooks"
+        if transforming():
+            return "forward-mode derivatives or a transform of torch.func may be wanted"
         if (
             _get_current_dispatch_mode() is not None
             or torch.overrides._get_current_function_mode() is not None

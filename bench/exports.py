@@ -14,26 +14,18 @@ from typing import Any
 import torch
 
 import dsprune
+from bench.baselines import without_zeros
 from bench.cases import Case, cases
 from bench.environment import environment, keep_freed_memory
 from dsprune.export import FORMS
 from dsprune.io import write_atomically
 from dsprune.recipes.latency import interleaved_medians
+from dsprune.recipes.runtimes import onnxruntime_session
 
 TOLERANCE = 1e-4
 
 PACKED, DENSE = "packed", "onnx dense"
 LABELS = {form: f"onnx packed, {form}" for form in FORMS}
-
-
-def session(data: bytes, threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    # Each session has threads of its own, which would go on spinning while the next form is timed.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
 def run(
@@ -63,7 +55,7 @@ def run(
 def run_case(case: Case, threads: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     """One network: packed, its ONNX files in both forms, and that of the network before pruning."""
     model, example = case.make(), torch.randn(1, *case.input_shape)
-    packed, dense = dsprune.pack(model, example), dsprune.pack(_without_zeros(model), example)
+    packed, dense = dsprune.pack(model, example), dsprune.pack(without_zeros(model), example)
     networks = {DENSE: (dense, "dense"), **{LABELS[form]: (packed, form) for form in FORMS}}
     files: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +65,7 @@ def run_case(case: Case, threads: Sequence[int], seconds: float) -> list[dict[st
     rows = []
     for count in threads:
         torch.set_num_threads(count)
-        sessions = {label: session(data, count) for label, data in files.items()}
+        sessions = {label: onnxruntime_session(data, count) for label, data in files.items()}
         for batch in case.batches:
             images = torch.randn(batch, *case.input_shape)
             calls: dict[str, Any] = {PACKED: lambda images=images: packed(images)}
@@ -103,18 +95,6 @@ def run_case(case: Case, threads: Sequence[int], seconds: float) -> list[dict[st
                 }
             )
     return rows
-
-
-def _without_zeros(model: torch.nn.Module) -> torch.nn.Module:
-    """The network as it was before pruning, as far as time is concerned."""
-    dense = dsprune.graph.clean_copy(model)
-    with torch.no_grad():
-        for module in dense.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.weight.add_(1e-3 * torch.randn_like(module.weight))
-            elif isinstance(module, torch.nn.BatchNorm2d) and module.affine:
-                module.weight.add_(1e-3)
-    return dense
 
 
 def table(results: dict[str, Any]) -> str:

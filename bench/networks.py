@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import os
 import statistics
 import warnings
 from collections.abc import Callable
@@ -18,11 +20,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 import dsprune
+from bench.baselines import narrow, without_zeros
 from bench.cases import Case, cases
 from bench.environment import environment
 from bench.memory import in_process
+from bench.timing import in_turns, pinned
 from dsprune.io import write_atomically
 from dsprune.recipes.latency import dense_forms, interleaved_medians
+from dsprune.recipes.runtimes import onnx_file, runtime_forms
 
 TOLERANCE = 1e-4
 
@@ -50,15 +55,25 @@ def run_case(
 ) -> list[dict[str, Any]]:
     """The cells of one network, all of them ``rounds`` times; a form's time is the median over the rounds, so
     that what disturbs the machine for some seconds does not decide about a cell.
+
+    On one thread a time is processor time, on more wall-clock time; ``rounds_ms`` has both. Beside the packed
+    network stand the dense one before pruning, in all forms, and in the runtimes a narrower network with as
+    many multiply-adds as the packed one, where its architecture can be made narrower.
     """
     model = case.make()
     example = torch.randn(1, *case.input_shape)
     packed = dsprune.pack(model, example)
     counted = dsprune.summary(packed, example)
+    whole = without_zeros(model)
+    thin: tuple[nn.Module, int] | None = None
+    with contextlib.suppress(ValueError):
+        thin = narrow(model, example, counted.macs, 8 if case.input_shape[1] > 64 else 4)
+    files = [onnx_file(network, example) for network in (whole, *([thin[0]] if thin else []))]
     cells = [(count, batch) for count in threads for batch in case.batches]
-    measured: dict[tuple[int, int], list[dict[str, float]]] = {cell: [] for cell in cells}
+    measured: dict[tuple[int, int], list[dict[str, Any]]] = {cell: [] for cell in cells}
     worst = dict.fromkeys(cells, 0.0)
     dense: list[str] = []
+    load = os.getloadavg()
     for turn in range(rounds):
         for count, batch in cells:
             torch.set_num_threads(count)
@@ -66,31 +81,47 @@ def run_case(
             progress(f"{case.name}, batch {batch}, {count} thread{'s' if count > 1 else ''}{which}")
             images = torch.randn(batch, *case.input_shape)
             torch._dynamo.reset()
-            calls = dense_forms(model, images, inductor=inductor)
-            dense = list(calls)
-            if authors is not None and case.name.startswith("authors"):
-                theirs = authors_program(authors, int(case.name[-1]))
-                calls["authors"] = lambda theirs=theirs, images=images: theirs(images)  # type: ignore[misc]
-            calls["packed"] = lambda images=images: packed(images)  # type: ignore[misc]
-            with torch.no_grad():
-                expected = model(images)
-                off = float((packed(images) - expected).abs().max() / max(1.0, float(expected.abs().max())))
-            if not off <= worst[count, batch]:  # NaN too
-                worst[count, batch] = off
-            measured[count, batch].append(interleaved_medians(calls, seconds=seconds))
+            with pinned(count):
+                calls: dict[str, Callable[[], Any]] = dict(
+                    dense_forms(whole, images, inductor=inductor, file=files[0])
+                )
+                dense = list(calls)
+                if thin is not None:
+                    narrow_calls = runtime_forms(thin[0], images, file=files[1])[0]
+                    calls.update({f"narrow {name}": call for name, call in narrow_calls.items()})
+                if authors is not None and case.name.startswith("authors"):
+                    theirs = authors_program(authors, int(case.name[-1]))
+                    calls["authors"] = lambda theirs=theirs, images=images: theirs(images)  # type: ignore[misc]
+                calls["packed"] = lambda images=images: packed(images)  # type: ignore[misc]
+                with torch.no_grad():
+                    expected = model(images)
+                    off = float(
+                        (packed(images) - expected).abs().max() / max(1.0, float(expected.abs().max()))
+                    )
+                if not off <= worst[count, batch]:  # NaN too
+                    worst[count, batch] = off
+                times_now = in_turns(calls, seconds=seconds)
+            measured[count, batch].append({name: value.to_json() for name, value in times_now.items()})
     rows = []
     for (count, batch), turns in measured.items():
-        times = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+        clock = "cpu_median" if count == 1 else "wall_median"
+        times = {name: statistics.median(turn[name][clock] for turn in turns) for name in turns[0]}
         best = min(dense, key=lambda name: times[name])
+        thin_forms = [name for name in times if name.startswith("narrow ")]
+        best_narrow = min(thin_forms, key=lambda name: times[name]) if thin_forms else None
         rows.append(
             {
                 "case": case.name,
                 "batch": batch,
                 "threads": count,
+                "clock": clock,
                 "times_ms": times,
                 "rounds_ms": turns,
                 "best_dense": best,
                 "speed_up": times[best] / times["packed"],
+                "best_narrow": best_narrow,
+                "over_narrow": times[best_narrow] / times["packed"] if best_narrow else None,
+                "narrow_macs": thin[1] if thin else None,
                 "over_authors": times["authors"] / times["packed"] if "authors" in times else None,
                 "difference": worst[count, batch],
                 "outputs_agree": worst[count, batch] <= TOLERANCE,
@@ -98,6 +129,7 @@ def run_case(
                 "dense_macs": counted.dense_macs,
                 "gflops": 2e-6 * counted.macs * batch / times["packed"],
                 "program": packed.program_reason,
+                "load": load,
             }
         )
     return rows
@@ -163,21 +195,28 @@ def geometric_mean(values: list[float]) -> float:
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| network | MACs left | batch | threads | best dense | ms | packed ms | speed-up "
-        "| over the authors' program | GFLOP/s | memory, packed / frozen dense, MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | MACs left | batch | threads | best dense | ms | best narrow | its MACs / packed | ms "
+        "| packed ms | over dense | over narrow | over the authors' program | GFLOP/s "
+        "| memory, packed / frozen dense, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["inference"]:
         memory = row.get("memory")
         shown = f"{memory['packed'] / 1e6:.1f} / {memory['frozen'] / 1e6:.1f}" if memory else ""
         over = row.get("over_authors")
         theirs = f"{over:.1f}x" if over else ""
+        thin, over_thin = "| |", ""
+        if row["best_narrow"]:
+            name = row["best_narrow"].removeprefix("narrow ")
+            ratio = row["narrow_macs"] / row["macs"]
+            thin = f"{name} | {ratio:.2f} | {row['times_ms'][row['best_narrow']]:.3f}"
+            over_thin = f"{row['over_narrow']:.2f}x"
         lines.append(
             f"| {row['case']} | {100 * row['macs'] / row['dense_macs']:.0f}% "
             f"| {row['batch']} | {row['threads']} | "
-            f"{row['best_dense']} | {row['times_ms'][row['best_dense']]:.3f} "
+            f"{row['best_dense']} | {row['times_ms'][row['best_dense']]:.3f} | {thin} "
             f"| {row['times_ms']['packed']:.3f} | "
-            f"{row['speed_up']:.2f}x | {theirs} | {row['gflops']:.0f} | {shown} |"
+            f"{row['speed_up']:.2f}x | {over_thin} | {theirs} | {row['gflops']:.0f} | {shown} |"
         )
     if results["training"]:
         lines += [
@@ -206,6 +245,11 @@ def summary_groups(results: dict[str, Any]) -> dict[str, list[float]]:
         groups.setdefault(kind, []).append(row["speed_up"])
         if row["batch"] == 1:
             groups.setdefault(f"{kind}, batch 1", []).append(row["speed_up"])
+        if "%" in row["case"]:
+            network, cut = row["case"].split("-")[1], row["case"].rsplit("-", 1)[1]
+            groups.setdefault(f"{network}, {cut} cut, over dense", []).append(row["speed_up"])
+            if row["over_narrow"]:
+                groups.setdefault(f"{network}, {cut} cut, over narrow", []).append(row["over_narrow"])
     for row in results["training"]:
         groups.setdefault("training step", []).append(row["speed_up"])
     return groups

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import nets
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import bench_assignment, cases, device, environment, exports, networks
+from bench import baselines, bench_assignment, cases, device, environment, exports, networks
+from bench.timing import in_turns
 from dsprune import summary
 from dsprune.models import cifar_resnet
+from dsprune.recipes import runtimes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,12 +55,61 @@ def test_random_structure_meets_its_cut() -> None:
 def test_a_network_is_compared_before_it_is_timed() -> None:
     (row,) = tiny_rows()
     assert row["outputs_agree"] and row["difference"] < 1e-4
-    assert set(row["times_ms"]) == {"eager", "channels_last", "TorchScript", "packed"}
+    forms = {"eager", "channels_last", "TorchScript", "ONNX Runtime", "narrow ONNX Runtime", "packed"}
+    assert set(row["times_ms"]) - {"OpenVINO", "narrow OpenVINO"} == forms
     first, second = row["rounds_ms"]
-    assert all(
-        time == pytest.approx((first[name] + second[name]) / 2) for name, time in row["times_ms"].items()
-    )
+    assert row["clock"] == "cpu_median"
+    for name, value in row["times_ms"].items():
+        assert value == pytest.approx((first[name]["cpu_median"] + second[name]["cpu_median"]) / 2)
+        assert first[name]["cpu_least"] <= first[name]["cpu_median"]
+    assert "narrow" not in row["best_dense"] and row["best_narrow"].startswith("narrow ")
+    assert row["over_narrow"] == row["times_ms"][row["best_narrow"]] / row["times_ms"]["packed"]
     assert row["speed_up"] == row["times_ms"][row["best_dense"]] / row["times_ms"]["packed"]
+
+
+def test_a_narrow_network_has_the_multiply_adds_asked_for() -> None:
+    x = torch.randn(1, 3, 16, 16)
+    dense = cifar_resnet(20).eval()
+    network, macs = baselines.narrow(dense, x, 1_000_000, 4)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        y = network(x)
+    assert y.shape == (1, 10) and bool(y.isfinite().all())
+    assert counter.get_total_flops() // 2 == macs and abs(macs - 1_000_000) < 100_000
+    convs = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert all(m.out_channels % 4 == 0 for m in convs) and convs[0].in_channels == 3
+    with pytest.raises(ValueError, match="grouped"):
+        baselines.narrow(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), torch.randn(1, 4, 8, 8), 10, 4)
+
+
+def test_without_zeros_leaves_its_argument_alone() -> None:
+    model = tiny_case().make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dense = baselines.without_zeros(model)
+    assert all(bool((m.weight != 0).all()) for m in dense.modules() if isinstance(m, nn.Conv2d))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_times_are_taken_in_turns_on_both_clocks() -> None:
+    order: list[str] = []
+    calls = {"idle": lambda: (order.append("i"), time.sleep(0.002)), "busy": lambda: sum(range(20000))}
+    times = in_turns(calls, seconds=0.01, least=3)
+    idle = times["idle"]
+    assert idle.bursts >= 3 and idle.wall_least >= 2 and idle.cpu_median < idle.wall_median
+    assert 0 < times["busy"].cpu_least <= times["busy"].cpu_median
+    for wrong in ({"seconds": 0}, {"least": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            in_turns(calls, **wrong)
+    with pytest.raises(ValueError, match="calls"):
+        in_turns({})
+
+
+def test_a_runtime_that_computes_something_else_is_an_error() -> None:
+    model, images = cifar_resnet(20).eval(), torch.randn(2, 3, 8, 8)
+    file = runtimes.onnx_file(model, images[:1])
+    calls, missing = runtimes.runtime_forms(model, images, threads=1, file=file)
+    assert "ONNX Runtime" in calls and set(calls) | set(missing) == {"OpenVINO", "ONNX Runtime"}
+    with pytest.raises(RuntimeError, match="differs from the eager network"):
+        runtimes.runtime_forms(cifar_resnet(20).eval(), images, threads=1, file=file)
 
 
 def test_training_step() -> None:

@@ -10,18 +10,22 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from dsprune.recipes.runtimes import runtime_forms
+
 Call = Callable[[], torch.Tensor]
 PACKED_FORMS = ("packed", "channel pruning")
 
 
 def dense_forms(
-    model: nn.Module, images: torch.Tensor, *, inductor: bool = False
+    model: nn.Module, images: torch.Tensor, *, inductor: bool = False, file: bytes | None = None
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """The ways to run a dense network that packed networks are measured against, each ready to call.
 
     `model` is in eval mode; `images`: float32 (N, C, H, W). Eager, eager on channels_last images, frozen
-    TorchScript, and with `inductor` torch.compile with freezing (which compiles for a minute or so).
-    A form that fails to build is left out, Inductor with a warning that says why.
+    TorchScript, on a CPU the runtimes that are installed (OpenVINO, ONNX Runtime, on torch's number of
+    threads), and with `inductor` torch.compile with freezing (which compiles for a minute or so).
+    A form that fails to build is left out, Inductor with a warning that says why. `file` is the model as
+    `runtimes.onnx_file` gives it, where it is at hand.
     """
     import copy
 
@@ -37,6 +41,8 @@ def dense_forms(
         forms["TorchScript"] = lambda: frozen(images)
     except RuntimeError:
         pass
+    if not images.is_cuda:
+        forms.update(runtime_forms(model, images, file=file)[0])
     if inductor:
         import torch._inductor.config as config
 

@@ -36,6 +36,7 @@ namespace DSP_ISA {
 
 using Vec = __m512;
 constexpr int kLanes = 16;
+constexpr bool kMasksAreFree = true;
 constexpr bool kHasHalf = true;
 constexpr bool kManyRegisters = true;
 
@@ -66,6 +67,21 @@ DSP_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 // max(a, b) and min(a, b) give b when either is NaN: pass the data as b and NaN goes through.
 DSP_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+// As max, but NaN once there stays.
+DSP_INLINE Vec max_nan(Vec a, Vec b) {
+  return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
+// The lanes whose bit in `mask` is set: from and to their own places; the others are 0, or left alone.
+DSP_INLINE Vec load_mask(const float* p, uint32_t mask) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+}
+DSP_INLINE void store_mask(float* p, Vec v, uint32_t mask) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), v);
+}
+// Neighbouring values, one to each lane whose bit is set.
+DSP_INLINE Vec load_expand(const float* p, uint32_t mask) {
+  return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), p);
+}
 // v in the first n lanes, 0 in the others.
 DSP_INLINE Vec keep_lanes(Vec v, int n) { return _mm512_maskz_mov_ps(first_lanes(n), v); }
 // 0 where `sign` is 0 or below, else v: also where it is NaN, as in torch.
@@ -107,6 +123,7 @@ DSP_INLINE float sum_lanes(Vec v) {
 
 using Vec = __m256;
 constexpr int kLanes = 8;
+constexpr bool kMasksAreFree = false;
 constexpr bool kHasHalf = false;
 constexpr bool kManyRegisters = false;
 
@@ -125,6 +142,9 @@ DSP_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 DSP_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 DSP_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+DSP_INLINE Vec max_nan(Vec a, Vec b) {
+  return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
 DSP_INLINE Vec keep_lanes(Vec v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(n))); }
 DSP_INLINE Vec where_positive(Vec sign, Vec v) {
   return _mm256_and_ps(v, _mm256_cmp_ps(sign, zero(), _CMP_NLE_UQ));
@@ -157,6 +177,7 @@ DSP_INLINE float sum_lanes(Vec v) {
 
 using Vec = float __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
+constexpr bool kMasksAreFree = false;
 constexpr bool kHasHalf = false;
 #if defined(__aarch64__)
 constexpr bool kManyRegisters = true;
@@ -192,6 +213,7 @@ DSP_INLINE Vec add(Vec a, Vec b) { return a + b; }
 DSP_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 DSP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 DSP_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+DSP_INLINE Vec max_nan(Vec a, Vec b) { return (a != a) | (b < a) ? a : b; }
 DSP_INLINE Vec keep_lanes(Vec v, int n) {
   for (int i = n; i < kLanes; ++i) v[i] = 0;
   return v;
@@ -215,6 +237,24 @@ DSP_INLINE void fma_to(Vec& c, Vec a, Vec b) { c = fma(a, b, c); }
 #endif
 
 #if !defined(__AVX512F__)
+DSP_INLINE Vec load_mask(const float* p, uint32_t mask) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i)
+    if ((mask >> i & 1u) != 0) lanes[i] = p[i];
+  return load(lanes);
+}
+DSP_INLINE void store_mask(float* p, Vec v, uint32_t mask) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < kLanes; ++i)
+    if ((mask >> i & 1u) != 0) p[i] = lanes[i];
+}
+DSP_INLINE Vec load_expand(const float* p, uint32_t mask) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i)
+    if ((mask >> i & 1u) != 0) lanes[i] = *p++;
+  return load(lanes);
+}
 // Never taken: two half vectors make one only where kHasHalf.
 DSP_INLINE Vec load_half(const float* lo, const float*) { return load(lo); }
 DSP_INLINE Vec load_half_lanes(const float* lo, const float*, int n) { return load_lanes(lo, n); }

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "conv/lanes/lane_conv.h"
 #include "dsp.h"
 
 namespace {
@@ -299,6 +300,99 @@ void fuzz_conv() {
   compare(gw[0], grad_w, size_w, "grad_weight");
   check(same_bits(gx[0], gx[1]), "grad_input depends on threads");
   check(same_bits(gw[0], gw[1]), "grad_weight depends on threads");
+}
+
+// The engine with filters in lanes: values in any layout, channels stored in any order; the bits of the
+// planar engine, for any number of threads.
+void fuzz_lanes() {
+  dsp_conv2d_shape shape = random_shape();
+  shape.batch = 1;
+  const bool large = chance(0.2);
+  if (large && shape.height * shape.width > 300) shape.height = shape.width = 12;
+  const Layout layout =
+      large ? random_layout(between(1, 90), between(1, 150)) : random_layout(between(1, 20), between(1, 40));
+  if (out_size(shape.height, shape.kernel_h, shape.stride_h, shape.padding_h, shape.dilation_h) < 1 ||
+      out_size(shape.width, shape.kernel_w, shape.stride_w, shape.padding_w, shape.dilation_w) < 1)
+    return;
+  const std::vector<int32_t> words = layout.plan();
+  const dsp::Plan plan(words.data(), static_cast<int64_t>(words.size()));
+  const dsp::ConvShape s = dsp::check_shape(&shape, plan);
+  const Exact x(random_floats(s.in_numel()));
+  const Exact w(random_floats(layout.pairs() * s.taps()));
+  const Exact bias(random_floats(layout.out));
+  const bool with_bias = chance(0.5);
+  const bool with_residual = chance(0.5);
+  const int32_t activation = static_cast<int32_t>(between(0, 2));
+  const Exact residual(random_floats(s.out_numel()));
+  const float poison = std::numeric_limits<float>::quiet_NaN();
+  Exact planar(s.out_numel(), poison);
+  check(dsp_conv2d_forward(&shape, x.data, x.size, w.data, w.size, words.data(),
+                           static_cast<int64_t>(words.size()), with_bias ? bias.data : nullptr,
+                           with_residual ? residual.data : nullptr, planar.data, planar.size, activation, 0,
+                           1) == DSP_OK,
+        "forward refused");
+
+  // Where channels are stored: anywhere in `room` places.
+  const auto places = [&](int64_t channels, int64_t room) {
+    std::vector<int32_t> place(static_cast<size_t>(room));
+    for (size_t i = 0; i < place.size(); ++i) place[i] = static_cast<int32_t>(i);
+    if (chance(0.5)) std::shuffle(place.begin(), place.end(), engine);
+    place.resize(static_cast<size_t>(channels));
+    return place;
+  };
+  const int64_t in_room = layout.in + (chance(0.3) ? between(0, 9) : 0);
+  const int64_t out_room = layout.out + (chance(0.3) ? between(0, 9) : 0);
+  const std::vector<int32_t> in_place = places(layout.in, in_room);
+  const std::vector<int32_t> out_place = places(layout.out, out_room);
+  // The input with its padding, channels last or in planes.
+  const bool last = chance(0.7);
+  const int64_t width = s.width + s.pw, rows = s.height + 2 * s.ph;
+  dsp::View in{};
+  int64_t in_floats = 0;
+  if (last) {
+    in = dsp::channels_last(s.width, s.ph, s.pw, in_room);
+    in_floats = dsp::channels_last_floats(s.height, s.width, s.ph, s.pw, in_room);
+  } else {
+    in = {s.ph * width + s.pw, width, 1, rows * width + s.pw};
+    in_floats = in_room * in.channel;
+  }
+  Exact padded(in_floats, 0.0f);
+  for (int64_t c = 0; c < s.in_channels; ++c) {
+    for (int64_t y = 0; y < s.height; ++y) {
+      for (int64_t i = 0; i < s.width; ++i)
+        padded.data[in.origin + y * in.row + i * in.pixel + in_place[static_cast<size_t>(c)] * in.channel] =
+            x.data[(c * s.height + y) * s.width + i];
+    }
+  }
+  const dsp::View out = dsp::channels_last(s.out_w, 0, 0, out_room);
+  const auto each_out = [&](auto&& visit) {
+    for (int64_t f = 0; f < s.out_channels; ++f) {
+      for (int64_t p = 0; p < s.out_plane(); ++p)
+        visit(f * s.out_plane() + p, p * out_room + out_place[static_cast<size_t>(f)]);
+    }
+  };
+  dsp::LaneConv conv;
+  conv.set_blocks(plan, s, in_place.data(), out_place.data());
+  conv.set_bias(with_bias ? bias.data : nullptr);
+  check(conv.set_views(plan, in, out, out), "lanes: places do not fit");
+  Exact prepared(conv.weight_floats(), poison);
+  conv.prepare(plan, w.data, prepared.data);
+  for (const int threads : {1, static_cast<int>(between(2, 5))}) {
+    Exact actual(s.out_plane() * out_room, poison);
+    const bool in_its_place = chance(0.5);
+    Exact added(actual.size, poison);
+    each_out([&](int64_t at, int64_t to) { (in_its_place ? actual : added).data[to] = residual.data[at]; });
+    conv.run(padded.data, prepared.data, with_residual ? (in_its_place ? actual.data : added.data) : nullptr,
+             actual.data, activation,
+             with_residual && in_its_place && activation == DSP_ACT_NONE && chance(0.5), threads);
+    each_out([&](int64_t at, int64_t to) {
+      if (actual.data[to] != planar.data[at]) die("lanes: other values than the planar engine");
+    });
+    const int64_t untouched =
+        std::count_if(actual.data, actual.data + actual.size, [](float value) { return std::isnan(value); });
+    check(untouched == s.out_plane() * (out_room - layout.out),
+          "lanes: a place beside the channels is written");
+  }
 }
 
 // One word or one argument changed: either it is refused, or it was a change that keeps the plan valid; never
@@ -749,6 +843,7 @@ int main(int argc, char** argv) {
     current_seed = seed + static_cast<uint64_t>(rounds);
     engine.seed(current_seed);
     fuzz_conv();
+    fuzz_lanes();
     fuzz_bad_conv();
     fuzz_program();
     fuzz_bad_program();

@@ -1,0 +1,67 @@
+// The convolution with filters in vector lanes: what its driver and its kernels share.
+#pragma once
+
+#include <cstdint>
+
+namespace dsp {
+
+constexpr int kMaxLaneVectors = 4;  // vectors of filters in one block, at most
+constexpr int kMaxLanePixels = 12;  // pixels of one tile, at most
+
+// Terms of a sum that are added one after the other. Sums of more go by equal parts: their error then grows
+// with a part's length, not with the whole. Whole columns of three, as the planar engine has them: both give
+// the same bits.
+constexpr int64_t kPartTerms = 240;
+constexpr int64_t part_terms(int64_t terms) {
+  const int64_t parts = (terms + kPartTerms - 1) / kPartTerms;
+  return parts <= 1 ? terms : ((terms + parts - 1) / parts + 2) / 3 * 3;
+}
+
+// Neighbouring results of a block that go to channels within one vector's length of each other.
+struct LanePiece {
+  int32_t channel;  // of lane 0
+  int32_t from;     // the first of the block's results that goes there
+  uint32_t mask;    // which lanes are meant
+};
+
+// One part of the sums of one block of filters, over neighbouring pixels.
+struct LaneArgs {
+  const float* in;
+  const int32_t* offsets;  // where each step reads, in floats from a pixel's place
+  int64_t steps;
+  const float* weights;  // steps x vectors x lanes
+  const char* ahead;     // read soon: fetched into the second-level cache, a line every second step
+  const char* ahead_end;
+  const int32_t* in_at;  // the pixels' places in `in`, `out` and `residual`
+  const int32_t* out_at;
+  const int32_t* residual_at;
+  float* partial;  // pixels x vectors x lanes: sums so far
+  bool first, last;
+  // From here on: for the last part alone.
+  float* out;
+  const float* residual;  // may be null
+  const float* bias;      // vectors x lanes
+  int32_t tail;           // lanes of the last vector that are filters; all of them unless masks are free
+  int32_t activation;
+  const LanePiece* pieces;  // null: the results are neighbours, from `out` on
+  int32_t n_pieces;
+};
+
+// `tiles` tiles of a fixed number of pixels, from number `pixel` on.
+using LaneFn = void (*)(const LaneArgs& args, int64_t pixel, int64_t tiles);
+
+struct LaneKernels {
+  int lanes;
+  bool masks_are_free;  // the last vector of neighbouring results may have a tail
+  int max_vectors;
+  int max_pixels[kMaxLaneVectors + 1];  // by vectors
+  LaneFn tiles[kMaxLaneVectors][kMaxLanePixels];
+};
+
+LaneKernels lane_kernels_generic();
+LaneKernels lane_kernels_avx2();
+LaneKernels lane_kernels_avx512();
+// Those of the instruction set in use.
+const LaneKernels& lane_kernels();
+
+}  // namespace dsp

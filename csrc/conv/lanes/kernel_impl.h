@@ -1,0 +1,160 @@
+// Filters in vector lanes, pixels broadcast: the inner loops, compiled once per instruction set. No standard
+// library here (see conv/kernel_impl.h).
+#pragma once
+
+#include "conv/lanes/kernel.h"
+#include "core/simd.h"
+
+namespace dsp {
+namespace DSP_ISA {
+
+// Results that are not whole vectors side by side. Out of line: it is long, and the loops come first.
+__attribute__((noinline)) inline void lane_scatter(const LaneArgs& a, int64_t pixel, int pixels,
+                                                   const float* values, int width) {
+  const Vec low = lowest(a.activation);
+  const Vec high = highest(a.activation);
+  for (int p = 0; p < pixels; ++p, values += width) {
+    float* to = a.out + a.out_at[pixel + p];
+    const float* from = a.residual == nullptr ? nullptr : a.residual + a.residual_at[pixel + p];
+    for (int32_t i = 0; i < a.n_pieces; ++i) {
+      const LanePiece piece = a.pieces[i];
+      Vec v = load_expand(values + piece.from, piece.mask);
+      if (from != nullptr) v = add(v, load_mask(from + piece.channel, piece.mask));
+      store_mask(to + piece.channel, min(high, max(low, v)), piece.mask);
+    }
+  }
+}
+
+// P pixels x F vectors of filters in registers. A step is one channel under one tap. Loads go to the load
+// ports alone and no scalar sum is made in the loop: on some processors those would take the multipliers'
+// places.
+template <int P, int F>
+void lane_tiles(const LaneArgs& a, int64_t pixel, int64_t tiles) {
+  constexpr int kWidth = F * kLanes;
+  const int64_t pairs = a.steps / 2;
+  const char* ahead = a.ahead;
+  for (; tiles > 0; --tiles, pixel += P) {
+    Vec acc[P][F];
+    const float* x[P];
+    DSP_UNROLL
+    for (int p = 0; p < P; ++p) {
+      x[p] = a.in + a.in_at[pixel + p];
+      DSP_UNROLL
+      for (int f = 0; f < F; ++f) acc[p][f] = zero();
+    }
+    const float* w = a.weights;
+    const int32_t* offset = a.offsets;
+    const auto step = [&](int64_t o, const float* weights) __attribute__((always_inline)) {
+      Vec value[F];
+      DSP_UNROLL
+      for (int f = 0; f < F; ++f) {
+        value[f] = load(weights + f * kLanes);
+        DSP_KEEP(value[f]);
+      }
+      DSP_UNROLL
+      for (int p = 0; p < P; ++p) {
+        Vec pixels = set1(x[p][o]);
+        DSP_KEEP(pixels);
+        DSP_UNROLL
+        for (int f = 0; f < F; ++f) fma_to(acc[p][f], pixels, value[f]);
+      }
+    };
+    const int64_t line = ahead < a.ahead_end ? 64 : 0;
+    for (int64_t i = 0; i < pairs; ++i) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += line;
+      step(offset[0], w);
+      step(offset[1], w + kWidth);
+      offset += 2;
+      w += 2 * kWidth;
+    }
+    if (a.steps % 2 != 0) step(offset[0], w);
+    float* partial = a.partial + pixel * kWidth;
+    if (!a.first) {
+      DSP_UNROLL
+      for (int p = 0; p < P; ++p) {
+        DSP_UNROLL
+        for (int f = 0; f < F; ++f) acc[p][f] = add(load(partial + p * kWidth + f * kLanes), acc[p][f]);
+      }
+    }
+    if (!a.last) {
+      DSP_UNROLL
+      for (int p = 0; p < P; ++p) {
+        DSP_UNROLL
+        for (int f = 0; f < F; ++f) store(partial + p * kWidth + f * kLanes, acc[p][f]);
+      }
+      continue;
+    }
+    Vec bias[F];
+    DSP_UNROLL
+    for (int f = 0; f < F; ++f) bias[f] = load(a.bias + f * kLanes);
+    if (a.pieces != nullptr) {
+      float values[P * kWidth];
+      DSP_UNROLL
+      for (int p = 0; p < P; ++p) {
+        DSP_UNROLL
+        for (int f = 0; f < F; ++f) store(values + p * kWidth + f * kLanes, add(acc[p][f], bias[f]));
+      }
+      lane_scatter(a, pixel, P, values, kWidth);
+      continue;
+    }
+    const Vec low = lowest(a.activation);
+    const Vec high = highest(a.activation);
+    DSP_UNROLL
+    for (int p = 0; p < P; ++p) {
+      float* to = a.out + a.out_at[pixel + p];
+      DSP_UNROLL
+      for (int f = 0; f < F; ++f) acc[p][f] = add(acc[p][f], bias[f]);
+      if (a.residual != nullptr) {
+        const float* from = a.residual + a.residual_at[pixel + p];
+        DSP_UNROLL
+        for (int f = 0; f < F; ++f) {
+          const float* at = from + f * kLanes;
+          acc[p][f] = add(acc[p][f], kMasksAreFree && f == F - 1 ? load_lanes(at, a.tail) : load(at));
+        }
+      }
+      DSP_UNROLL
+      for (int f = 0; f < F; ++f) {
+        const Vec result = min(high, max(low, acc[p][f]));
+        if (kMasksAreFree && f == F - 1) {
+          store_lanes(to + f * kLanes, result, a.tail);
+        } else {
+          store(to + f * kLanes, result);
+        }
+      }
+    }
+  }
+}
+
+template <int F, int P, int MOST>
+struct AddTiles {
+  static void to(LaneKernels* table) {
+    table->tiles[F - 1][P - 1] = &lane_tiles<P, F>;
+    AddTiles<F, P + 1, MOST>::to(table);
+  }
+};
+template <int F, int MOST>
+struct AddTiles<F, MOST, MOST> {
+  static void to(LaneKernels* table) {
+    table->tiles[F - 1][MOST - 1] = &lane_tiles<MOST, F>;
+    table->max_pixels[F] = MOST;
+  }
+};
+
+// Accumulators, the weights of a step and one pixel fill the registers.
+inline LaneKernels make_lane_kernels() {
+  LaneKernels table{};
+  table.lanes = kLanes;
+  table.masks_are_free = kMasksAreFree;
+  table.max_vectors = kManyRegisters ? 4 : 2;
+  AddTiles<1, 1, 12>::to(&table);
+  AddTiles<2, 1, kManyRegisters ? 12 : 6>::to(&table);
+  if (kManyRegisters) {
+    AddTiles<kManyRegisters ? 3 : 1, 1, kManyRegisters ? 8 : 12>::to(&table);
+    AddTiles<kManyRegisters ? 4 : 1, 1, kManyRegisters ? 6 : 12>::to(&table);
+  }
+  return table;
+}
+
+}  // namespace DSP_ISA
+}  // namespace dsp

@@ -32,6 +32,7 @@ struct LaneArgs {
   const float* weights;  // steps x vectors x lanes
   const char* ahead;     // read soon: fetched into the second-level cache, a line every second step
   const char* ahead_end;
+  int64_t in_ahead;      // not 0: instead of those, what lies so far behind a tile's first pixel
   const int32_t* in_at;  // the pixels' places in `in`, `out` and `residual`
   const int32_t* out_at;
   const int32_t* residual_at;

@@ -59,7 +59,8 @@ void lane_tiles(const LaneArgs& a, int64_t pixel, int64_t tiles) {
         for (int f = 0; f < F; ++f) fma_to(acc[p][f], pixels, value[f]);
       }
     };
-    const int64_t line = ahead < a.ahead_end ? 64 : 0;
+    if (a.in_ahead != 0) ahead = reinterpret_cast<const char*>(x[0] + a.in_ahead);
+    const int64_t line = a.in_ahead != 0 || ahead < a.ahead_end ? 64 : 0;
     for (int64_t i = 0; i < pairs; ++i) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += line;

@@ -301,6 +301,10 @@ void LaneConv::run_blocks(const float* in, const float* weights, const float* re
       const int64_t end = pixel > 0 ? next : std::min(weight_floats_, next + kPartTerms * width);
       args.ahead = reinterpret_cast<const char*>(weights + next);
       args.ahead_end = reinterpret_cast<const char*>(weights + end);
+      // The next pixels' are fetched two tiles before they are read, by the first block that does.
+      args.in_ahead = pixel > 0 && b == block_begin && args.first
+                          ? (s_.kh - 1) * s_.dh * in_.row + 2 * most * s_.sw * in_.pixel
+                          : 0;
       if (large > 0) k.tiles[block.vectors - 1][size](args, 0, large);
       args.ahead += large * args.steps / 2 * 64;
       k.tiles[block.vectors - 1][size - 1](args, large * (size + 1), tiles - large);

@@ -2,8 +2,7 @@
 
 PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPU_PYTHON ?= python3
-GPU_MINUTES ?= 8
-TUNE_MINUTES ?= 4
+GPU_ARGS ?=
 OUT ?= outputs/gpu
 PYTEST_ARGS ?=
 PYTEST_JOBS ?= 2
@@ -31,7 +30,7 @@ help:
 	@echo "make demo       learn, prune, finetune, pack and time a network: outputs/demo"
 	@echo "make test       lint, native build with warnings as errors, sanitized native tests, pytest"
 	@echo "make bench      benchmarks on this CPU: outputs/bench"
-	@echo "make gpu OUT=d  GPU tests and benchmarks with the system's Python: JSON under d"
+	@echo "make gpu OUT=d  nine minutes on a GPU, with the system's Python: results under d"
 	@echo "make docs       the docstrings as HTML: outputs/docs"
 	@echo "make lint, format, sanitize, clean"
 
@@ -109,25 +108,9 @@ sanitized: $(VENV)
 sanitize: sanitized
 	$(BIN)/ctest --test-dir $(SANITIZED) -j $(PYTEST_JOBS) --output-on-failure --no-tests=error
 
-# What fails among the tests is told at the end: tuning and benchmarks run all the same.
+# One command that runs on a machine without make as well: GPU_ARGS=--tune and GPU_ARGS=--others are further calls.
 gpu:
-	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || \
-		{ echo "make gpu: $(GPU_PYTHON) has no torch. Name a Python that has one: make gpu GPU_PYTHON=..."; exit 1; }
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-		{ echo "make gpu: no CUDA device: torch.cuda.is_available() is False in $(GPU_PYTHON)"; exit 1; }
-	mkdir -p "$(OUT)"
-	DSP_KERNELS_NATIVE=1 DSP_KERNELS_CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native $(DSP_KERNELS_CMAKE_ARGS)" \
-		$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	@status=0; \
-	PYTHONPATH="$(CURDIR):$(CURDIR)/python"; export PYTHONPATH; \
-	DSP_TEST_REPORT="$(abspath $(OUT))/gpu-tests.json" $(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS) || status=$$?; \
-	$(GPU_PYTHON) -m bench.tune --minutes $(TUNE_MINUTES) --table "$(abspath $(OUT))/launch_table.json" || \
-		echo "make gpu: tuning failed; benchmarks go on"; \
-	DSP_KERNELS_LAUNCHES="$$(ls "$(abspath $(OUT))/launch_table.json" 2>/dev/null)" \
-		$(GPU_PYTHON) -m bench.gpu --minutes $(GPU_MINUTES) --out "$(abspath $(OUT))/bench" || \
-		{ failed=$$?; test $$status -ne 0 || status=$$failed; }; \
-	test $$status -eq 0 || echo "make gpu: failed with status $$status"; \
-	exit $$status
+	@$(GPU_PYTHON) bench/device_run.py --out "$(OUT)" $(GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

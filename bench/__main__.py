@@ -6,9 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from bench import device, layers, networks
+from bench import layers, networks
 from bench.environment import keep_freed_memory
 
 
@@ -34,14 +32,7 @@ def main() -> int:
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--quick", action="store_true", help="0.1 s a cell, no Inductor, no memory")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            print("bench: no CUDA device", file=sys.stderr)
-            return 2
-        print(device.run(options.out, torch.device("cuda"), quick=options.quick))
-        return 0
     for name in ("checkpoints", "authors"):
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():

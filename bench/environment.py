@@ -21,7 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit() -> str | None:
-    """The commit that is measured, with "-dirty" where tracked files differ from it; None outside a clone."""
+    """The commit that is measured, with "-dirty" where tracked files differ from it: what DSP_COMMIT says,
+    for machines without git, else what git says; None where neither does.
+    """
+    if named := os.environ.get("DSP_COMMIT"):
+        return named
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

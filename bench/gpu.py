@@ -1,12 +1,10 @@
-"""Packed networks and their layers on a GPU, against dense, compiled, multi-branch and channel-pruned forms.
+"""Packed networks and their layers on a GPU, against dense, compiled, multi-branch and channel-pruned forms:
+the rows that the device run (``bench/device_run.py``) measures.
 
-    python -m bench.gpu --out DIR [--minutes 8]    on a CUDA device: DIR/gpu.json, gpu.md, forms.json
-    python -m bench.gpu --predict [--json FILE]    the cost model's table of ResNet-50, without a device
-    python -m bench.gpu --out DIR --quick          the whole path with tiny networks on the CPU
+    python -m bench.gpu [--json FILE]    the cost model's table of ResNet-50, without a device
 
 Every form is warmed up, the forms take turns, medians are kept, outputs are compared in the same run, and
-each row has the floor of the fusion in use, from the ceilings measured at the start. The most important rows
-come first; what does not fit the time is listed as left out. Files are replaced whole after each row.
+each row has the floor of the fusion in use, from the ceilings measured at the start.
 """
 
 from __future__ import annotations
@@ -14,15 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import multiprocessing
-import os
 import statistics
-import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +26,8 @@ from torch import Tensor, fx, nn
 
 import dsprune
 from bench.cases import random_structure
-from bench.device import ceilings, driver
+from bench.device import driver
+from bench.environment import commit
 from dsp_kernels import backends, cost
 from dsprune import gpu
 from dsprune.io import write_atomically
@@ -42,7 +36,11 @@ from dsprune.models.resnet import BasicBlock, Bottleneck
 from dsprune.nn import PermutedGroupedConv2d
 from dsprune.pack import TOLERANCE
 
-ROOT = Path(__file__).resolve().parent.parent
+# Forms of a network: dense ones that packed networks are measured against, and the others.
+DENSE = ("eager", "eager, graph", "max-autotune")
+PACKED = ("packed", "packed without chains")
+COMPILED = ("max-autotune", "channel-pruned, max-autotune")
+FORMS = (*DENSE[:2], *PACKED, "multi-branch, graph", "channel-pruned, graph", *COMPILED)
 
 
 def tiny() -> nn.Module:
@@ -303,11 +301,16 @@ def difference(out: Tensor, exact: Tensor) -> float:
     return float((out.float() - exact.float()).abs().max() / max(1.0, float(exact.abs().max())))
 
 
+def counted(packed: dsprune.PackedNetwork, example: Tensor) -> tuple[int, int]:
+    """Multiply-adds of a packed network, and of the dense one that it was made from."""
+    summary = dsprune.summary(packed, example)
+    return summary.macs, summary.dense_macs
+
+
 @dataclass
 class Bench:
-    """What all rows share."""
+    """What all rows share. ``counts``: multiply-adds of networks, by name and cut, where they are known."""
 
-    out: Path
     device: torch.device
     where: cost.Device
     deadline: Deadline
@@ -316,6 +319,7 @@ class Bench:
     results: dict[str, Any]
     table: cost.FormTable
     compile_seconds: float = 60.0
+    counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     packed: dict[Any, tuple[dsprune.PackedNetwork, int, int]] = field(default_factory=dict)
 
     def packed_of(self, cell: Cell, model: nn.Module, size: int) -> tuple[dsprune.PackedNetwork, int, int]:
@@ -324,19 +328,9 @@ class Bench:
         if key not in self.packed:
             example = torch.randn(1, 3, size, size)
             packed = dsprune.pack(model, example)
-            counted = dsprune.summary(packed, example)
-            on_device = packed.to(device=self.device, dtype=cell.dtype)
-            self.packed[key] = (on_device, counted.macs, counted.dense_macs)
+            counts = self.counts.get(key[:2]) or counted(packed, example)
+            self.packed[key] = (packed.to(device=self.device, dtype=cell.dtype), *counts)
         return self.packed[key]
-
-    def write(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out / "gpu.json", (json.dumps(self.results, indent=1) + "\n").encode())
-        write_atomically(self.out / "gpu.md", markdown(self.results).encode())
-        write_atomically(self.out / "forms.json", self.table.to_json().encode())
-
-    def skip(self, what: str, why: str) -> None:
-        self.results["left_out"].append({"what": what, "why": why})
 
 
 def _graphed(bench: Bench, network: nn.Module, x: Tensor) -> Callable[[], Any]:
@@ -351,9 +345,11 @@ def _graphed(bench: Bench, network: nn.Module, x: Tensor) -> Callable[[], Any]:
     return call
 
 
-def network_row(bench: Bench, cell: Cell, model: nn.Module, size: int, *, compiled: bool) -> dict[str, Any]:
-    """One network at one batch: all forms compared and timed in turns. ``model`` is the pruned dense network
-    in float32 on the CPU.
+def network_row(
+    bench: Bench, cell: Cell, model: nn.Module, size: int, *, forms: Collection[str] = FORMS
+) -> dict[str, Any]:
+    """One network at one batch: ``forms`` (of FORMS) compared and timed in turns. ``model`` is the pruned
+    dense network in float32 on the CPU.
     """
     device, dtype, last = bench.device, cell.dtype, torch.channels_last
     make = NETWORKS[cell.network][0]
@@ -366,8 +362,11 @@ def network_row(bench: Bench, cell: Cell, model: nn.Module, size: int, *, compil
     failed: dict[str, str] = {}
     calls: dict[str, Callable[[], Any]] = {}
 
-    def add(name: str, prepare: Callable[[], Callable[[], Any]], *, compare: bool = True) -> None:
+    def add(name: str, prepare: Callable[[], Callable[[], Any]]) -> None:
         """A form that cannot be made, or that is wrong, is told and not timed."""
+        if name not in forms:
+            return
+        compare = not name.startswith("channel-pruned")  # its weights are random
         try:
             with torch.no_grad():
                 call = prepare()
@@ -423,16 +422,10 @@ def network_row(bench: Bench, cell: Cell, model: nn.Module, size: int, *, compil
     add("packed", lambda: ours("auto"))
     add("packed without chains", lambda: ours("off"))
     add("multi-branch, graph", lambda: _graphed(bench, branches(cast(fx.GraphModule, on_device.network)), x))
-    if compiled:
-        add("max-autotune", lambda: inductor(model))
-        add(
-            "channel-pruned, max-autotune",
-            lambda: inductor(channel_pruned(make, size, macs)),
-            compare=False,
-        )
-    times = interleaved(calls, device, bench.seconds)
-    baselines = [name for name in ("eager", "eager, graph", "max-autotune") if name in times]
-    best = min(baselines, key=times.__getitem__) if baselines else None
+    add("channel-pruned, graph", lambda: _graphed(bench, dense(channel_pruned(make, size, macs)), x))
+    add("max-autotune", lambda: inductor(model))
+    add("channel-pruned, max-autotune", lambda: inductor(channel_pruned(make, size, macs)))
+    times = interleaved(calls, device, bench.seconds) if calls else {}
     plan = plans.get("auto")
     floor = None
     if plan is not None:
@@ -449,16 +442,24 @@ def network_row(bench: Bench, cell: Cell, model: nn.Module, size: int, *, compil
         "times_ms": times,
         "differences": differences,
         "failed": failed,
-        "best_dense": best,
-        "speed_up": times[best] / times["packed"] if best and "packed" in times else None,
         "floor_ms": None if floor is None else 1e3 * floor.floor,
         "predicted_ms": None if plan is None else 1e3 * plan.seconds,
         "forms": {} if plan is None else _count([r.form for r in plan.rows]),
         "measured_forms": plan is not None and any("measured" in r.reason for r in plan.rows),
     }
-    if row["floor_ms"] and "packed" in times:
-        row["share_of_floor"] = row["floor_ms"] / times["packed"]
-    return row
+    return judged(row)
+
+
+def judged(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what follows from its times: the best dense form, the speed-up, the share of the floor."""
+    times = row["times_ms"]
+    packed = times.get("packed")
+    best = min((name for name in DENSE if name in times), key=times.__getitem__, default=None)
+    return row | {
+        "best_dense": best,
+        "speed_up": times[best] / packed if best and packed else None,
+        "share_of_floor": row["floor_ms"] / packed if row["floor_ms"] and packed else None,
+    }
 
 
 def _count(values: list[str]) -> dict[str, int]:
@@ -491,7 +492,9 @@ def repeated(bench: Bench, make: Callable[[Tensor], Any], inputs: list[Tensor]) 
 
 
 def layer_rows(bench: Bench, cell: Cell, model: nn.Module, size: int) -> Iterator[dict[str, Any]]:
-    """The packed layers of a network, one of each kind, and its chains: every form timed and compared."""
+    """The packed layers of a network, one of each kind, the costliest by prediction first, and its chains:
+    every form timed and compared.
+    """
     dtype = cell.dtype
     packed, _, _ = bench.packed_of(cell, model, size)
     network = gpu.pad_channels(cast(fx.GraphModule, packed.network))
@@ -499,8 +502,9 @@ def layer_rows(bench: Bench, cell: Cell, model: nn.Module, size: int) -> Iterato
     steps = gpu.trace_steps(network, shape, dtype)
     choices = gpu.predict(packed, shape, device=bench.where, dtype=dtype, chain="off")
     reasons = {name: row for row in choices.rows for name in row.names}
+    by_cost = sorted(steps, key=lambda s: -reasons[s.name].seconds if s.name in reasons else 0.0)
     seen: dict[str, dict[str, float]] = {}
-    for step in steps:
+    for step in by_cost:
         if step.conv is None or bench.deadline.left() < 5:
             continue
         key = step.conv.key(dtype)
@@ -681,16 +685,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         version = triton.__version__
     except ImportError:
         version = None
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
@@ -699,26 +693,23 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": version,
-        "commit": commit or None,
-        "uncommitted_changes": bool(changed),
+        "commit": commit(),
     }
 
 
-def measured_device(device: torch.device, quick: bool) -> tuple[cost.Device, dict[str, float]]:
-    """The device with its own ceilings in place of published ones."""
-    found = ceilings(device, 1 << (18 if quick else 28), 128 if quick else 8192)
-    known = cost.device(device) if device.type == "cuda" else cost.device("H200")
+def with_ceilings(known: cost.Device, found: dict[str, Any]) -> cost.Device:
+    """A device with measured ceilings (:func:`bench.device.ceilings`) in place of published ones."""
     rate = 1e12 * found["matmul_tflop_s_bfloat16"]
     matrix = {"bfloat16": rate, "float16": rate, "float32": 1e12 * found["matmul_tflop_s_float32"]}
-    return known.measured(1e9 * found["copy_gb_s"], matrix), found
+    return known.measured(1e9 * found["copy_gb_s"], matrix)
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as tables; losses are rows like any other."""
     e = results["environment"]
+    facts = [f"{e['device']}", *(f"{k} {e[k]}" for k in ("driver", "torch", "triton", "commit"))]
     lines = [
-        f"{e['device']}, driver {e['driver']}, torch {e['torch']}, Triton {e['triton']}, commit {e['commit']}"
-        + (" with uncommitted changes" if e["uncommitted_changes"] else ""),
+        ", ".join(facts),
         "",
         "| network, cut | batch | dtype | best dense | ms | max-autotune ms | multi-branch ms "
         "| channel-pruned ms | packed ms | speed-up | floor ms | share |",
@@ -772,99 +763,8 @@ def _per_cent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f}%"
 
 
-def _name(cell: Cell) -> str:
+def name_of(cell: Cell) -> str:
     return f"{cell.network}, {cell.cut}%, batch {cell.batch}, {str(cell.dtype).removeprefix('torch.')}"
-
-
-def run(
-    out: Path,
-    device: torch.device,
-    *,
-    minutes: float = 8.0,
-    quick: bool = False,
-    wanted: list[Cell] | None = None,
-) -> dict[str, Any]:
-    """Measures within ``minutes``, writes gpu.json, gpu.md and forms.json into ``out`` after each row."""
-    deadline = Deadline(60 * minutes)
-    wanted = wanted or ([Cell("tiny", 40, 2, torch.float32)] if quick else cells())
-    sizes = {cell.network: NETWORKS[cell.network][1] for cell in wanted}
-    kinds = list(dict.fromkeys((cell.network, cell.cut) for cell in wanted))
-    models: dict[tuple[str, int], nn.Module] = {}
-    pool: ProcessPoolExecutor | None = None
-    futures: dict[tuple[str, int], Future[dict[str, Tensor]]] = {}
-    if not quick:
-        workers = max(1, min(len(kinds), (os.cpu_count() or 2) // 2))
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        futures = {kind: pool.submit(pruned_state, *kind, sizes[kind[0]]) for kind in kinds}
-
-    def model_of(cell: Cell) -> nn.Module:
-        kind = (cell.network, cell.cut)
-        if kind not in models:
-            model = NETWORKS[cell.network][0]()
-            state = (
-                pruned_state(*kind, sizes[cell.network])
-                if quick
-                else futures[kind].result(timeout=max(1.0, deadline.left()))
-            )
-            # Structures that are still being made would disturb what is timed on the host.
-            wait(futures.values(), timeout=max(0.0, min(90.0, deadline.left() - 240)))
-            model.load_state_dict(state)
-            models[kind] = model.eval()
-        return models[kind]
-
-    where, found = measured_device(device, quick)
-    results: dict[str, Any] = {
-        "environment": environment(device),
-        "ceilings": found,
-        "minutes": minutes,
-        "networks": [],
-        "layers": [],
-        "left_out": [],
-    }
-    table = cost.FormTable()
-    bench = Bench(out, device, where, deadline, 0.01 if quick else 1.0, quick, results, table)
-    bench.write()
-
-    def network(cell: Cell, compiled: bool) -> None:
-        try:
-            results["networks"].append(
-                network_row(bench, cell, model_of(cell), sizes[cell.network], compiled=compiled)
-            )
-        except Exception as error:
-            if quick:
-                raise
-            traceback.print_exc()
-            bench.skip(_name(cell), f"{type(error).__name__}: {error}")
-        bench.write()
-
-    before = os.environ.get(gpu.FORMS_ENVIRONMENT)
-    try:
-        network(wanted[0], True)
-        try:
-            for row in layer_rows(bench, wanted[0], model_of(wanted[0]), sizes[wanted[0].network]):
-                results["layers"].append(row)
-                bench.write()
-        except Exception as error:
-            if quick:
-                raise
-            traceback.print_exc()
-            bench.skip(f"layers of {_name(wanted[0])}", f"{type(error).__name__}: {error}")
-        bench.write()
-        # From here on packing goes by what was measured; the first network again, then the others.
-        os.environ[gpu.FORMS_ENVIRONMENT] = str(out / "forms.json")
-        for i, cell in enumerate([wanted[0], *wanted[1:]]):
-            if deadline.left() < 25 and not quick:
-                bench.skip(_name(cell), "no time left")
-                continue
-            network(cell, i > 0 and deadline.left() > 2 * bench.compile_seconds + 60)
-    finally:
-        os.environ.pop(gpu.FORMS_ENVIRONMENT, None)
-        if before is not None:
-            os.environ[gpu.FORMS_ENVIRONMENT] = before
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
-    bench.write()
-    return results
 
 
 # ---- prediction ----
@@ -953,27 +853,13 @@ def prediction_table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=8.0, help="the time box")
-    parser.add_argument("--quick", action="store_true", help="tiny networks on the CPU: tries the whole path")
-    parser.add_argument("--predict", action="store_true", help="the cost model's figures, without a device")
-    parser.add_argument("--json", type=Path, help="with --predict: also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
-    if options.predict:
-        rows = predictions()
-        if options.json is not None:
-            write_atomically(options.json, (json.dumps(rows, indent=1) + "\n").encode())
-        print(prediction_table(rows))
-        print(rows[-2]["table"])
-        return 0
-    if options.out is None:
-        parser.error("--out: a folder is needed")
-    if not options.quick and not torch.cuda.is_available():
-        print("bench.gpu: no CUDA device", file=sys.stderr)
-        return 2
-    device = torch.device("cpu") if options.quick else torch.device("cuda", torch.cuda.current_device())
-    run(options.out, device, minutes=options.minutes, quick=options.quick)
-    print((options.out / "gpu.md").read_text())
+    rows = predictions()
+    if options.json is not None:
+        write_atomically(options.json, (json.dumps(rows, indent=1) + "\n").encode())
+    print(prediction_table(rows))
+    print(rows[-2]["table"])
     return 0
 
 

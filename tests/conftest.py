@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -100,23 +99,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
-
-
-def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
-    """Writes the outcome as JSON where DSP_TEST_REPORT names a file."""
-    path = os.environ.get("DSP_TEST_REPORT")
-    if not path:
-        return
-    stats = terminalreporter.stats
-    report: dict[str, Any] = {
-        "exit": int(exitstatus),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-    for outcome in ("passed", "failed", "error", "skipped"):
-        report[outcome] = [r.nodeid for r in stats.get(outcome, [])]
-    Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,9 @@
-"""The GPU benchmarks' whole path, on the CPU with tiny networks; no time is judged."""
+"""The steps of the device run that need torch, on the CPU with tiny networks; no time is judged."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +11,50 @@ import pytest
 import torch
 
 import dsprune
+from bench import device_run, device_steps
 from bench import gpu as bench
 from dsp_kernels import GroupLayout, backends, cost
 from dsprune.models import cifar_resnet, resnet18
 from dsprune.models.resnet import Bottleneck
 from dsprune.nn import PermutedGroupedConv2d
 
-FORMS = {
-    "eager",
-    "eager, graph",
-    "max-autotune",
-    "multi-branch, graph",
-    "channel-pruned, max-autotune",
-    "packed",
-    "packed without chains",
-}
+TIMED = {"eager, graph", *bench.PACKED, "channel-pruned, graph"}
+STEPS = ("ceilings", "structure", "networks", "autotune", "layers", "again")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict]]:
+    """The steps in their order, each as its own phase would run it; what they found."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("bench")
-    found = bench.run(out, torch.device("cpu"), quick=True)
+    out, scratch = tmp_path_factory.mktemp("bench"), tmp_path_factory.mktemp("scratch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(device_run.SCRATCH, str(scratch))
+        patch.setenv(device_run.RESULTS, str(out / "results.jsonl"))
+        patch.setenv(dsprune.gpu.FORMS_ENVIRONMENT, "")  # step "again" sets it, for its own process
+        for name in STEPS:
+            assert device_steps.main([name, "--out", str(out), "--quick"]) == 0
     torch.set_num_threads(threads)
-    return out, found
+    yield out, json.loads((scratch / "results.json").read_text())
 
 
 def test_networks(results: tuple[Path, dict]) -> None:
     out, found = results
     first, again = found["networks"]
-    assert set(first["times_ms"]) == FORMS and not first["failed"] and not found["left_out"]
-    assert set(first["differences"]) == FORMS - {"channel-pruned, max-autotune"}
+    # The compiled network came later, into the row that stood; the other rows of lines are as they were.
+    assert set(first["times_ms"]) == TIMED | {"max-autotune"} and not first["failed"]
+    assert set(again["times_ms"]) == {"eager, graph", *bench.PACKED, "max-autotune"}
+    assert again["times_ms"]["max-autotune"] == first["times_ms"]["max-autotune"]
+    assert set(first["differences"]) == {"eager, graph", *bench.PACKED, "max-autotune"}
     assert all(value < 1e-4 for value in first["differences"].values())
     assert first["forms"]["chain"] == 2 and first["predicted_ms"] > 0
     assert first["speed_up"] == first["times_ms"][first["best_dense"]] / first["times_ms"]["packed"]
     assert first["share_of_floor"] == first["floor_ms"] / first["times_ms"]["packed"]
     assert not first["measured_forms"] and again["measured_forms"]
-    assert json.loads((out / "gpu.json").read_text()) == json.loads(json.dumps(found))
+    rows = [line["row"] for line in device_run.lines(out / "results.jsonl") if line["kind"] == "network"]
+    assert set(rows[0]["times_ms"]) == TIMED and rows[1:] == [first, again]
+    layers = [line["row"] for line in device_run.lines(out / "results.jsonl") if line["kind"] == "layer"]
+    assert layers == found["layers"]
 
 
 def test_layers_and_the_table_that_packing_reads(results: tuple[Path, dict]) -> None:
@@ -58,6 +63,7 @@ def test_layers_and_the_table_that_packing_reads(results: tuple[Path, dict]) -> 
     chains = [row for row in found["layers"] if " + " in row["layer"]]
     single = [row for row in found["layers"] if " + " not in row["layer"]]
     assert len(chains) == 2 and len(single) == 10
+    assert found["layers"][:10] == single, "chains need the times of their layers"
     for row in single:
         assert set(row["times_ms"]) == {"grouped", "merged", "torch", "multi-branch"}
         # On the CPU the CUDA kernels are told not to run, and packing does not take them.
@@ -79,8 +85,7 @@ def test_the_cuda_form_is_timed_where_it_runs_and_compared_first(
     packed = dsprune.pack(bench.tiny().eval(), torch.randn(1, 3, 8, 8))
     lines: dict = {"networks": [], "layers": [], "left_out": []}
     table = cost.FormTable()
-    where, _ = bench.measured_device(torch.device("cpu"), True)
-    mine = bench.Bench(tmp_path, torch.device("cpu"), where, bench.Deadline(60), 0.01, True, lines, table)
+    mine = bench.Bench(torch.device("cpu"), cost.device("H200"), bench.Deadline(60), 0.01, True, lines, table)
     cell = bench.Cell("tiny", 0, 1, torch.float32)
     mine.packed[("tiny", 0, torch.float32)] = (packed, 1, 1)
     monkeypatch.setattr(backends, "can_run", lambda *_: None)
@@ -104,7 +109,7 @@ def test_the_cuda_form_is_timed_where_it_runs_and_compared_first(
 
 def test_the_page(results: tuple[Path, dict]) -> None:
     out, found = results
-    text = (out / "gpu.md").read_text()
+    text = (out / "networks.md").read_text()
     row = found["networks"][0]
     assert f"| {row['speed_up']:.2f}x |" in text and "tiny, 40%, forms measured" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
@@ -115,13 +120,13 @@ def test_the_page(results: tuple[Path, dict]) -> None:
 def test_what_fails_and_what_is_left_out_is_told(
     tmp_path: Path, results: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where, _ = bench.measured_device(torch.device("cpu"), True)
     cell = bench.Cell("tiny", 40, 1, torch.float32)
     model = bench.tiny().eval()
     lines: dict = {"environment": results[1]["environment"], "networks": [], "layers": [], "left_out": []}
     mine = bench.Bench(
-        tmp_path, torch.device("cpu"), where, bench.Deadline(60), 0.01, True, lines, cost.FormTable()
+        torch.device("cpu"), cost.device("H200"), bench.Deadline(60), 0.01, True, lines, cost.FormTable()
     )
+    simple = ("eager", "eager, graph", *bench.PACKED, "multi-branch, graph")
 
     def wrong(network: object) -> object:
         return lambda x: model(x) + 1
@@ -130,46 +135,18 @@ def test_what_fails_and_what_is_left_out_is_told(
         raise RuntimeError("out of memory\nin a graph")
 
     monkeypatch.setattr(bench, "branches", wrong)
-    row = bench.network_row(mine, cell, model, 8, compiled=False)
+    row = bench.network_row(mine, cell, model, 8, forms=simple)
     assert row["failed"] == {"multi-branch, graph": "outputs differ by 1"}
     assert "multi-branch, graph" not in row["times_ms"]
     monkeypatch.setattr(bench.HostCapturer, "capture", broken)
-    row = bench.network_row(mine, cell, model, 8, compiled=False)
+    row = bench.network_row(mine, cell, model, 8, forms=simple)
     assert row["failed"]["eager, graph"] == "RuntimeError: out of memory"
     assert "no graph could be made: out of memory" in row["failed"]["packed"] and row["speed_up"] is None
     lines["networks"].append(row)
-    mine.skip("resnet50", "no time left")
-    mine.write()
-    text = (tmp_path / "gpu.md").read_text()
+    lines["left_out"].append({"what": "resnet50", "why": "no time left"})
+    text = bench.markdown(lines)
     assert "- tiny, 40%, batch 1, eager, graph: RuntimeError: out of memory" in text
     assert "- resnet50: no time left" in text
-
-
-@pytest.mark.parametrize(
-    ("fails", "told"), [("pytest", True), ("bench.tune", False), ("bench.gpu", True), ("", False)]
-)
-def test_make_gpu_runs_all_and_fails_with_the_tests(fails: str, told: bool, tmp_path: Path) -> None:
-    """With a stand-in for Python."""
-    make = shutil.which("make")
-    if make is None:
-        pytest.skip("no make on PATH")
-    python, log = tmp_path / "python", tmp_path / "log"
-    python.write_text(f"""#!/bin/sh
-echo "$*" >> "{log}"
-case "$*" in *"-m {fails or "nothing"} "*) exit 3;; esac
-""")
-    python.chmod(0o755)
-    done = subprocess.run(
-        [make, "gpu", f"GPU_PYTHON={python}", f"OUT={tmp_path / 'out'}"],
-        cwd=Path(bench.__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    calls = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("-m ")]
-    assert calls == ["pytest", "bench.tune", "bench.gpu"]
-    assert (done.returncode != 0) == told
-    assert ("make gpu: failed with status 3" in done.stdout) == told
 
 
 def test_multi_branch_form() -> None:
@@ -209,13 +186,35 @@ def test_rows_come_in_order_of_importance() -> None:
                     assert bench.Cell(network, cut, batch, dtype) in wanted
 
 
-def test_the_command_needs_a_device_or_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measured_ceilings_take_the_place_of_published_ones() -> None:
+    found = {"copy_gb_s": 4000.0, "matmul_tflop_s_bfloat16": 700.0, "matmul_tflop_s_float32": 50.0}
+    where = bench.with_ceilings(cost.device("H200"), found)
+    assert where.bytes_per_second() == 4e12
+    assert where.flops_per_second(torch.bfloat16) == 7e14 and where.flops_per_second(torch.float32) == 5e13
+
+
+def test_steps_say_what_they_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(device_run.SCRATCH, str(tmp_path))
+    with pytest.raises(SystemExit, match="the phase 'structure' left no network"):
+        device_steps.main(["networks", "--out", str(tmp_path), "--quick"])
     if not torch.cuda.is_available():
-        assert bench.main(["--out", str(tmp_path)]) == 2
-        assert "no CUDA device" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        bench.main([])
-    assert "--out: a folder is needed" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="no CUDA device"):
+            device_steps.main(["ceilings", "--out", str(tmp_path)])
+
+
+def test_corners_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert device_steps.main(["corners", "--out", str(tmp_path), "--quick"]) == 0
+    assert capsys.readouterr().out.count('"kind": "corner"') == 6
+    real = device_steps.permuted_grouped_conv2d
+
+    def wrong(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return real(x, *args, **kwargs) * (1.1 if x.dtype == torch.float32 else 1.0)
+
+    monkeypatch.setattr(device_steps, "permuted_grouped_conv2d", wrong)
+    with pytest.raises(SystemExit, match=r"float32, 3x3, stride 1: off by 0\.1"):
+        device_steps.main(["corners", "--out", str(tmp_path), "--quick"])
 
 
 def test_prediction_of_whole_blocks() -> None:

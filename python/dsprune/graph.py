@@ -12,9 +12,8 @@ import copy
 import io
 import logging
 import math
-import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -22,6 +21,8 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize, prune
+
+from .guards import Expression, evaluate, parse
 
 aten = torch.ops.aten
 
@@ -95,12 +96,11 @@ class Limits:
     """Input sizes that an exported graph is good for.
 
     ``ranges`` holds, per input, the least and greatest size (None: no limit) of each dimension; None for an
-    input that is no tensor. ``guard`` takes the inputs' sizes and says whether the tracer's further
-    assumptions hold.
+    input that is no tensor. ``guard`` holds the tracer's further assumptions on the inputs' sizes.
     """
 
     ranges: tuple[tuple[tuple[int, int | None], ...] | None, ...]
-    guard: Callable[[Sequence[Any]], bool] | None = None
+    guard: Expression | None = None
 
     def admit(self, sizes: Sequence[Any]) -> bool:
         """Whether inputs of these sizes (None: no tensor) may run."""
@@ -110,7 +110,7 @@ class Limits:
             for size, (least, most) in zip(shape, ranges, strict=True):
                 if size < least or (most is not None and size > most):
                     return False
-        return self.guard is None or self.guard(sizes)
+        return self.guard is None or bool(evaluate(self.guard, sizes))
 
 
 @dataclass
@@ -273,28 +273,19 @@ def _dynamic_shapes(inputs: Sequence[Any], spatial: bool) -> tuple[Any, ...]:
     return tuple(shapes)
 
 
-def _guard(
-    program: torch.export.ExportedProgram, inputs: Sequence[Any]
-) -> Callable[[Sequence[Any]], bool] | None:
-    """The tracer's assumptions on sizes as a function. Raises ExportError where they cannot be had or are no
-    such function.
+def _guard(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> Expression | None:
+    """The tracer's assumptions on sizes. Raises ExportError where they cannot be had or understood, or do not
+    hold.
     """
-    guards = getattr(program, "_guards_code", None)
-    if guards is None:
+    written = getattr(program, "_guards_code", None)
+    if written is None:
         raise ExportError("this torch does not tell the tracer's assumptions on sizes")
-    if not guards:
-        return None
-    names = {name: i for i, name in enumerate(program.graph_signature.user_inputs)}
-    pattern = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
-    source = " and ".join(
-        f"({pattern.sub(lambda m: f's[{names[m[1]]}][{m[2]}]', guard)})" for guard in dict.fromkeys(guards)
-    )
-    if re.search(r"[A-Za-z_]", re.sub(r"\b(and|or|not|max|min|s)\b", "", source)):
-        raise ExportError(f"assumptions on sizes that are not understood: {source}")
-    guard = eval(
-        f"lambda s: {source}", {"max": max, "min": min}
-    )  # arithmetic on sizes: no other name is left
-    if not guard([tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in inputs]):
+    try:
+        guard = parse(written, {name: i for i, name in enumerate(program.graph_signature.user_inputs)})
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    sizes = [tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in inputs]
+    if guard is not None and not evaluate(guard, sizes):
         raise ExportError("the tracer's assumptions do not hold for the example")
     return guard
 

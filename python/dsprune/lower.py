@@ -24,6 +24,7 @@ from dsp_kernels.plan import gray_order
 from .graph import NetworkGraph, Site, aten, shape_of
 from .liveness import BATCH_NORM, BINARY, POOLS, REDUCTIONS, UNARY, Liveness, analyse
 from .nn import PermutedGroupedConv2d
+from .packed_graph import PackedGraph
 
 __all__ = ["lower"]
 
@@ -473,7 +474,7 @@ class _Lowering:
                 env[node] = graph.node_copy(node, mapped)
             env[node].meta = {}
         graph.set_codegen(copy.copy(self.graph.module.graph._codegen))
-        module = fx.GraphModule(root, graph, "PackedGraph")
+        module = PackedGraph(root, graph)
         graph.eliminate_dead_code()
         module.delete_all_unused_submodules()
         graph.lint()

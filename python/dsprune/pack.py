@@ -230,6 +230,10 @@ class PackedNetwork(nn.Module):
             self._variants[key] = network
         return self._variants[key]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was made of the rest is made again where it is needed.
+        return self.__dict__ | {"_variants": {}, "_caches": {}, "_fitting": (None, None)}
+
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> PackedNetwork:
         super()._apply(fn, recurse)
         self._caches.clear()

@@ -19,7 +19,7 @@ VENV := .venv/.ready
 NATIVE := build/native.stamp
 CHECKED := build/native-werror.stamp
 SANITIZED := build/sanitize
-CORE := CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+CORE := CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.def' \) 2>/dev/null)
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
 
 .DELETE_ON_ERROR:

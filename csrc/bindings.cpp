@@ -20,12 +20,12 @@ int conv2d_forward(Address x, int64_t x_numel, Address weight, int64_t weight_nu
                    int64_t plan_numel, Address bias, Address residual, Address out, int64_t out_numel,
                    int64_t batch, int64_t height, int64_t width, int64_t kh, int64_t kw, int64_t sh,
                    int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw, int32_t activation,
-                   int32_t threads, int32_t prepared) {
+                   float first, float second, int32_t threads, int32_t prepared) {
   const dsp_conv2d_shape shape{batch, height, width, kh, kw, sh, sw, ph, pw, dh, dw};
+  const dsp_activation act{activation, {first, second}};
   return dsp_conv2d_forward(&shape, at<const float>(x), x_numel, at<const float>(weight), weight_numel,
                             at<const int32_t>(plan), plan_numel, at<const float>(bias),
-                            at<const float>(residual), at<float>(out), out_numel, activation, prepared,
-                            threads);
+                            at<const float>(residual), at<float>(out), out_numel, &act, prepared, threads);
 }
 
 int conv2d_prepare(int64_t kh, int64_t kw, Address weight, int64_t weight_numel, Address plan,
@@ -236,6 +236,37 @@ int cuda_samples(int32_t device, Address stream, int32_t element, int32_t divide
   return kCall(&samples);
 }
 
+// (name, code, number of parameters) of each.
+py::list activations() {
+  py::list rows;
+  for (int32_t i = 0; i < dsp_activation_count(); ++i) {
+    const dsp_activation_info* row = dsp_activation_at(i);
+    rows.append(py::make_tuple(row->name, row->code, row->parameters));
+  }
+  return rows;
+}
+
+// How a program's description is written.
+py::dict program_format() {
+  static const char* const kinds[] = {"int",        "value",  "maybe_value",  "values",
+                                      "activation", "floats", "maybe_floats", "plan"};
+  py::dict steps;
+  for (int32_t i = 0; i < dsp_step_count(); ++i) {
+    const dsp_step_info* step = dsp_step_at(i);
+    py::list fields;
+    for (int32_t j = 0; j < step->fields_numel; ++j) {
+      const dsp_step_field& field = step->fields[j];
+      fields.append(py::make_tuple(field.name, kinds[field.kind], field.least, field.most));
+    }
+    steps[step->name] = py::make_tuple(step->code, fields);
+  }
+  py::dict format;
+  format["magic"] = DSP_PROGRAM_MAGIC;
+  format["version"] = DSP_PROGRAM_VERSION;
+  format["steps"] = steps;
+  return format;
+}
+
 py::dict build_info() {
   py::dict info;
   info["abi_version"] = dsp_abi_version();
@@ -265,16 +296,19 @@ PYBIND11_MODULE(_native, m) {
       "use_team", [](Address runner) { dsp_use_team(reinterpret_cast<dsp_team_runner>(runner)); },
       py::arg("runner"));
   m.def("build_info", &build_info);
+  m.def("activations", &activations);
 
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def("conv2d_forward", &conv2d_forward, nogil, py::arg("x"), py::arg("x_numel"), py::arg("weight"),
         py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("bias"), py::arg("residual"),
         py::arg("out"), py::arg("out_numel"), py::arg("batch"), py::arg("height"), py::arg("width"),
         py::arg("kh"), py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"),
-        py::arg("dh"), py::arg("dw"), py::arg("activation"), py::arg("threads"), py::arg("prepared") = 0);
+        py::arg("dh"), py::arg("dw"), py::arg("activation"), py::arg("first"), py::arg("second"),
+        py::arg("threads"), py::arg("prepared") = 0);
   m.def("conv2d_prepare", &conv2d_prepare, nogil, py::arg("kh"), py::arg("kw"), py::arg("weight"),
         py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("prepared"),
         py::arg("prepared_numel"));
+  m.def("program_format", &program_format);
   m.def("program_create", &program_create, py::arg("words"), py::arg("words_numel"), py::arg("floats"),
         py::arg("floats_numel"));
   m.def("program_run", &program_run, nogil, py::arg("program"), py::arg("x"), py::arg("x_numel"),

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define DSP_ABI_VERSION 6
+#define DSP_ABI_VERSION 7
 
 typedef enum dsp_status {
   DSP_OK = 0,
@@ -29,7 +29,24 @@ typedef enum dsp_status {
   DSP_CUDA_ERROR = 5 /* the CUDA runtime refused */
 } dsp_status;
 
-typedef enum dsp_activation { DSP_ACT_NONE = 0, DSP_ACT_RELU = 1, DSP_ACT_RELU6 = 2 } dsp_activation;
+/* DSP_ACT_NONE = 0, DSP_ACT_RELU, ...: the rows of core/activations.def. */
+typedef enum dsp_activation_kind {
+#define DSP_ACTIVATION(NAME, name, code, parameters) DSP_ACT_##NAME = code,
+#include "core/activations.def"
+#undef DSP_ACTIVATION
+} dsp_activation_kind;
+
+#define DSP_ACT_PARAMETERS 2 /* that an activation may have, at most */
+
+typedef struct dsp_activation {
+  int32_t kind;                         /* a dsp_activation_kind */
+  float parameters[DSP_ACT_PARAMETERS]; /* as many as it takes; the rest is not read */
+} dsp_activation;
+
+typedef struct dsp_activation_info {
+  const char* name;
+  int32_t code, parameters;
+} dsp_activation_info;
 
 /* The plan says which filters read which channels: int32 words,
  *   [0] DSP_PLAN_MAGIC  [1] in_channels  [2] out_channels  [3] n_groups  [4] pairs (sum of filters x
@@ -54,6 +71,9 @@ DSP_API int32_t dsp_abi_version(void);
 DSP_API const char* dsp_last_error(void);
 /* "avx512", "avx2", "neon" or "generic": what the kernels run as on this machine. */
 DSP_API const char* dsp_cpu_isa(void);
+/* The table of activations; null beyond its end. */
+DSP_API int32_t dsp_activation_count(void);
+DSP_API const dsp_activation_info* dsp_activation_at(int32_t index);
 /* Multiply-adds on registers alone, for a caller with a clock: the most that one core can do. Returns how
  * many FLOPs they were. */
 DSP_API int64_t dsp_fma_rounds(int64_t rounds);
@@ -68,14 +88,15 @@ DSP_API void dsp_use_team(dsp_team_runner runner);
 /* Permuted grouped convolution, float32, NCHW contiguous:
  *   out[n, f] = act(bias[f] + residual[n, f] + sum over the channels c of f's group of x[n, c] * w[f, c])
  * bias (out_channels values) and residual (the size of out) may be null. A filter in no group is dead:
- * out[n, f] = act(bias[f] + residual[n, f]). out may not overlap x; residual may be out.
+ * out[n, f] = act(bias[f] + residual[n, f]). out may not overlap x; residual may be out. activation may be
+ * null: none.
  * prepared is 1 when the weights come from dsp_conv2d_prepare, else 0.
  * threads >= 1 is the most threads used; the result does not depend on it. */
 DSP_API dsp_status dsp_conv2d_forward(const dsp_conv2d_shape* shape, const float* x, int64_t x_numel,
                                       const float* weight, int64_t weight_numel, const int32_t* plan,
                                       int64_t plan_numel, const float* bias, const float* residual,
-                                      float* out, int64_t out_numel, int32_t activation, int32_t prepared,
-                                      int32_t threads);
+                                      float* out, int64_t out_numel, const dsp_activation* activation,
+                                      int32_t prepared, int32_t threads);
 
 /* Lays the packed weights out as the kernels of this machine want them: the same number of values in another
  * order, good for every stride, padding and dilation, to be given to dsp_conv2d_forward with prepared = 1.
@@ -101,32 +122,44 @@ DSP_API dsp_status dsp_conv2d_grad_weight(const dsp_conv2d_shape* shape, const f
  * activations stay in the second-level cache. float32, CPU. The description is int64 words,
  *   [0] DSP_PROGRAM_MAGIC  [1] 1  [2..4] channels, height, width of the input  [5] number of steps
  *   [6] the value that is the output  [7] number of words
- * then the steps one after the other: [operation, number of words of this step, arguments]. Value 0 is the
- * input, step i makes value i + 1. `*_at` arguments are places in `floats` (-1: absent where that is
- * allowed). CONV          x, residual or -1, activation, kernel_h, kernel_w, stride_h, stride_w, padding_h,
- * padding_w, dilation_h, dilation_w, weight_at (packed weights), bias_at or -1, length of the plan, plan
- * words LINEAR        x (channels x 1 x 1), activation, out features, weight_at (out x in), bias_at or -1
- *   MAX_POOL      x, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
- * ceil_mode AVG_POOL      x, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, ceil_mode,
- * count_include_pad ADAPTIVE_AVG_POOL  x, out_h, out_w ADD           a, b, activation ACTIVATION    x,
- * activation CONCAT        count, values (channels one after the other) FLATTEN       x -> (channels * height
- * * width) x 1 x 1 AFFINE        x, scale_at, shift_at, activation: act(x * scale[channel] + shift[channel])
- */
+ * then the steps one after the other: [operation, number of words of this step, its fields]. Value 0 is the
+ * input, step i makes value i + 1. Operations, their fields and what these mean: program/steps.def. */
 #define DSP_PROGRAM_MAGIC 0x44535047
+#define DSP_PROGRAM_VERSION 1
 #define DSP_PROGRAM_HEADER 8
 
 typedef enum dsp_program_op {
-  DSP_OP_CONV = 1,
-  DSP_OP_LINEAR = 2,
-  DSP_OP_MAX_POOL = 3,
-  DSP_OP_AVG_POOL = 4,
-  DSP_OP_ADAPTIVE_AVG_POOL = 5,
-  DSP_OP_ADD = 6,
-  DSP_OP_ACTIVATION = 7,
-  DSP_OP_CONCAT = 8,
-  DSP_OP_FLATTEN = 9,
-  DSP_OP_AFFINE = 10
+#define DSP_STEP(NAME, name, code) DSP_OP_##NAME = code,
+#include "program/steps.def"
 } dsp_program_op;
+
+typedef enum dsp_field_kind {
+  DSP_FIELD_INT = 0,          /* a number within the field's bounds */
+  DSP_FIELD_VALUE = 1,        /* a value that is there before the step */
+  DSP_FIELD_MAYBE_VALUE = 2,  /* one, or -1 */
+  DSP_FIELD_VALUES = 3,       /* how many, then each; the last field */
+  DSP_FIELD_ACTIVATION = 4,   /* its code, then the place in `floats` of its parameters where it has any */
+  DSP_FIELD_FLOATS = 5,       /* the first one's place in `floats` */
+  DSP_FIELD_MAYBE_FLOATS = 6, /* that, or -1 */
+  DSP_FIELD_PLAN = 7          /* the number of its words, then these */
+} dsp_field_kind;
+
+typedef struct dsp_step_field {
+  const char* name;
+  int32_t kind;        /* a dsp_field_kind */
+  int64_t least, most; /* of a number */
+} dsp_step_field;
+
+typedef struct dsp_step_info {
+  const char* name;
+  int32_t code;
+  int32_t fields_numel;
+  const dsp_step_field* fields;
+} dsp_step_info;
+
+/* The table of steps; null beyond its end. */
+DSP_API int32_t dsp_step_count(void);
+DSP_API const dsp_step_info* dsp_step_at(int32_t index);
 
 typedef struct dsp_program dsp_program;
 

@@ -8,6 +8,10 @@ def fma_rounds(rounds: int) -> int: ...
 def last_error() -> str: ...
 def use_team(runner: int) -> None: ...
 def build_info() -> dict[str, Any]: ...
+def activations() -> list[tuple[str, int, int]]: ...  # name, code, number of parameters
+def program_format() -> dict[
+    str, Any
+]: ...  # magic, version, steps: {name: (code, [(field, kind, least, most)])}
 def conv2d_forward(
     x: int,
     x_numel: int,
@@ -31,6 +35,8 @@ def conv2d_forward(
     dh: int,
     dw: int,
     activation: int,
+    first: float,
+    second: float,
     threads: int,
     prepared: int = 0,
 ) -> int: ...

@@ -17,12 +17,14 @@ from types import ModuleType
 
 import torch
 
+from . import activations
+
 __all__ = ["ENVIRONMENT", "NAMES", "available_backends", "can_run", "choose", "native_module"]
 
 ENVIRONMENT = "DSP_KERNELS_BACKEND"
 NAMES = ("reference", "native", "triton", "cuda")
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 # "cuda" runs where it is asked for, until it has been measured against "triton" on a device.
 _RULE = ("native", "triton", "reference")
 _GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -70,6 +72,15 @@ def _torch_team() -> int:
     return 0
 
 
+def _other_build(module: ModuleType) -> str | None:
+    """Why a module is not of this package's sources, or None."""
+    version = module.abi_version()
+    if version != _ABI_VERSION:
+        return f"built for ABI {version}, this package needs {_ABI_VERSION}"
+    other = activations.differences(module.activations())
+    return None if other is None else f"built from other sources: {other}"
+
+
 def _load_native() -> tuple[ModuleType | None, str | None]:
     global _native
     if _native is None:
@@ -81,15 +92,12 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
         except ImportError as error:
             _native = (None, f"cannot be loaded: {error}")
         else:
-            version = module.abi_version()
-            if version == _ABI_VERSION:
+            reason = _other_build(module)
+            if reason is None:
                 module.use_team(_torch_team())
                 _native = (module, None)
             else:
-                _native = (
-                    None,
-                    f"built for ABI {version}, this package needs {_ABI_VERSION}: build it again",
-                )
+                _native = (None, f"{reason}: build it again")
     return _native
 
 

@@ -13,16 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import activations
 from .backends import native_module
 from .layout import GroupLayout
 
 __all__ = ["Program", "Value"]
 
-_MAGIC = 0x44535047
-_ACTIVATIONS = {None: 0, "none": 0, "relu": 1, "relu6": 2}
-_CONV, _LINEAR, _MAX_POOL, _AVG_POOL, _ADAPTIVE, _ADD, _ACTIVATION, _CONCAT, _FLATTEN, _AFFINE = range(1, 11)
-
 IntPair = int | Sequence[int]
+
+# What the core's kinds of fields take; None is the word -1, and of an activation its code.
+_TAKES = {
+    "int": {"int"},
+    "value": {"value"},
+    "maybe_value": {"value", "none"},
+    "values": {"values"},
+    "activation": {"activation"},
+    "floats": {"floats"},
+    "maybe_floats": {"floats", "none"},
+    "plan": {"plan"},
+}
 
 
 def _pair(name: str, value: IntPair) -> tuple[int, int]:
@@ -34,10 +43,17 @@ def _pair(name: str, value: IntPair) -> tuple[int, int]:
     return items[0], items[1]
 
 
-def _activation(name: str | None) -> int:
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation must be None, 'relu' or 'relu6', got {name!r}")
-    return _ACTIVATIONS[name]
+def _window(
+    kernel_size: IntPair, stride: IntPair, padding: IntPair, dilation: IntPair | None = None
+) -> dict[str, Any]:
+    """The fields of a window that slides over an image."""
+    given = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    fields = {}
+    for name, value in given.items():
+        if value is not None:
+            stem = name.removesuffix("_size")
+            fields[f"{stem}_h"], fields[f"{stem}_w"] = _pair(name, value)
+    return fields
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +102,7 @@ class Program:
         self.input_shape = shape
         self.output_shape: tuple[int, int, int] | None = None
         self._output_sizes: tuple[int, ...] = ()  # of one image; a flat output's are its features alone
-        self._steps: list[list[int]] = []
+        self._steps: list[tuple[str, dict[str, tuple[str, list[int]]]]] = []  # name, fields as words
         self._floats: list[Tensor] = []
         self._n_floats = 0
         self._output = 0
@@ -101,13 +117,13 @@ class Program:
         """The images that the program is called with."""
         return Value(self, 0, False)
 
-    def _value(self, name: str, value: Value) -> int:
-        """The number of one of this program's values."""
+    def _value(self, name: str, value: Value) -> Value:
+        """``value``, where it is one of this program's."""
         if not isinstance(value, Value):
             raise TypeError(f"{name} must be a value of this program, got {type(value).__name__} {value!r}")
         if value.program is not self:
             raise ValueError(f"{name} must be a value of this program, got one of another program")
-        return value.number
+        return value
 
     def _store(self, name: str, tensor: Tensor) -> int:
         if not isinstance(tensor, Tensor):
@@ -119,10 +135,37 @@ class Program:
         self._n_floats += tensor.numel()
         return at
 
-    def _step(self, operation: int, *arguments: int, flat: bool = False) -> Value:
+    def _field(self, name: str, given: Any) -> tuple[str, list[int]]:
+        """What was given for a field: what it is, and its words."""
+        if given is None:
+            return "none", [-1]
+        if isinstance(given, Value):
+            return "value", [self._value(name, given).number]
+        if isinstance(given, Tensor):
+            return "floats", [self._store(name, given)]
+        if isinstance(given, activations.Activation):
+            values = [self._store(name, torch.tensor(given.values))] if given.values else []
+            return "activation", [given.code, *values]
+        if isinstance(given, int):
+            return "int", [int(given)]
+        items = list(given)
+        if items and isinstance(items[0], Value):
+            return "values", [len(items), *(self._value(name, item).number for item in items)]
+        return "plan", [len(items), *items]
+
+    def step(self, name: str, /, *, flat: bool = False, **fields: Any) -> Value:
+        """One step of the core by its name and fields, as ``csrc/program/steps.def`` has them.
+
+        Values, tensors (weights; float32 on the CPU), activations (``activations.find``), numbers, lists of
+        values or of a plan's words, and None where a field may be absent. ``flat``: the result is a vector of
+        features. The methods below are these steps with torch's arguments.
+
+        Raises: see :class:`Program`; ``build`` raises TypeError for a step or field that the core does not
+        have, a field that is missing, and something else than the field takes.
+        """
         if self._handle:
             raise RuntimeError("the program is built; make another one for other steps")
-        self._steps.append([operation, len(arguments) + 2, *arguments])
+        self._steps.append((name, {key: self._field(key, given) for key, given in fields.items()}))
         return Value(self, len(self._steps), flat)
 
     def conv(
@@ -143,7 +186,7 @@ class Program:
 
         Raises: see :class:`Program`.
         """
-        source = self._value("x", x)
+        self._value("x", x)
         kernel = _pair("kernel_size", kernel_size)
         if weight.dim() != 1 or weight.numel() != layout.weight_numel(kernel):
             raise ValueError(
@@ -151,20 +194,15 @@ class Program:
             )
         if bias is not None and bias.shape != (layout.out_channels,):
             raise ValueError(f"bias must have {layout.out_channels} elements, got {tuple(bias.shape)}")
-        plan = layout.plan().tolist()
-        return self._step(
-            _CONV,
-            source,
-            -1 if residual is None else self._value("residual", residual),
-            _activation(activation),
-            *kernel,
-            *_pair("stride", stride),
-            *_pair("padding", padding),
-            *_pair("dilation", dilation),
-            self._store("weight", weight),
-            -1 if bias is None else self._store("bias", bias),
-            len(plan),
-            *plan,
+        return self.step(
+            "conv",
+            x=x,
+            residual=None if residual is None else self._value("residual", residual),
+            activation=activations.find(activation),
+            **_window(kernel, stride, padding, dilation),
+            weight=weight,
+            bias=bias,
+            plan=layout.plan().tolist(),
         )
 
     def conv2d(
@@ -220,13 +258,13 @@ class Program:
             raise ValueError(f"weight must be (out, in), got {tuple(weight.shape)}")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have {weight.shape[0]} elements, got {tuple(bias.shape)}")
-        return self._step(
-            _LINEAR,
-            self._value("x", x),
-            _activation(activation),
-            weight.shape[0],
-            self._store("weight", weight),
-            -1 if bias is None else self._store("bias", bias),
+        return self.step(
+            "linear",
+            x=self._value("x", x),
+            activation=activations.find(activation),
+            features=weight.shape[0],
+            weight=weight,
+            bias=bias,
             flat=True,
         )
 
@@ -243,15 +281,11 @@ class Program:
 
         Raises: see :class:`Program`.
         """
-        kernel = _pair("kernel_size", kernel_size)
-        return self._step(
-            _MAX_POOL,
-            self._value("x", x),
-            *kernel,
-            *(_pair("stride", stride) if stride is not None else kernel),
-            *_pair("padding", padding),
-            *_pair("dilation", dilation),
-            int(ceil_mode),
+        return self.step(
+            "max_pool",
+            x=self._value("x", x),
+            **_window(kernel_size, kernel_size if stride is None else stride, padding, dilation),
+            ceil_mode=int(ceil_mode),
         )
 
     def avg_pool(
@@ -267,15 +301,12 @@ class Program:
 
         Raises: see :class:`Program`.
         """
-        kernel = _pair("kernel_size", kernel_size)
-        return self._step(
-            _AVG_POOL,
-            self._value("x", x),
-            *kernel,
-            *(_pair("stride", stride) if stride is not None else kernel),
-            *_pair("padding", padding),
-            int(ceil_mode),
-            int(count_include_pad),
+        return self.step(
+            "avg_pool",
+            x=self._value("x", x),
+            **_window(kernel_size, kernel_size if stride is None else stride, padding),
+            ceil_mode=int(ceil_mode),
+            count_include_pad=int(count_include_pad),
         )
 
     def adaptive_avg_pool(self, x: Value, output_size: IntPair) -> Value:
@@ -283,23 +314,33 @@ class Program:
 
         Raises: see :class:`Program`.
         """
-        return self._step(_ADAPTIVE, self._value("x", x), *_pair("output_size", output_size))
+        out_h, out_w = _pair("output_size", output_size)
+        return self.step("adaptive_avg_pool", x=self._value("x", x), out_h=out_h, out_w=out_w)
 
     def add(self, a: Value, b: Value, *, activation: str | None = None) -> Value:
         """act(a + b) of two values of one shape.
 
         Raises: see :class:`Program`.
         """
-        numbers = self._value("a", a), self._value("b", b)
-        return self._step(_ADD, *numbers, _activation(activation), flat=a.flat and b.flat)
+        a, b = self._value("a", a), self._value("b", b)
+        act = activations.find(activation)
+        return self.step("add", a=a, b=b, activation=act, flat=a.flat and b.flat)
+
+    def activation(self, x: Value, activation: str | None) -> Value:
+        """act(x).
+
+        Raises: see :class:`Program`.
+        """
+        self._value("x", x)
+        return self.step("activation", x=x, activation=activations.find(activation), flat=x.flat)
 
     def relu(self, x: Value) -> Value:
         """max(x, 0)."""
-        return self._step(_ACTIVATION, self._value("x", x), 1, flat=x.flat)
+        return self.activation(x, "relu")
 
     def relu6(self, x: Value) -> Value:
         """min(max(x, 0), 6)."""
-        return self._step(_ACTIVATION, self._value("x", x), 2, flat=x.flat)
+        return self.activation(x, "relu6")
 
     def affine(self, x: Value, scale: Tensor, shift: Tensor, *, activation: str | None = None) -> Value:
         """act(x * scale + shift), one scale and shift per channel: a BatchNorm that nothing took in.
@@ -310,23 +351,18 @@ class Program:
             raise ValueError(
                 f"scale and shift must be 1-D and alike, got {tuple(scale.shape)} and {tuple(shift.shape)}"
             )
-        return self._step(
-            _AFFINE,
-            self._value("x", x),
-            self._store("scale", scale),
-            self._store("shift", shift),
-            _activation(activation),
-            flat=x.flat,
-        )
+        self._value("x", x)
+        act = activations.find(activation)
+        return self.step("affine", x=x, scale=scale, shift=shift, activation=act, flat=x.flat)
 
     def concat(self, values: Sequence[Value]) -> Value:
         """Channels of all values, one after the other."""
-        numbers = [self._value("values", value) for value in values]
-        return self._step(_CONCAT, len(numbers), *numbers, flat=all(value.flat for value in values))
+        values = [self._value("values", value) for value in values]
+        return self.step("concat", values=values, flat=all(value.flat for value in values))
 
     def flatten(self, x: Value) -> Value:
         """(channels, height, width) as one vector, as torch.flatten(x, 1)."""
-        return self._step(_FLATTEN, self._value("x", x), flat=True)
+        return self.step("flatten", x=self._value("x", x), flat=True)
 
     def build(self, output: Value) -> Program:
         """Checks shapes, lays out memory and weights.
@@ -336,7 +372,7 @@ class Program:
         Raises TypeError or ValueError for another ``output``, ValueError with the core's text where shapes do
         not fit one another; RuntimeError where there is no compiled module, or the program is built already.
         """
-        number = self._value("output", output)
+        number = self._value("output", output).number
         if number == 0:
             raise ValueError("output must be the value of a step, got the input")
         if self._handle:
@@ -345,12 +381,30 @@ class Program:
         self._create()
         return self
 
+    def _words(self, table: dict[str, Any]) -> list[int]:
+        """The description, by the core's own table (``_native.program_format``)."""
+        words: list[int] = []
+        for name, given in self._steps:
+            if name not in table["steps"]:
+                raise TypeError(f"the core has no step {name!r}; it has {', '.join(table['steps'])}")
+            code, fields = table["steps"][name]
+            if given.keys() != {field for field, *_ in fields}:
+                expected = ", ".join(field for field, *_ in fields)
+                raise TypeError(f"the fields of step {name!r} are {expected}; got {', '.join(given)}")
+            step: list[int] = []
+            for field, kind, _, _ in fields:
+                what, items = given[field]
+                if what not in _TAKES[kind]:
+                    raise TypeError(f"{field} of step {name!r} must be {kind}, got {what}")
+                step.extend(items)
+            words.extend((code, len(step) + 2, *step))
+        # magic, version, input, steps, output, length
+        header = (table["magic"], table["version"], *self.input_shape, len(self._steps), self._output)
+        return [*header, len(header) + 1 + len(words), *words]
+
     def _create(self) -> None:
         native = native_module()
-        length = 8 + sum(len(step) for step in self._steps)
-        words = [_MAGIC, 1, *self.input_shape, len(self._steps), self._output, length]
-        for step in self._steps:
-            words.extend(step)
+        words = self._words(native.program_format())
         description = torch.tensor(words, dtype=torch.int64)
         floats = torch.cat(self._floats) if self._floats else torch.zeros(1)
         status, handle = native.program_create(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsp_kernels import GroupLayout, available_backends, backends, permuted_grouped_conv2d
+from dsp_kernels import GroupLayout, activations, available_backends, backends, permuted_grouped_conv2d
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,11 @@ def _importing(monkeypatch: pytest.MonkeyPatch, result: object) -> None:
 
 @pytest.fixture
 def with_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(abi_version=lambda: backends._ABI_VERSION, use_team=lambda runner: None)
+    module = SimpleNamespace(
+        abi_version=lambda: backends._ABI_VERSION,
+        activations=lambda: [(row.name, row.code, len(row.parameters)) for row in activations.ROWS],
+        use_team=lambda runner: None,
+    )
     _importing(monkeypatch, module)
 
 

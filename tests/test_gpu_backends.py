@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsp_kernels import GroupLayout, available_backends, backends, permuted_grouped_conv2d
+from dsp_kernels import GroupLayout, activations, available_backends, backends, permuted_grouped_conv2d
 
 WITHOUT_TRITON = "triton is not installed"
 
@@ -35,6 +35,7 @@ def module(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> None:
     """As if the compiled module were this one."""
     made = {
         "abi_version": lambda: backends._ABI_VERSION,
+        "activations": lambda: [(row.name, row.code, len(row.parameters)) for row in activations.ROWS],
         "build_info": lambda: {"cuda_architectures": "80;90"},
         "cuda_device_count": lambda: (0, 1),
         "last_error": lambda: "",

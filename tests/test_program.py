@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsp_kernels import GroupLayout, available_backends
+from dsp_kernels import GroupLayout, activations, available_backends
 
 pytestmark = pytest.mark.skipif(
     available_backends()["native"] is not None, reason=f"native: {available_backends()['native']}"
@@ -489,3 +489,37 @@ def test_build_refuses_what_does_not_fit(make: Callable[[Program], Value], text:
     value = make(program)
     with pytest.raises(ValueError, match=text):
         program.build(value)
+
+
+def test_steps_by_the_cores_own_table() -> None:
+    torch.manual_seed(0)
+    program = Program((3, 4, 4))
+    scale, shift = torch.randn(3), torch.randn(3)
+    y = program.step("affine", x=program.input, scale=scale, shift=shift, activation=activations.find("relu"))
+    x = torch.randn(2, 3, 4, 4)
+    expected = (x * scale[:, None, None] + shift[:, None, None]).relu()
+    torch.testing.assert_close(program.build(y)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("upsample", {}, "the core has no step 'upsample'; it has conv, linear, "),
+        ("flatten", {}, "the fields of step 'flatten' are x; got "),
+        ("adaptive_avg_pool", {"out_h": 1, "out_w": 1, "k": 1}, "are x, out_h, out_w; got"),
+        (
+            "adaptive_avg_pool",
+            {"out_h": None, "out_w": 1},
+            "out_h of step 'adaptive_avg_pool' must be int, got",
+        ),
+        ("activation", {"activation": None}, "must be activation, got none"),
+        ("activation", {"activation": 1}, "must be activation, got int"),
+        ("concat", {"values": []}, "must be values, got plan"),
+    ],
+)
+def test_steps_that_the_core_does_not_have(name: str, fields: dict[str, object], message: str) -> None:
+    program = Program((3, 4, 4))
+    takes = {} if name in ("concat", "upsample") or not fields else {"x": program.input}
+    y = program.step(name, **takes, **fields)
+    with pytest.raises(TypeError, match=message):
+        program.build(y)

@@ -83,6 +83,8 @@ struct Layer {
 };
 
 // What a program does with a convolution between others.
+const Activation relu = make_activation(DSP_ACT_RELU, nullptr);
+
 struct Planar {
   Planar(const Plan& plan, const ConvShape& s, const std::vector<float>& packed) : weights(packed.size()) {
     prepare_weights(plan, s.kh, s.kw, packed.data(), weights.data());
@@ -122,7 +124,7 @@ struct Planar {
       }
       const TileSet* tiles = sets[strip == layout.strips() - 1 ? 1 : 0];
       layout.run(tiles, 0, layout.chunks(tiles), 0, static_cast<int64_t>(layout.blocks.size()), from,
-                 weights.data(), layout.bias.data(), y.data() + first, out, nullptr, {}, DSP_ACT_RELU);
+                 weights.data(), layout.bias.data(), y.data() + first, out, nullptr, {}, relu);
     }
   }
   ConvLayout layout;
@@ -145,7 +147,7 @@ struct Lanes {
     x = randoms(channels_last_floats(s.height, s.width, s.ph, s.pw, pitch));
     y.resize(static_cast<size_t>(channels_last_floats(s.out_h, s.out_w, 1, 1, out_pitch)));
   }
-  void run() { conv.run(x.data(), weights.data(), nullptr, y.data(), DSP_ACT_RELU, false, 1); }
+  void run() { conv.run(x.data(), weights.data(), nullptr, y.data(), relu, false, 1); }
   LaneConv conv;
   std::vector<float> weights, x, y;
 };

@@ -7,17 +7,7 @@
 #include <cstring>
 
 #include "assignment/kernel.h"
-
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#ifndef DSP_ISA
-#error "define DSP_ISA before including assignment/kernel_impl.h"
-#endif
-
-#define DSP_INLINE inline __attribute__((always_inline))
-#define DSP_UNROLL _Pragma("GCC unroll 16")
+#include "core/simd.h"
 
 namespace dsp {
 namespace DSP_ISA {
@@ -26,12 +16,6 @@ namespace {
 // Of weights in a block: they are touched twice.
 constexpr int64_t kTileBytes = 256 * 1024;
 constexpr int64_t kFlatTileBytes = 512 * 1024;
-
-template <typename T>
-struct Lanes {
-  typedef T Vec __attribute__((vector_size(64)));
-  static constexpr int64_t count = 64 / sizeof(T);
-};
 
 template <typename T>
 constexpr T norm_floor();
@@ -50,7 +34,7 @@ bool is_flat(dsp_lasso_op operation) {
 
 template <typename T>
 int64_t block_width(int64_t filters, int64_t channels, int64_t taps, dsp_lasso_op operation) {
-  constexpr int64_t lanes = Lanes<T>::count;
+  constexpr int64_t lanes = kWideLanes<T>;
   const int64_t bytes = is_flat(operation) ? kFlatTileBytes : kTileBytes;
   int64_t width = bytes / static_cast<int64_t>(sizeof(T)) / (filters * taps) / lanes * lanes;
   if (width < lanes) width = lanes;
@@ -183,15 +167,14 @@ void products(const LassoLayer& l, const T* a, const T* b, int64_t first, int64_
 // out[g, c] = sum_o coefficient[o, g] rows[o, c]
 template <typename T, int Count>
 void mix_some(const T* coefficient, const T* rows, int64_t filters, int64_t groups, int64_t width, T* out) {
-  using Vec = typename Lanes<T>::Vec;
-  constexpr int64_t lanes = Lanes<T>::count;
+  constexpr int64_t lanes = kWideLanes<T>;
   for (int64_t c = 0; c < width; c += lanes) {
-    Vec sums[Count] = {};
+    Wide<T> sums[Count] = {};
     for (int64_t o = 0; o < filters; ++o) {
-      const Vec row = *reinterpret_cast<const Vec*>(rows + o * width + c);
+      const Wide<T> row = *reinterpret_cast<const Wide<T>*>(rows + o * width + c);
       for (int g = 0; g < Count; ++g) sums[g] += coefficient[o * groups + g] * row;
     }
-    for (int g = 0; g < Count; ++g) *reinterpret_cast<Vec*>(out + g * width + c) = sums[g];
+    for (int g = 0; g < Count; ++g) *reinterpret_cast<Wide<T>*>(out + g * width + c) = sums[g];
   }
 }
 
@@ -218,60 +201,21 @@ void mix(const T* coefficient, const T* rows, int64_t filters, int64_t groups, i
 // row[c] = base + sum_g coefficient[g] table[g, c]
 template <typename T>
 DSP_INLINE void spread(const T* coefficient, const T* table, int64_t groups, int64_t width, T base, T* row) {
-  using Vec = typename Lanes<T>::Vec;
-  for (int64_t c = 0; c < width; c += Lanes<T>::count) {
-    Vec sum = base - Vec{};
+  for (int64_t c = 0; c < width; c += kWideLanes<T>) {
+    Wide<T> sum = base - Wide<T>{};
     for (int64_t g = 0; g < groups; ++g)
-      sum += coefficient[g] * *reinterpret_cast<const Vec*>(table + g * width + c);
-    *reinterpret_cast<Vec*>(row + c) = sum;
+      sum += coefficient[g] * *reinterpret_cast<const Wide<T>*>(table + g * width + c);
+    *reinterpret_cast<Wide<T>*>(row + c) = sum;
   }
-}
-
-// By halves, on every machine.
-template <typename T>
-DSP_INLINE T total(const typename Lanes<T>::Vec& v) {
-  constexpr int64_t lanes = Lanes<T>::count;
-  alignas(64) T a[lanes];
-  std::memcpy(a, &v, sizeof(a));
-  for (int64_t half = lanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) a[i] += a[i + half];
-  return a[0];
-}
-
-#if defined(__AVX512F__)
-template <>
-DSP_INLINE float total<float>(const Lanes<float>::Vec& v) {
-  const __m512 a = reinterpret_cast<__m512>(v);
-  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-  __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
-  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
-  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
-}
-#endif
-
-// Past the caches: for outputs that nobody reads soon, at aligned addresses.
-template <typename T>
-DSP_INLINE void stream(const typename Lanes<T>::Vec& v, T* at) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(at), reinterpret_cast<__m512i>(v));
-#elif defined(__AVX2__)
-  __m256i halves[2];
-  std::memcpy(halves, &v, sizeof(halves));
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(at), halves[0]);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(at) + 1, halves[1]);
-#else
-  std::memcpy(at, &v, sizeof(v));
-#endif
 }
 
 // sum_c table[c] row[c]
 template <typename T>
 DSP_INLINE T dot(const T* table, const T* row, int64_t width) {
-  using Vec = typename Lanes<T>::Vec;
-  Vec sum = {};
-  for (int64_t c = 0; c < width; c += Lanes<T>::count)
-    sum += *reinterpret_cast<const Vec*>(table + c) * *reinterpret_cast<const Vec*>(row + c);
-  return total<T>(sum);
+  Wide<T> sum = {};
+  for (int64_t c = 0; c < width; c += kWideLanes<T>)
+    sum += *reinterpret_cast<const Wide<T>*>(table + c) * *reinterpret_cast<const Wide<T>*>(row + c);
+  return sum_wide<T>(sum);
 }
 
 // From L^2 in `norms`: L and 1/L, both 0 where L^2 is at most the floor; a NaN goes through.
@@ -359,19 +303,19 @@ constexpr int kRows = 2;
 #endif
 
 template <typename T>
-DSP_INLINE void load(const T* at, typename Lanes<T>::Vec* v) {
+DSP_INLINE void load(const T* at, Wide<T>* v) {
   std::memcpy(v, at, sizeof(*v));
 }
 
 template <typename T>
-DSP_INLINE void load_some(const T* at, int64_t count, typename Lanes<T>::Vec* v) {
-  alignas(64) T a[Lanes<T>::count] = {};
+DSP_INLINE void load_some(const T* at, int64_t count, Wide<T>* v) {
+  alignas(64) T a[kWideLanes<T>] = {};
   std::memcpy(a, at, static_cast<size_t>(count) * sizeof(T));
   std::memcpy(v, a, sizeof(*v));
 }
 
 template <typename T>
-DSP_INLINE void store_some(const typename Lanes<T>::Vec& v, int64_t count, T* at) {
+DSP_INLINE void store_some(const Wide<T>& v, int64_t count, T* at) {
   std::memcpy(at, &v, static_cast<size_t>(count) * sizeof(T));
 }
 
@@ -379,15 +323,14 @@ DSP_INLINE void store_some(const typename Lanes<T>::Vec& v, int64_t count, T* at
 template <typename T, int Rows, int Count>
 void add_squares(const T* w, int64_t row, const T* p2, int64_t groups, int64_t length, int64_t width,
                  T* sums) {
-  using Vec = typename Lanes<T>::Vec;
-  constexpr int64_t lanes = Lanes<T>::count;
+  constexpr int64_t lanes = kWideLanes<T>;
   for (int64_t c = 0; c < length; c += lanes) {
-    Vec sum[Count];
+    Wide<T> sum[Count];
 
     DSP_UNROLL
-    for (int g = 0; g < Count; ++g) sum[g] = *reinterpret_cast<const Vec*>(sums + g * width + c);
+    for (int g = 0; g < Count; ++g) sum[g] = *reinterpret_cast<const Wide<T>*>(sums + g * width + c);
     for (int i = 0; i < Rows; ++i) {
-      Vec x;
+      Wide<T> x;
       __builtin_prefetch(w + (i + Rows) * row + c);
       if (c + lanes <= length) {
         load<T>(w + i * row + c, &x);
@@ -401,7 +344,7 @@ void add_squares(const T* w, int64_t row, const T* p2, int64_t groups, int64_t l
     }
 
     DSP_UNROLL
-    for (int g = 0; g < Count; ++g) *reinterpret_cast<Vec*>(sums + g * width + c) = sum[g];
+    for (int g = 0; g < Count; ++g) *reinterpret_cast<Wide<T>*>(sums + g * width + c) = sum[g];
   }
 }
 
@@ -426,35 +369,34 @@ struct Pass {
 template <typename T, int Rows, int Count, bool Dots, bool Write>
 void pass_rows(const Pass& s, const T* w, const T* p2, const T* table, const T* factors, T base, T* dots,
                T* keep, T* out) {
-  using Vec = typename Lanes<T>::Vec;
-  constexpr int64_t lanes = Lanes<T>::count;
-  Vec sum[Rows][Count] = {};
+  constexpr int64_t lanes = kWideLanes<T>;
+  Wide<T> sum[Rows][Count] = {};
   for (int64_t c = 0; c < s.length; c += lanes) {
     const int64_t left = s.length - c;
-    Vec entry[Count];
-    Vec factor[Count];
+    Wide<T> entry[Count];
+    Wide<T> factor[Count];
     DSP_UNROLL
     for (int g = 0; g < Count; ++g) {
-      if (Dots) entry[g] = *reinterpret_cast<const Vec*>(table + g * s.width + c);
-      if (Write) factor[g] = *reinterpret_cast<const Vec*>(factors + g * s.width + c);
+      if (Dots) entry[g] = *reinterpret_cast<const Wide<T>*>(table + g * s.width + c);
+      if (Write) factor[g] = *reinterpret_cast<const Wide<T>*>(factors + g * s.width + c);
     }
     DSP_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      Vec x;
+      Wide<T> x;
       if (left >= lanes) {
         load<T>(w + i * s.row + c, &x);
       } else {
         load_some<T>(w + i * s.row + c, left, &x);
       }
       if (Write) {
-        Vec f = base - Vec{};
+        Wide<T> f = base - Wide<T>{};
         DSP_UNROLL
         for (int g = 0; g < Count; ++g) f += p2[i * s.groups + g] * factor[g];
         f *= x;
         if (left >= lanes) {
           if (keep != nullptr) std::memcpy(keep + i * s.row + c, &x, sizeof(x));
           if (s.past_caches) {
-            stream<T>(f, out + i * s.row + c);
+            stream_wide<T>(f, out + i * s.row + c);
           } else {
             std::memcpy(out + i * s.row + c, &f, sizeof(f));
           }
@@ -472,7 +414,7 @@ void pass_rows(const Pass& s, const T* w, const T* p2, const T* table, const T* 
   }
   if (Dots) DSP_UNROLL
   for (int i = 0; i < Rows; ++i) DSP_UNROLL
-  for (int g = 0; g < Count; ++g) dots[i * s.groups + g] += total<T>(sum[i][g]);
+  for (int g = 0; g < Count; ++g) dots[i * s.groups + g] += sum_wide<T>(sum[i][g]);
 }
 
 template <typename T, int Count, bool Dots, bool Write>
@@ -517,7 +459,7 @@ constexpr int kAtOnce = 4;
 // Elements of a row of the block that lie together, and that rounded up to whole vectors.
 template <typename T>
 int64_t segment_width(const LassoLayer& l) {
-  constexpr int64_t lanes = Lanes<T>::count;
+  constexpr int64_t lanes = kWideLanes<T>;
   return ((l.tap_major ? l.block : l.block * l.taps) + lanes - 1) / lanes * lanes;
 }
 

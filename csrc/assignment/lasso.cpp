@@ -1,8 +1,8 @@
 // One call of the group penalty: checks the table of layers, cuts it into blocks, runs the three phases.
-#include <cstring>
 #include <vector>
 
 #include "assignment/kernel.h"
+#include "core/isa.h"
 #include "core/scratch.h"
 #include "core/status.h"
 #include "core/thread_pool.h"
@@ -14,17 +14,8 @@ namespace {
 constexpr int64_t kMaxGroups = 4096;
 constexpr int64_t kCacheBytes = int64_t{16} << 20;
 
-LassoTable choose() {
-#if defined(DSP_X86)
-  const char* isa = dsp_cpu_isa();
-  if (std::strcmp(isa, "avx512") == 0) return &lasso_avx512;
-  if (std::strcmp(isa, "avx2") == 0) return &lasso_avx2;
-#endif
-  return &lasso_generic;
-}
-
 const LassoKernels* kernels_for(int element) {
-  static const LassoTable table = choose();
+  static const LassoTable table = DSP_FOR_ISA(lasso);
   return table(element);
 }
 

@@ -39,7 +39,8 @@ Workspace& workspace() {
 // `weight` is prepared. Where up_h or up_w is above 1, x has that many minus 1 zeros between its rows or
 // columns.
 void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const float* x, const float* weight,
-              const float* bias, const float* residual, float* out, int32_t activation, int threads) {
+              const float* bias, const float* residual, float* out, const Activation& activation,
+              int threads) {
   const KernelTable& k = kernels();
   ConvLayout& layout = space.layout;
   layout.set_blocks(plan, s);
@@ -109,7 +110,8 @@ void convolve(Workspace& space, const ConvShape& s, const Plan& plan, const floa
 }
 
 void forward(const ConvShape& s, const Plan& plan, const float* x, const float* weight, bool prepared,
-             const float* bias, const float* residual, float* out, int32_t activation, int threads) {
+             const float* bias, const float* residual, float* out, const Activation& activation,
+             int threads) {
   const float* laid_out = weight;
   if (!prepared && plan.pairs() > 0) {
     float* buffer = reinterpret_cast<float*>(
@@ -277,7 +279,7 @@ void grad_input(const ConvShape& s, const Plan& plan, const float* grad, const f
     t.ph = s.dh * (s.kh - 1) - s.ph;
     t.pw = s.dw * (s.kw - 1) - s.pw;
     prepare_weights(back, s.kh, s.kw, flipped, prepared);
-    convolve(space, t, back, grad, prepared, nullptr, nullptr, grad_x, DSP_ACT_NONE, threads);
+    convolve(space, t, back, grad, prepared, nullptr, nullptr, grad_x, Activation{}, threads);
     return;
   }
   const KernelTable& k = kernels();
@@ -314,7 +316,7 @@ void grad_input(const ConvShape& s, const Plan& plan, const float* grad, const f
         prepare_weights(back, t.kh, t.kw, chosen, prepared);
         std::vector<float>& phase = space.phase[slot];
         phase.resize(static_cast<size_t>(planes * t.out_plane()));
-        convolve(space, t, back, grad, prepared, nullptr, nullptr, phase.data(), DSP_ACT_NONE, threads);
+        convolve(space, t, back, grad, prepared, nullptr, nullptr, phase.data(), Activation{}, threads);
         phases[slot] = phase.data();
       }
       if (pairs) continue;
@@ -478,7 +480,8 @@ extern "C" {
 dsp_status dsp_conv2d_forward(const dsp_conv2d_shape* shape, const float* x, int64_t x_numel,
                               const float* weight, int64_t weight_numel, const int32_t* plan_words,
                               int64_t plan_numel, const float* bias, const float* residual, float* out,
-                              int64_t out_numel, int32_t activation, int32_t prepared, int32_t threads) {
+                              int64_t out_numel, const dsp_activation* activation, int32_t prepared,
+                              int32_t threads) {
   return dsp::guard([&] {
     using namespace dsp;
     const Plan plan(plan_words, plan_numel);
@@ -486,11 +489,10 @@ dsp_status dsp_conv2d_forward(const dsp_conv2d_shape* shape, const float* x, int
     check_tensor(x, x_numel, s.in_numel(), "x");
     check_tensor(weight, weight_numel, plan.pairs() * s.taps(), "weight");
     check_tensor(out, out_numel, s.out_numel(), "out");
-    if (activation < DSP_ACT_NONE || activation > DSP_ACT_RELU6)
-      fail("activation is " + std::to_string(activation) + ", expected 0 (none), 1 (relu) or 2 (relu6)");
+    const Activation act = make_activation(activation);
     const int most = check_threads(threads);
     if (s.batch == 0) return;  // and sizes that no memory stands behind are not laid out
-    forward(s, plan, x, weight, prepared != 0, bias, residual, out, activation, most);
+    forward(s, plan, x, weight, prepared != 0, bias, residual, out, act, most);
   });
 }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/activation.h"
+
 namespace dsp {
 
 constexpr int kMaxFilters = 6;  // filters of one register block, at most
@@ -57,7 +59,7 @@ struct BlockArgs {
   const int32_t* filters;
   const Tile* tiles;
   int64_t n_tiles;
-  int32_t activation;
+  const Activation* activation;
 };
 
 using BlockFn = void (*)(const BlockArgs& args);
@@ -99,16 +101,18 @@ using ZipFn = void (*)(float* dst, const float* even, const float* odd, int64_t 
 // dst = act(value + residual) for rows of a plane; residual may be null. dst_odd: as out_odd above, for rows
 // of whole vectors.
 using FillFn = void (*)(float* dst, int64_t dst_pitch, int64_t dst_odd, const float* residual,
-                        int64_t residual_pitch, float value, int64_t rows, int64_t width, int32_t activation);
+                        int64_t residual_pitch, float value, int64_t rows, int64_t width,
+                        const Activation& activation);
 
 // dst = act(a + b)
-using AddFn = void (*)(float* dst, const float* a, const float* b, int64_t count, int32_t activation);
+using AddFn = void (*)(float* dst, const float* a, const float* b, int64_t count,
+                       const Activation& activation);
 // dst = act(a * scale + shift)
 using AffineFn = void (*)(float* dst, const float* a, float scale, float shift, int64_t count,
-                          int32_t activation);
+                          const Activation& activation);
 // out[o] = act(sum of w[o, i] x[i] + bias[o]) for o in [0, outputs); bias may be null
 using LinearFn = void (*)(float* out, const float* x, const float* w, const float* bias, int64_t inputs,
-                          int64_t outputs, int32_t activation);
+                          int64_t outputs, const Activation& activation);
 // The sum of count values, in a fixed order.
 using SumFn = float (*)(const float* x, int64_t count);
 
@@ -116,7 +120,6 @@ using SumFn = float (*)(const float* x, int64_t count);
 using PeakFn = int64_t (*)(int64_t rounds, float* sink);
 
 struct KernelTable {
-  const char* name;
   int lanes;
   bool has_half;
   int max_filters;
@@ -140,5 +143,8 @@ struct KernelTable {
 };
 
 const KernelTable& kernels();
+KernelTable kernels_generic();
+KernelTable kernels_avx2();
+KernelTable kernels_avx512();
 
 }  // namespace dsp

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv/kernel.h"
+#include "core/activate.h"
 #include "core/simd.h"
 
 namespace dsp {
@@ -25,7 +26,7 @@ __attribute__((noinline)) inline void finish_masked(const BlockArgs& a, const Ti
         value = add(value, load_lanes(from, tile.lanes));
         from += a.residual_step;
       }
-      store_lanes(to, activate(value, a.activation), tile.lanes);
+      store_lanes(to, activate(value, *a.activation), tile.lanes);
     }
   }
 }
@@ -125,8 +126,8 @@ void block(const BlockArgs& a) {
       finish_masked(a, tile, values, MF, NR);
       continue;
     }
-    const Vec low = lowest(a.activation);
-    const Vec six = set1(6.0f);
+    const Activation& activation = *a.activation;
+    const Vec least = set1(activation.least);
     DSP_UNROLL
     for (int f = 0; f < MF; ++f) {
       const Vec bias = set1(a.bias[f]);
@@ -148,13 +149,28 @@ void block(const BlockArgs& a) {
     DSP_UNROLL
     for (int f = 0; f < MF; ++f) {
       DSP_UNROLL
-      for (int v = 0; v < NR; ++v) acc[f][v] = max(low, acc[f][v]);
+      for (int v = 0; v < NR; ++v) acc[f][v] = max(least, acc[f][v]);
     }
-    if (a.activation == 2) {
+    if (activation.most < DSP_INFINITY) {
+      const Vec most = set1(activation.most);
       DSP_UNROLL
       for (int f = 0; f < MF; ++f) {
         DSP_UNROLL
-        for (int v = 0; v < NR; ++v) acc[f][v] = min(six, acc[f][v]);
+        for (int v = 0; v < NR; ++v) acc[f][v] = min(most, acc[f][v]);
+      }
+    }
+    if (__builtin_expect(activation.curve, 0)) {
+      Vec values[MF * NR];
+      DSP_UNROLL
+      for (int f = 0; f < MF; ++f) {
+        DSP_UNROLL
+        for (int v = 0; v < NR; ++v) values[f * NR + v] = acc[f][v];
+      }
+      apply_curve(values, MF * NR, activation);
+      DSP_UNROLL
+      for (int f = 0; f < MF; ++f) {
+        DSP_UNROLL
+        for (int v = 0; v < NR; ++v) acc[f][v] = values[f * NR + v];
       }
     }
     if (MODE == kFull && a.out_odd != 0) {
@@ -436,15 +452,13 @@ inline void zip_rows(float* dst, const float* even_values, const float* odd_valu
 
 template <bool ADDS, bool APART>
 void fill_rows(float* dst, int64_t dst_pitch, int64_t dst_odd, const float* residual, int64_t residual_pitch,
-               float value, int64_t rows, int64_t width, int32_t activation) {
+               float value, int64_t rows, int64_t width, const Activation& activation) {
   const Vec base = set1(value);
-  const Vec low = lowest(activation);
-  const Vec high = highest(activation);
-  const Vec constant = min(high, max(low, base));
+  const Vec constant = activate(base, activation);
   for (int64_t row = 0; row < rows; ++row) {
     int64_t i = 0;
     for (; i + kLanes <= width; i += kLanes) {
-      const Vec result = ADDS ? min(high, max(low, add(base, load(residual + i)))) : constant;
+      const Vec result = ADDS ? activate(add(base, load(residual + i)), activation) : constant;
       if (APART) {
         store_apart(dst + i / 2, dst + i / 2 + dst_odd, result);
       } else {
@@ -453,7 +467,7 @@ void fill_rows(float* dst, int64_t dst_pitch, int64_t dst_odd, const float* resi
     }
     if (!APART && i < width) {
       const int rest = static_cast<int>(width - i);
-      const Vec result = ADDS ? min(high, max(low, add(base, load_lanes(residual + i, rest)))) : constant;
+      const Vec result = ADDS ? activate(add(base, load_lanes(residual + i, rest)), activation) : constant;
       store_lanes(dst + i, result, rest);
     }
     dst += dst_pitch;
@@ -462,13 +476,15 @@ void fill_rows(float* dst, int64_t dst_pitch, int64_t dst_odd, const float* resi
 }
 
 inline void fill(float* dst, int64_t dst_pitch, int64_t dst_odd, const float* residual,
-                 int64_t residual_pitch, float value, int64_t rows, int64_t width, int32_t activation) {
+                 int64_t residual_pitch, float value, int64_t rows, int64_t width,
+                 const Activation& activation) {
   const auto run = residual == nullptr ? (dst_odd == 0 ? &fill_rows<false, false> : &fill_rows<false, true>)
                                        : (dst_odd == 0 ? &fill_rows<true, false> : &fill_rows<true, true>);
   run(dst, dst_pitch, dst_odd, residual, residual_pitch, value, rows, width, activation);
 }
 
-inline void add_planes(float* dst, const float* a, const float* b, int64_t count, int32_t activation) {
+inline void add_planes(float* dst, const float* a, const float* b, int64_t count,
+                       const Activation& activation) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes)
     store(dst + i, activate(add(load(a + i), load(b + i)), activation));
@@ -478,7 +494,8 @@ inline void add_planes(float* dst, const float* a, const float* b, int64_t count
   }
 }
 
-inline void affine(float* dst, const float* a, float scale, float shift, int64_t count, int32_t activation) {
+inline void affine(float* dst, const float* a, float scale, float shift, int64_t count,
+                   const Activation& activation) {
   const Vec s = set1(scale);
   const Vec t = set1(shift);
   int64_t i = 0;
@@ -502,8 +519,7 @@ inline float sum(const float* x, int64_t count) {
 }
 
 template <int MO>
-DSP_INLINE void dot_rows(float* out, const float* x, const float* w, const float* bias, int64_t inputs,
-                         int32_t activation) {
+DSP_INLINE void dot_rows(float* out, const float* x, const float* w, const float* bias, int64_t inputs) {
   Vec acc[MO];
   DSP_UNROLL
   for (int o = 0; o < MO; ++o) acc[o] = zero();
@@ -519,21 +535,20 @@ DSP_INLINE void dot_rows(float* out, const float* x, const float* w, const float
     DSP_UNROLL
     for (int o = 0; o < MO; ++o) acc[o] = fma(value, load_lanes(w + o * inputs + i, rest), acc[o]);
   }
-  for (int o = 0; o < MO; ++o) {
-    float value = sum_lanes(acc[o]) + (bias == nullptr ? 0.0f : bias[o]);
-    if (activation != 0 && value < 0) value = 0;
-    if (activation == 2 && value > 6) value = 6;
-    out[o] = value;
-  }
+  for (int o = 0; o < MO; ++o) out[o] = sum_lanes(acc[o]) + (bias == nullptr ? 0.0f : bias[o]);
 }
 
 inline void linear(float* out, const float* x, const float* w, const float* bias, int64_t inputs,
-                   int64_t outputs, int32_t activation) {
+                   int64_t outputs, const Activation& activation) {
   int64_t o = 0;
   for (; o + 4 <= outputs; o += 4)
-    dot_rows<4>(out + o, x, w + o * inputs, bias == nullptr ? nullptr : bias + o, inputs, activation);
+    dot_rows<4>(out + o, x, w + o * inputs, bias == nullptr ? nullptr : bias + o, inputs);
   for (; o < outputs; ++o)
-    dot_rows<1>(out + o, x, w + o * inputs, bias == nullptr ? nullptr : bias + o, inputs, activation);
+    dot_rows<1>(out + o, x, w + o * inputs, bias == nullptr ? nullptr : bias + o, inputs);
+  for (int64_t i = 0; i < outputs; i += kLanes) {
+    const int count = static_cast<int>(outputs - i < kLanes ? outputs - i : kLanes);
+    store_lanes(out + i, activate(load_lanes(out + i, count), activation), count);
+  }
 }
 
 inline int64_t peak(int64_t rounds, float* sink) {
@@ -587,9 +602,8 @@ void add_filters(KernelTable* table) {
   if (kBestLog >= 3) add_rows<MF, kBestLog >= 3 ? 8 : 1, kBestLog >= 3 ? 3 : 0, kBestLog == 3>(table);
 }
 
-inline KernelTable make_table(const char* name) {
+inline KernelTable make_table() {
   KernelTable table{};
-  table.name = name;
   table.lanes = kLanes;
   table.has_half = kHasHalf;
   table.max_filters = kManyRegisters ? 6 : 5;

@@ -464,7 +464,7 @@ void ConvLayout::tap_offsets(const Group& group, std::vector<int64_t>* offsets) 
 void ConvLayout::run(const TileSet sets[], int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
                      int64_t block_end, const float* in, const float* weights, const float* bias_values,
                      float* out, const Planes& out_planes, const float* residual,
-                     const Planes& residual_planes, int32_t activation, int64_t second) const {
+                     const Planes& residual_planes, const Activation& activation, int64_t second) const {
   const KernelTable& k = kernels();
   BlockArgs args{};
   args.in = in;
@@ -476,7 +476,7 @@ void ConvLayout::run(const TileSet sets[], int64_t chunk_begin, int64_t chunk_en
   args.in_step = flat() ? k.lanes : (reuse_rows_ ? in_pitch / s_.sh : in_pitch);
   args.out_step = flat() ? k.lanes : out_planes.pitch;
   args.residual_step = flat() ? k.lanes : residual_planes.pitch;
-  args.activation = activation;
+  args.activation = &activation;
   for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
     for (int64_t b = block_begin; b < block_end; ++b) {
       const FilterBlock& block = blocks[static_cast<size_t>(b)];

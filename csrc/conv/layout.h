@@ -83,8 +83,8 @@ class ConvLayout {
   // all that belongs to the second image lies `second` floats behind the first's.
   void run(const TileSet sets[], int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
            int64_t block_end, const float* in, const float* weights, const float* bias, float* out,
-           const Planes& out_planes, const float* residual, const Planes& residual_planes, int32_t activation,
-           int64_t second = 0) const;
+           const Planes& out_planes, const float* residual, const Planes& residual_planes,
+           const Activation& activation, int64_t second = 0) const;
 
   // Whether rows are so short that two images' rows share a vector, and gain by it.
   bool pairs_fit() const;

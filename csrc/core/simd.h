@@ -261,11 +261,48 @@ DSP_INLINE Vec load_half_lanes(const float* lo, const float*, int n) { return lo
 DSP_INLINE void store_half_lanes(float* lo, float*, Vec v, int n) { store_lanes(lo, v, n); }
 #endif
 
-// An activation is min(highest, max(lowest, v)): no branch at each value.
-DSP_INLINE Vec lowest(int32_t activation) { return set1(activation == 0 ? -__builtin_inff() : 0.0f); }
-DSP_INLINE Vec highest(int32_t activation) { return set1(activation == 2 ? 6.0f : __builtin_inff()); }
-DSP_INLINE Vec activate(Vec v, int32_t activation) {
-  return min(highest(activation), max(lowest(activation), v));
+// A vector of 64 bytes on every machine, which the compiler cuts to the width at hand: sums over it have the
+// same order everywhere. Operators do the arithmetic.
+template <typename T>
+struct WideVector {
+  typedef T Type __attribute__((vector_size(64)));
+};
+template <typename T>
+using Wide = typename WideVector<T>::Type;
+template <typename T>
+constexpr int64_t kWideLanes = 64 / sizeof(T);
+
+// By halves, on every machine.
+template <typename T>
+DSP_INLINE T sum_wide(const Wide<T>& v) {
+  constexpr int64_t lanes = kWideLanes<T>;
+  alignas(64) T a[lanes];
+  __builtin_memcpy(a, &v, sizeof(a));
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) a[i] += a[i + half];
+  return a[0];
+}
+
+#if defined(__AVX512F__)
+template <>
+DSP_INLINE float sum_wide<float>(const Wide<float>& v) {
+  return sum_lanes(reinterpret_cast<Vec>(v));
+}
+#endif
+
+// Past the caches: for outputs that nobody reads soon, at aligned addresses.
+template <typename T>
+DSP_INLINE void stream_wide(const Wide<T>& v, T* at) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(at), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  __m256i halves[2];
+  __builtin_memcpy(halves, &v, sizeof(halves));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(at), halves[0]);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(at) + 1, halves[1]);
+#else
+  __builtin_memcpy(at, &v, sizeof(v));
+#endif
 }
 
 }  // namespace DSP_ISA

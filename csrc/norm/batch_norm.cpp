@@ -1,8 +1,8 @@
 // Batch normalisation in training, with the residual and the activation inside: a channel at a time, so that
 // what the first pass over it has read is still in the second-level cache for the second.
 #include <cmath>
-#include <cstring>
 
+#include "core/isa.h"
 #include "core/status.h"
 #include "core/thread_pool.h"
 #include "dsp.h"
@@ -11,17 +11,8 @@
 namespace dsp {
 namespace {
 
-const NormKernels* choose() {
-#if defined(DSP_X86)
-  const char* isa = dsp_cpu_isa();
-  if (std::strcmp(isa, "avx512") == 0) return norm_avx512();
-  if (std::strcmp(isa, "avx2") == 0) return norm_avx2();
-#endif
-  return norm_generic();
-}
-
 const NormKernels& kernels() {
-  static const NormKernels* table = choose();
+  static const NormKernels* table = DSP_FOR_ISA(norm)();
   return *table;
 }
 
@@ -55,6 +46,7 @@ void forward(const dsp_norm_shape* shape, const float* x, int64_t numel, const f
   require(activation == DSP_ACT_NONE || activation == DSP_ACT_RELU, "batch_norm: unknown activation");
   require(threads >= 1, "batch_norm: threads must be at least 1");
   const NormKernels& k = kernels();
+  const Activation act = make_activation(activation, nullptr);
   const int64_t step = shape->channels * pixels;
   auto channel = [&](int64_t c) {
     const bool empty = blank != nullptr && blank[c] != 0;
@@ -73,7 +65,7 @@ void forward(const dsp_norm_shape* shape, const float* x, int64_t numel, const f
     for (int64_t n = 0; n < shape->batch; ++n) {
       const int64_t at = n * step + c * pixels;
       k.apply(out + at, empty ? nullptr : x + at, residual == nullptr ? nullptr : residual + at, s.scale,
-              s.shift, pixels, activation);
+              s.shift, pixels, act);
     }
   };
   parallel_for(threads, shape->channels, channel);

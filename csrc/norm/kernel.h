@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/activation.h"
+
 namespace dsp {
 
 // Where the activation lets the gradient through, as both passes of the backward read it.
@@ -19,7 +21,7 @@ struct NormKernels {
   void (*moments)(const float* x, int64_t count, float shift, double sums[2]);
   // y = act(x * scale + shift + residual); residual may be null, and x where it is 0 throughout
   void (*apply)(float* y, const float* x, const float* residual, float scale, float shift, int64_t count,
-                int32_t activation);
+                const Activation& activation);
   // sums[0] += sum of g, sums[1] += sum of g (x - mean), with g the gradient behind the activation
   void (*grad_sums)(const NormGrad& a, int64_t count, double sums[2]);
   // dx = g * of_grad + (x - mean) * of_x + rest; residual = g; dx and residual may be null

@@ -1,6 +1,7 @@
 // The kernels of norm/kernel.h for the instruction set that DSP_ISA names.
 #pragma once
 
+#include "core/activate.h"
 #include "core/simd.h"
 #include "norm/kernel.h"
 
@@ -48,7 +49,7 @@ inline void norm_moments(const float* x, int64_t count, float shift, double sums
 }
 
 inline void norm_apply(float* y, const float* x, const float* residual, float scale, float shift,
-                       int64_t count, int32_t activation) {
+                       int64_t count, const Activation& activation) {
   const Vec s = set1(scale);
   const Vec t = set1(shift);
   for (int64_t i = 0; i < count; i += kLanes) {

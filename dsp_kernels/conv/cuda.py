@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .. import activations
 from ..backends import native_module
 from ..layout import GroupLayout
 from .shapes import Pair, is_channels_last, output_size
@@ -26,7 +27,6 @@ from .triton import _capturing, _Kept, _layout, _precision, prepared_weight, rec
 
 __all__ = ["forget", "forward", "grad_input", "grad_weight"]
 
-_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 _FORWARD, _GRAD_INPUT, _GRAD_WEIGHT = 0, 1, 2
 _PRECISIONS = {torch.float16: 0, torch.bfloat16: 1}
 _TF32, _FLOAT32 = 2, 3
@@ -180,7 +180,7 @@ def _run(
             out.numel(),
             workspace.data_ptr(),
             table.workspace,
-            _ACTIVATIONS[activation],
+            activations.find(activation).code,
         )
     )
 

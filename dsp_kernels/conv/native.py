@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import activations
 from ..backends import native_module
 from .shapes import Pair, is_channels_last, output_size
 
 __all__ = ["forward", "grad_input", "grad_weight"]
 
-_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+_PARAMETERS = 2  # DSP_ACT_PARAMETERS of dsp.h
 
 
 def _check(status: int) -> None:
@@ -49,6 +50,7 @@ def forward(
     activation: str,
 ) -> Tensor:
     """See :func:`dsp_kernels.conv.reference.forward`. Raises ValueError with the core's text."""
+    act = activations.find(activation)
     channels_last = is_channels_last(x)
     batch, _, height, width = x.shape
     size = output_size(x.shape, kernel, stride, padding, dilation)
@@ -87,7 +89,8 @@ def forward(
             *stride,
             *padding,
             *dilation,
-            _ACTIVATIONS[activation],
+            act.code,
+            *act.floats(_PARAMETERS),
             torch.get_num_threads(),
         )
         _check(status)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import activations
 from .._library import NAMESPACE, define, library, register_derivatives, transforming
 from ..backends import choose
 from ..layout import GroupLayout
@@ -29,7 +30,6 @@ GRAD_WEIGHT = "permuted_grouped_conv2d_grad_weight"
 
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_ACTIVATIONS = {None: "none", "none": "none", "relu": "relu", "relu6": "relu6"}
 _ROOMS = {"reference": reference, "native": native, "triton": triton, "cuda": cuda}
 
 define(
@@ -145,8 +145,11 @@ def _grad_weight_fake(grad: Tensor, x: Tensor, plan: Tensor, weight_numel: int, 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, plan, _, _, _, kernel_size, stride, padding, dilation, activation, backend = inputs
-    # The output says where the activation let the gradient through.
-    ctx.save_for_backward(x, weight, plan, None if activation == "none" else output)
+    act = activations.find(activation)
+    if act.keeps == "input":
+        raise ValueError(f"activation {activation!r} of a convolution in training must stand behind it")
+    # Without an activation the output is the caller's, who may write into it.
+    ctx.save_for_backward(x, weight, plan, output if act.keeps == "output" else None)
     ctx.geometry = (kernel_size, stride, padding, dilation)
     ctx.activation = activation
     ctx.backend = backend
@@ -155,10 +158,7 @@ def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, plan, output = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    if ctx.activation == "relu":
-        grad = grad.masked_fill(output <= 0, 0)  # as torch: no infinity times 0, and NaN lets it through
-    elif ctx.activation == "relu6":
-        grad = grad.masked_fill((output <= 0) | (output >= 6), 0)
+    grad = activations.find(ctx.activation).gradient(grad, output)
     grad_x = grad_w = grad_b = grad_r = None
     if needs[0]:
         grad_x = _grad_input_op(grad, weight, plan, x.shape, *ctx.geometry, ctx.backend)
@@ -373,8 +373,7 @@ def conv2d_from_plan(
     steps = _pair("stride", stride, 1)
     pads = _pair("padding", padding, 0)
     spread = _pair("dilation", dilation, 1)
-    if not (activation is None or isinstance(activation, str)) or activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be None, 'relu' or 'relu6', got {activation!r}")
+    act = activations.find(activation)
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
     size = output_size(x.shape, kernel, steps, pads, spread)
@@ -390,7 +389,9 @@ def conv2d_from_plan(
     if weight.requires_grad and not torch.is_grad_enabled() and not transforming():
         # So that backends know that they may keep what they prepare: operators do not see the mode.
         weight = weight.detach()
-    return _forward_op(
+    # One whose derivative needs what it was given stands behind the convolution in training.
+    behind = act.keeps == "input" and torch.is_grad_enabled()
+    out = _forward_op(
         x,
         weight,
         plan,
@@ -401,9 +402,10 @@ def conv2d_from_plan(
         steps,
         pads,
         spread,
-        _ACTIVATIONS[activation],
+        "none" if behind else str(act),
         choose(backend, device_type, x.dtype),
     )
+    return act.apply(out) if behind else out
 
 
 def permuted_grouped_conv2d(

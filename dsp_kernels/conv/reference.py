@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import Tensor
 
+from .. import activations
 from .._library import transforming
 from ..plan import PlanHeader, read_header
 from .shapes import Pair, empty_output, is_channels_last, output_size
@@ -137,11 +138,7 @@ def forward(
             total = total + bias.to(dtype)[:, None, None]
         if residual is not None:
             total = total + residual.to(dtype)
-        if activation == "relu":
-            total = torch.relu(total)
-        elif activation == "relu6":
-            total = torch.nn.functional.hardtanh(total, 0.0, 6.0)
-        return _stored(total, x)
+        return _stored(activations.find(activation).apply(total), x)
 
 
 def grad_input(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import activations
 from ..backends import native_module
 
 __all__ = ["backward", "forward", "takes"]
-
-_ACTIVATIONS = {"none": 0, "relu": 1}
 
 
 def takes(x: Tensor) -> bool:
@@ -83,7 +82,7 @@ def forward(
             _at(residual),
             _at(_flags(blank, whole[1])),
             eps,
-            _ACTIVATIONS[activation],
+            activations.find(activation).code,
             mean.data_ptr(),
             variance.data_ptr(),
             out.data_ptr(),
@@ -135,7 +134,7 @@ def backward(
             of_variance.data_ptr(),
             _at(_flags(blank, whole[1])),
             eps,
-            _ACTIVATIONS[activation],
+            activations.find(activation).code,
             grad_x.data_ptr(),
             grad_residual.data_ptr() if with_residual else 0,
             grad_weight.data_ptr(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import activations
+
 __all__ = ["backward", "forward"]
 
 
@@ -39,8 +41,7 @@ def forward(
         out = out + _rows(bias)
     if residual is not None:
         out = out + residual
-    if activation == "relu":
-        out = torch.relu(out)
+    out = activations.find(activation).apply(out)
     return out.to(x.dtype), mean, variance
 
 
@@ -58,10 +59,7 @@ def backward(
     """
     mean, variance = _statistics(x)
     inverse = torch.rsqrt(variance + eps)
-    g = grad.to(mean.dtype)
-    if activation == "relu":
-        assert y is not None
-        g = g.masked_fill(y.detach() <= 0, 0)
+    g = activations.find(activation).gradient(grad.to(mean.dtype), None if y is None else y.detach())
     normal = (x.to(mean.dtype) - _rows(mean)) * _rows(inverse)
     of_bias = g.sum((0, 2, 3))
     of_weight = (g * normal).sum((0, 2, 3))

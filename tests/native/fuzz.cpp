@@ -166,9 +166,17 @@ void check(bool good, const char* what) {
 }
 
 double act(double value, int32_t activation) {
-  if (activation == DSP_ACT_NONE || std::isnan(value)) return value;
-  value = std::max(value, 0.0);
-  return activation == DSP_ACT_RELU6 ? std::min(value, 6.0) : value;
+  if (std::isnan(value)) return value;
+  switch (activation) {
+    case DSP_ACT_NONE:
+      return value;
+    case DSP_ACT_RELU:
+      return std::max(value, 0.0);
+    case DSP_ACT_RELU6:
+      return std::min(std::max(value, 0.0), 6.0);
+    default:
+      die("this activation has no definition here");
+  }
 }
 
 // visit(n, f, output pixel, channel, input pixel, weight) for every product of the convolution
@@ -233,7 +241,8 @@ void fuzz_conv() {
   const Exact residual(random_floats(out_numel));
   const bool with_bias = chance(0.5);
   const bool with_residual = chance(0.5);
-  const int32_t activation = static_cast<int32_t>(between(0, 2));
+  const int32_t activation = static_cast<int32_t>(between(0, dsp_activation_count() - 1));
+  const dsp_activation given{activation, {0.0f, 0.0f}};
   const float poison = std::numeric_limits<float>::quiet_NaN();
 
   std::vector<double> expected(static_cast<size_t>(out_numel)), size(expected.size(), 0.0);
@@ -254,8 +263,8 @@ void fuzz_conv() {
   const auto run = [&](const Exact& weights, int32_t prepared, Exact* to, int32_t threads,
                        const float* added) {
     return dsp_conv2d_forward(&s, x.data, x.size, weights.data, weights.size, plan.data(), plan_size,
-                              with_bias ? bias.data : nullptr, added, to->data, to->size, activation,
-                              prepared, threads);
+                              with_bias ? bias.data : nullptr, added, to->data, to->size, &given, prepared,
+                              threads);
   };
   const float* added = with_residual ? residual.data : nullptr;
   check(run(w, 0, &out, 1, added) == DSP_OK, "forward refused");
@@ -322,13 +331,14 @@ void fuzz_lanes() {
   const Exact bias(random_floats(layout.out));
   const bool with_bias = chance(0.5);
   const bool with_residual = chance(0.5);
-  const int32_t activation = static_cast<int32_t>(between(0, 2));
+  const int32_t activation = static_cast<int32_t>(between(0, dsp_activation_count() - 1));
+  const dsp_activation given{activation, {0.0f, 0.0f}};
   const Exact residual(random_floats(s.out_numel()));
   const float poison = std::numeric_limits<float>::quiet_NaN();
   Exact planar(s.out_numel(), poison);
   check(dsp_conv2d_forward(&shape, x.data, x.size, w.data, w.size, words.data(),
                            static_cast<int64_t>(words.size()), with_bias ? bias.data : nullptr,
-                           with_residual ? residual.data : nullptr, planar.data, planar.size, activation, 0,
+                           with_residual ? residual.data : nullptr, planar.data, planar.size, &given, 0,
                            1) == DSP_OK,
         "forward refused");
 
@@ -383,7 +393,7 @@ void fuzz_lanes() {
     Exact added(actual.size, poison);
     each_out([&](int64_t at, int64_t to) { (in_its_place ? actual : added).data[to] = residual.data[at]; });
     conv.run(padded.data, prepared.data, with_residual ? (in_its_place ? actual.data : added.data) : nullptr,
-             actual.data, activation,
+             actual.data, dsp::make_activation(&given),
              with_residual && in_its_place && activation == DSP_ACT_NONE && chance(0.5), threads);
     each_out([&](int64_t at, int64_t to) {
       if (actual.data[to] != planar.data[at]) die("lanes: other values than the planar engine");
@@ -448,7 +458,7 @@ void fuzz_bad_conv() {
   }
   const std::vector<int32_t> exact(plan.begin(), plan.begin() + plan_size);
   dsp_conv2d_forward(&s, x.data, x_size, w.data, w.size, exact.data(), plan_size, nullptr, nullptr, out.data,
-                     out.size, 0, 0, threads);
+                     out.size, nullptr, 0, threads);
   dsp_conv2d_grad_input(&s, out.data, out.size, w.data, w.size, exact.data(), plan_size, gx.data, x_size,
                         threads);
   dsp_conv2d_grad_weight(&s, out.data, out.size, x.data, x_size, exact.data(), plan_size, gw.data, gw.size,
@@ -510,13 +520,14 @@ Network random_network() {
     input.data.push_back(static_cast<double>(normal()));
   net.values.push_back(input);
   const int64_t steps = between(1, 8);
-  net.words = {DSP_PROGRAM_MAGIC, 1, input.channels, input.height, input.width, steps, 0, 0};
+  net.words = {
+      DSP_PROGRAM_MAGIC, DSP_PROGRAM_VERSION, input.channels, input.height, input.width, steps, 0, 0};
   for (int64_t i = 0; i < steps; ++i) {
     const int64_t id = chance(0.7) ? static_cast<int64_t>(net.values.size()) - 1
                                    : between(0, static_cast<int64_t>(net.values.size()) - 1);
     const Tensor x = net.values[static_cast<size_t>(id)];
     Tensor y{};
-    const int32_t activation = static_cast<int32_t>(between(0, 2));
+    const int32_t activation = static_cast<int32_t>(between(0, dsp_activation_count() - 1));
     const int64_t kind = usual && chance(0.7) ? 0 : between(0, 9);
     if (kind <= 4) {
       dsp_conv2d_shape s{};

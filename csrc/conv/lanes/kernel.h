@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/activation.h"
+
 namespace dsp {
 
 constexpr int kMaxLaneVectors = 4;  // vectors of filters in one block, at most
@@ -43,7 +45,7 @@ struct LaneArgs {
   const float* residual;  // may be null
   const float* bias;      // vectors x lanes
   int32_t tail;           // lanes of the last vector that are filters; all of them unless masks are free
-  int32_t activation;
+  const Activation* activation;
   const LanePiece* pieces;  // null: the results are neighbours, from `out` on
   int32_t n_pieces;
 };

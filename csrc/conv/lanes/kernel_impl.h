@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv/lanes/kernel.h"
+#include "core/activate.h"
 #include "core/simd.h"
 
 namespace dsp {
@@ -11,8 +12,6 @@ namespace DSP_ISA {
 // Results that are not whole vectors side by side. Out of line: it is long, and the loops come first.
 __attribute__((noinline)) inline void lane_scatter(const LaneArgs& a, int64_t pixel, int pixels,
                                                    const float* values, int width) {
-  const Vec low = lowest(a.activation);
-  const Vec high = highest(a.activation);
   for (int p = 0; p < pixels; ++p, values += width) {
     float* to = a.out + a.out_at[pixel + p];
     const float* from = a.residual == nullptr ? nullptr : a.residual + a.residual_at[pixel + p];
@@ -20,7 +19,7 @@ __attribute__((noinline)) inline void lane_scatter(const LaneArgs& a, int64_t pi
       const LanePiece piece = a.pieces[i];
       Vec v = load_expand(values + piece.from, piece.mask);
       if (from != nullptr) v = add(v, load_mask(from + piece.channel, piece.mask));
-      store_mask(to + piece.channel, min(high, max(low, v)), piece.mask);
+      store_mask(to + piece.channel, activate(v, *a.activation), piece.mask);
     }
   }
 }
@@ -99,8 +98,8 @@ void lane_tiles(const LaneArgs& a, int64_t pixel, int64_t tiles) {
       lane_scatter(a, pixel, P, values, kWidth);
       continue;
     }
-    const Vec low = lowest(a.activation);
-    const Vec high = highest(a.activation);
+    const Vec least = set1(a.activation->least);
+    const Vec most = set1(a.activation->most);
     DSP_UNROLL
     for (int p = 0; p < P; ++p) {
       float* to = a.out + a.out_at[pixel + p];
@@ -114,9 +113,17 @@ void lane_tiles(const LaneArgs& a, int64_t pixel, int64_t tiles) {
           acc[p][f] = add(acc[p][f], kMasksAreFree && f == F - 1 ? load_lanes(at, a.tail) : load(at));
         }
       }
+      if (__builtin_expect(a.activation->curve, 0)) {
+        Vec values[F];
+        DSP_UNROLL
+        for (int f = 0; f < F; ++f) values[f] = acc[p][f];
+        apply_curve(values, F, *a.activation);
+        DSP_UNROLL
+        for (int f = 0; f < F; ++f) acc[p][f] = values[f];
+      }
       DSP_UNROLL
       for (int f = 0; f < F; ++f) {
-        const Vec result = min(high, max(low, acc[p][f]));
+        const Vec result = min(most, max(least, acc[p][f]));
         if (kMasksAreFree && f == F - 1) {
           store_lanes(to + f * kLanes, result, a.tail);
         } else {

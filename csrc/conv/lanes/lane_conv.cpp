@@ -241,8 +241,8 @@ size_t LaneConv::block_share(int64_t part, int64_t parts) const {
 }
 
 void LaneConv::run_blocks(const float* in, const float* weights, const float* residual, float* out,
-                          int32_t activation, bool settled, int64_t pixel, int64_t pixels, size_t block_begin,
-                          size_t block_end) const {
+                          const Activation& activation, bool settled, int64_t pixel, int64_t pixels,
+                          size_t block_begin, size_t block_end) const {
   const LaneKernels& k = lane_kernels();
   Carver carve(task_scratch().reserve(static_cast<size_t>(scratch_bytes())));
   const size_t count = static_cast<size_t>(pixels);
@@ -269,7 +269,7 @@ void LaneConv::run_blocks(const float* in, const float* weights, const float* re
   args.out_at = out_at;
   args.residual_at = residual_at;
   args.partial = partial;
-  args.activation = activation;
+  args.activation = &activation;
   for (size_t b = block_begin; b < block_end; ++b) {
     const LaneBlock& block = blocks_[b];
     const int64_t width = int64_t{block.vectors} * k.lanes;
@@ -313,7 +313,7 @@ void LaneConv::run_blocks(const float* in, const float* weights, const float* re
 }
 
 void LaneConv::run(const float* in, const float* weights, const float* residual, float* out,
-                   int32_t activation, bool settled, int threads) const {
+                   const Activation& activation, bool settled, int threads) const {
   const int64_t plane = s_.out_plane();
   if (blocks_.empty() || plane == 0) return;
   const int64_t n_blocks = static_cast<int64_t>(blocks_.size());

@@ -44,8 +44,8 @@ class LaneConv {
 
   // All of one image on `threads` threads; the bits do not depend on their number. `out` may be `residual`.
   // settled: where nothing is added to the residual, it is in place already.
-  void run(const float* in, const float* weights, const float* residual, float* out, int32_t activation,
-           bool settled, int threads) const;
+  void run(const float* in, const float* weights, const float* residual, float* out,
+           const Activation& activation, bool settled, int threads) const;
 
   int64_t table_bytes() const;
   int64_t scratch_bytes() const;
@@ -55,8 +55,8 @@ class LaneConv {
  private:
   void add_block(const std::vector<int32_t>& order, size_t first, int32_t filters, const int32_t* out_place);
   void run_blocks(const float* in, const float* weights, const float* residual, float* out,
-                  int32_t activation, bool settled, int64_t pixel, int64_t pixels, size_t block_begin,
-                  size_t block_end) const;
+                  const Activation& activation, bool settled, int64_t pixel, int64_t pixels,
+                  size_t block_begin, size_t block_end) const;
   int64_t chunk_pixels() const;
   size_t block_share(int64_t part, int64_t parts) const;
 

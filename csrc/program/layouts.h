@@ -1,0 +1,22 @@
+// How a program's values lie, chosen once for all steps.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "program/step.h"
+
+namespace dsp {
+
+using Values = std::vector<Value>;
+using Steps = std::vector<std::unique_ptr<Step>>;
+
+// The layout of each value, and within it what is kept around planes; `output` is what the caller gets.
+void choose_layouts(const Steps& steps, int64_t output, Values* values);
+
+// Where rows are half a vector, two images fill one: from the step that is returned on they go through the
+// steps together, and what is still needed there exists twice. The number of steps: nowhere.
+size_t choose_pairs(const Steps& steps, Values* values);
+
+}  // namespace dsp

@@ -1,0 +1,178 @@
+#include "program/read.h"
+
+#include <iterator>
+#include <limits>
+#include <string>
+
+#include "core/status.h"
+#include "program/fields.h"
+
+namespace dsp {
+namespace {
+
+constexpr int64_t kMostSteps = 1 << 20;
+
+// Reads the words of one step and refuses to read beyond them. `step` is the number of the step: the values
+// before it are 0 to step.
+class Reader {
+ public:
+  Reader(const int64_t* words, int64_t count, int64_t step, const Source& source, const float* floats)
+      : words_(words), count_(count), step_(step), source_(source), floats_(floats) {}
+
+  int64_t next(int64_t least, int64_t most, const char* name) {
+    if (at_ >= count_) fail(std::string("program: the step ends before its ") + name);
+    const int64_t value = words_[at_++];
+    if (value < least || value > most)
+      fail(std::string("program: ") + name + " is " + std::to_string(value) + ", expected " +
+           std::to_string(least) + " to " + std::to_string(most));
+    return value;
+  }
+  int64_t value(const char* name) { return inputs.emplace_back(next(0, step_, name)); }
+  int64_t maybe_value(const char* name) {
+    const int64_t id = next(-1, step_, name);
+    if (id >= 0) inputs.push_back(id);
+    return id;
+  }
+  std::vector<int64_t> values(const char* name) {
+    const int64_t count = next(1, kMostSteps, name);
+    if (count != left()) fail(std::string("program: there are not as many ") + name + " as it says");
+    std::vector<int64_t> ids;
+    for (int64_t i = 0; i < count; ++i) ids.push_back(value(name));
+    return ids;
+  }
+  Activation activation(const char* name) {
+    const int64_t kind = next(0, dsp_activation_count() - 1, name);
+    const int count = activation_parameters(static_cast<int32_t>(kind));
+    if (count == 0) return make_activation(static_cast<int32_t>(kind), nullptr);
+    const int64_t at = next(0, source_.numel() - count, "the activation's parameters");
+    return make_activation(static_cast<int32_t>(kind), floats_ + at);
+  }
+  int64_t floats(int64_t least, const char* name) { return next(least, source_.numel(), name); }
+  std::vector<int32_t> plan(const char* name) {
+    const int64_t count = next(0, left() - 1, name);
+    std::vector<int32_t> words;
+    words.reserve(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i)
+      words.push_back(static_cast<int32_t>(next(0, std::numeric_limits<int32_t>::max(), "a plan's word")));
+    return words;
+  }
+  int64_t left() const { return count_ - at_; }
+
+  std::vector<int64_t> inputs;
+
+ private:
+  const int64_t* words_;
+  int64_t count_, step_;
+  const Source& source_;
+  const float* floats_;
+  int64_t at_ = 0;
+};
+
+// clang-format off
+#define DSP_STEP(NAME, name, code) \
+  std::unique_ptr<Step> read_##name(Reader& read) { Fields<DSP_OP_##NAME> fields;
+#define DSP_VALUE(x) fields.x = read.value(#x);
+#define DSP_MAYBE_VALUE(x) fields.x = read.maybe_value(#x);
+#define DSP_VALUES(x) fields.x = read.values(#x);
+#define DSP_INT(x, least, most) fields.x = read.next(least, most, #x);
+#define DSP_ACT(x) fields.x = read.activation(#x);
+#define DSP_FLOATS(x) fields.x##_at = read.floats(0, #x);
+#define DSP_MAYBE_FLOATS(x) fields.x##_at = read.floats(-1, #x);
+#define DSP_PLAN(x) fields.x = read.plan(#x);
+#define DSP_END(NAME, name) return make_step(fields); }
+#include "program/steps.def"
+// clang-format on
+
+std::unique_ptr<Step> read_step(int64_t operation, Reader& read) {
+  switch (operation) {
+#define DSP_STEP(NAME, name, code) \
+  case code:                       \
+    return read_##name(read);
+#include "program/steps.def"
+    default:
+      return nullptr;
+  }
+}
+
+Value checked_value(const Shape& shape) {
+  const auto good = [](int64_t size) { return size >= 1 && size < kMostSize; };
+  if (!good(shape.channels) || !good(shape.height) || !good(shape.width))
+    fail("program: a value has a size below 1 or too large");
+  if (checked_mul(checked_mul(shape.channels, shape.height, "a value"), shape.width, "a value") > kMostSize)
+    fail("program: a value has more than 2^31 elements in one image");
+  return Value(shape);
+}
+
+// The table that the interface shows.
+// clang-format off
+#define DSP_STEP(NAME, name, code) constexpr dsp_step_field kFieldsOf_##name[] = {
+#define DSP_VALUE(x) {#x, DSP_FIELD_VALUE, 0, 0},
+#define DSP_MAYBE_VALUE(x) {#x, DSP_FIELD_MAYBE_VALUE, 0, 0},
+#define DSP_VALUES(x) {#x, DSP_FIELD_VALUES, 0, 0},
+#define DSP_INT(x, least, most) {#x, DSP_FIELD_INT, least, most},
+#define DSP_ACT(x) {#x, DSP_FIELD_ACTIVATION, 0, 0},
+#define DSP_FLOATS(x) {#x, DSP_FIELD_FLOATS, 0, 0},
+#define DSP_MAYBE_FLOATS(x) {#x, DSP_FIELD_MAYBE_FLOATS, 0, 0},
+#define DSP_PLAN(x) {#x, DSP_FIELD_PLAN, 0, 0},
+#define DSP_END(NAME, name) };
+#include "program/steps.def"
+// clang-format on
+
+constexpr dsp_step_info kSteps[] = {
+#define DSP_STEP(NAME, name, code) \
+  {#name, code, static_cast<int32_t>(std::size(kFieldsOf_##name)), kFieldsOf_##name},
+#include "program/steps.def"
+};
+
+}  // namespace
+
+Description read_description(const int64_t* words, int64_t words_numel, const float* floats,
+                             int64_t floats_numel) {
+  require(words != nullptr && words_numel >= DSP_PROGRAM_HEADER, "program: the description is too short");
+  require(floats_numel >= 0 && (floats != nullptr || floats_numel == 0), "program: floats is null");
+  require(words[0] == DSP_PROGRAM_MAGIC, "program: the description does not start with the magic number");
+  if (words[1] != DSP_PROGRAM_VERSION)
+    fail("program: the description's version is " + std::to_string(words[1]) + ", expected " +
+         std::to_string(DSP_PROGRAM_VERSION));
+  require(words[7] == words_numel, "program: the description's length is not what it says");
+  const int64_t n_steps = words[5];
+  require(n_steps >= 1 && n_steps <= kMostSteps, "program: the number of steps is not 1 to 2^20");
+  require(words[6] >= 1 && words[6] <= n_steps, "program: the output is not the value of a step");
+  Description d;
+  d.output = words[6];
+  d.values.push_back(checked_value({words[2], words[3], words[4]}));
+  const Source source(d.values, floats, floats_numel);
+  int64_t at = DSP_PROGRAM_HEADER;
+  for (int64_t i = 0; i < n_steps; ++i) {
+    const std::string name = "program: step " + std::to_string(i);
+    if (words_numel - at < 2) fail("program: the description ends before step " + std::to_string(i));
+    const int64_t length = words[at + 1];
+    if (length < 2 || length > words_numel - at) fail(name + " has a wrong length");
+    Reader read(words + at + 2, length - 2, i, source, floats);
+    std::unique_ptr<Step> step = read_step(words[at], read);
+    if (step == nullptr) fail(name + " has the unknown operation " + std::to_string(words[at]));
+    if (read.left() != 0) fail(name + " has words to spare");
+    step->inputs = std::move(read.inputs);
+    step->result = i + 1;
+    Value made = checked_value(step->shape(source));
+    made.last_use = i;
+    for (const int64_t id : step->inputs) d.values[static_cast<size_t>(id)].last_use = i;
+    d.values.push_back(made);
+    d.steps.push_back(std::move(step));
+    at += length;
+  }
+  if (at != words_numel) fail("program: the description has words to spare");
+  d.values[static_cast<size_t>(d.output)].last_use = n_steps;
+  return d;
+}
+
+}  // namespace dsp
+
+extern "C" {
+
+int32_t dsp_step_count(void) { return static_cast<int32_t>(std::size(dsp::kSteps)); }
+
+const dsp_step_info* dsp_step_at(int32_t index) {
+  return index >= 0 && index < dsp_step_count() ? dsp::kSteps + index : nullptr;
+}
+}

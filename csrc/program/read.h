@@ -1,0 +1,22 @@
+// From a description's words to steps and values.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "program/step.h"
+
+namespace dsp {
+
+struct Description {
+  std::vector<Value> values;  // the input, then what each step makes
+  std::vector<std::unique_ptr<Step>> steps;
+  int64_t output = 0;
+};
+
+// Throws Error unless every word is as dsp.h and steps.def say and all shapes fit one another.
+Description read_description(const int64_t* words, int64_t words_numel, const float* floats,
+                             int64_t floats_numel);
+
+}  // namespace dsp

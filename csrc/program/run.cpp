@@ -1,0 +1,90 @@
+// How a program runs: images over threads, steps over one image or two.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "core/thread_pool.h"
+#include "program/program.h"
+#include "program/steps/conv.h"
+
+namespace dsp {
+
+float* Program::take_arena() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!free_arenas_.empty()) {
+      float* arena = free_arenas_.back();
+      free_arenas_.pop_back();
+      return arena;
+    }
+    free_arenas_.reserve(static_cast<size_t>(arenas_) + 1);
+    ++arenas_;
+  }
+  const size_t bytes = (static_cast<size_t>(arena_floats_) * sizeof(float) + 4095) / 4096 * 4096 + 4096;
+  float* arena = static_cast<float*>(std::aligned_alloc(4096, bytes));
+  if (arena == nullptr) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    --arenas_;
+    throw std::bad_alloc();
+  }
+  std::memset(arena, 0, bytes);
+  return arena;
+}
+
+void Program::give_arena(float* arena) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  free_arenas_.push_back(arena);  // take_arena() reserved the room
+}
+
+// One image, or two: these go one after the other until they can share vectors.
+void Program::run_images(const float* in, float* out, int64_t images, float* arena, int threads) const {
+  const Place at[2] = {{values_, in, arena, 0},
+                       {values_, in + (images - 1) * input().numel(), arena, second_}};
+  const size_t alone = images == 1 ? steps_.size() : first_pair_;
+  for (int64_t n = 0; n < images; ++n) {
+    for (size_t i = 0; i < alone; ++i) steps_[i]->run(at[n], threads);
+  }
+  for (size_t i = alone; i < steps_.size(); ++i) {
+    const ConvStep* conv = steps_[i]->conv();
+    if (conv != nullptr && conv->pairs()) {
+      conv->run_pair(at[0], second_);
+      continue;
+    }
+    for (const Place& place : at) steps_[i]->run(place, threads);
+  }
+  const Value& y = output();
+  for (int64_t n = 0; n < images; ++n) {
+    const Rows<const float> from = at[n].const_rows(output_);
+    for (int64_t c = 0; c < y.channels; ++c) {
+      for (int64_t row = 0; row < y.height; ++row, out += y.width)
+        std::memcpy(out, from(c, row), static_cast<size_t>(y.width) * sizeof(float));
+    }
+  }
+}
+
+void Program::run(const float* in, float* out, int64_t batch, int threads) {
+  const auto some = [&](int64_t n, int64_t images, int inner) {
+    struct Lease {
+      Program* program;
+      float* arena;
+      ~Lease() { program->give_arena(arena); }
+    } lease{this, take_arena()};
+    run_images(in + n * input().numel(), out + n * output().numel(), images, lease.arena, inner);
+  };
+  // Whole images side by side while every thread has one, two at a time where that helps; what is left over
+  // is shared layer by layer.
+  const int64_t whole = threads <= 1 ? batch : batch / threads * threads;
+  const int64_t pairs = first_pair_ < steps_.size() ? whole / threads / 2 * threads : 0;
+  auto body = [&](int64_t task) {
+    if (task < pairs) {
+      some(2 * task, 2, 1);
+    } else {
+      some(pairs + task, 1, 1);
+    }
+  };
+  parallel_for(threads, whole - pairs, body);
+  for (int64_t n = whole; n < batch; ++n) some(n, 1, threads);
+}
+
+}  // namespace dsp

@@ -1,0 +1,32 @@
+#include "program/step.h"
+
+#include <algorithm>
+#include <string>
+
+#include "core/status.h"
+#include "core/thread_pool.h"
+
+namespace dsp {
+
+std::vector<float> Source::take(int64_t at, int64_t count, const char* name) const {
+  if (at > numel_ || count > numel_ - at)
+    fail(std::string("program: ") + name + " reaches beyond the floats");
+  return std::vector<float>(floats_ + at, floats_ + at + count);
+}
+
+const Activation& Step::activation() const {
+  static const Activation none;
+  return none;
+}
+
+void ChannelStep::run(const Place& at, int threads) const {
+  const int64_t channels = count(at);
+  const int64_t shares =
+      threads <= 1 || work(at) < 32 * 1024 ? 1 : std::min<int64_t>(channels, 2 * int64_t{threads});
+  auto body = [&](int64_t share) {
+    run_channels(at, share * channels / shares, (share + 1) * channels / shares);
+  };
+  parallel_for(threads, shares, body);
+}
+
+}  // namespace dsp

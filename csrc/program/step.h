@@ -1,0 +1,72 @@
+// What every step of a program is. The kinds are in steps.def and steps/, one file each.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/activation.h"
+#include "dsp.h"
+#include "program/value.h"
+
+namespace dsp {
+
+constexpr int64_t kMostSize = int64_t{1} << 31;
+
+// What a step is made from: the values before it, and the caller's floats.
+class Source {
+ public:
+  Source(const std::vector<Value>& values, const float* floats, int64_t numel)
+      : values_(values), floats_(floats), numel_(numel) {}
+  const Shape& shape(int64_t id) const { return values_[static_cast<size_t>(id)]; }
+  int64_t numel() const { return numel_; }
+  // Throws Error where they reach beyond the caller's.
+  std::vector<float> take(int64_t at, int64_t count, const char* name) const;
+
+ private:
+  const std::vector<Value>& values_;
+  const float* floats_;
+  int64_t numel_;
+};
+
+class ConvStep;
+
+class Step {
+ public:
+  Step() = default;
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+  virtual ~Step() = default;
+
+  std::vector<int64_t> inputs;  // in the order of its fields
+  int64_t result = 0;
+
+  // Checks its inputs' shapes, copies its weights, and says the shape of the result. Called once, first.
+  virtual Shape shape(const Source& source) = 0;
+  // Whether it reads and writes values that lie so.
+  virtual bool takes(Layout layout) const { return layout == Layout::kPlanar; }
+  // What it keeps: weights, biases, tables.
+  virtual int64_t bytes() const { return 0; }
+  virtual int64_t scratch_floats() const { return 0; }
+  virtual const Activation& activation() const;
+  virtual void run(const Place& at, int threads) const = 0;
+  virtual ConvStep* conv() { return nullptr; }
+};
+
+// A step that makes its result channel by channel, so on any number of threads.
+class ChannelStep : public Step {
+ public:
+  void run(const Place& at, int threads) const final;
+
+ protected:
+  virtual void run_channels(const Place& at, int64_t begin, int64_t end) const = 0;
+  // How many there are, and what all of them take, in multiply-adds or so.
+  virtual int64_t count(const Place& at) const { return at.value(result).channels; }
+  virtual int64_t work(const Place& at) const { return at.value(result).numel(); }
+};
+
+inline int64_t bytes_of(const std::vector<float>& values) {
+  return static_cast<int64_t>(values.size() * sizeof(float));
+}
+
+}  // namespace dsp

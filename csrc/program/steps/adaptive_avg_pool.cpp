@@ -1,0 +1,50 @@
+#include "conv/kernel.h"
+#include "program/fields.h"
+
+namespace dsp {
+namespace {
+
+class AdaptiveAvgPoolStep final : public ChannelStep {
+ public:
+  explicit AdaptiveAvgPoolStep(const Fields<DSP_OP_ADAPTIVE_AVG_POOL>& fields) : f_(fields) {}
+
+  Shape shape(const Source& source) override { return {source.shape(f_.x).channels, f_.out_h, f_.out_w}; }
+
+ protected:
+  void run_channels(const Place& at, int64_t begin, int64_t end) const override {
+    const KernelTable& k = kernels();
+    const Shape& x = at.value(f_.x);
+    const Rows<const float> in = at.const_rows(f_.x);
+    const Rows<float> out = at.rows(result);
+    for (int64_t oy = 0; oy < f_.out_h; ++oy) {
+      const int64_t y0 = oy * x.height / f_.out_h;
+      const int64_t y1 = ((oy + 1) * x.height + f_.out_h - 1) / f_.out_h;
+      for (int64_t ox = 0; ox < f_.out_w; ++ox) {
+        const int64_t x0 = ox * x.width / f_.out_w;
+        const int64_t x1 = ((ox + 1) * x.width + f_.out_w - 1) / f_.out_w;
+        const float pixels = static_cast<float>((y1 - y0) * (x1 - x0));
+        const bool whole_rows = x1 - x0 == in.pitch;
+        for (int64_t c = begin; c < end; ++c) {
+          float sum = 0;
+          if (whole_rows) {
+            sum = k.sum(in(c, y0), (y1 - y0) * in.pitch);
+          } else {
+            for (int64_t iy = y0; iy < y1; ++iy) sum += k.sum(in(c, iy) + x0, x1 - x0);
+          }
+          out(c, oy)[ox] = sum / pixels;
+        }
+      }
+    }
+  }
+
+ private:
+  Fields<DSP_OP_ADAPTIVE_AVG_POOL> f_;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_step(const Fields<DSP_OP_ADAPTIVE_AVG_POOL>& fields) {
+  return std::make_unique<AdaptiveAvgPoolStep>(fields);
+}
+
+}  // namespace dsp

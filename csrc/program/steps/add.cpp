@@ -1,0 +1,40 @@
+#include "conv/kernel.h"
+#include "core/status.h"
+#include "program/fields.h"
+
+namespace dsp {
+namespace {
+
+class AddStep final : public ChannelStep {
+ public:
+  explicit AddStep(const Fields<DSP_OP_ADD>& fields) : f_(fields) {}
+
+  Shape shape(const Source& source) override {
+    if (!(source.shape(f_.a) == source.shape(f_.b))) fail("program: add of two shapes");
+    return source.shape(f_.a);
+  }
+  const Activation& activation() const override { return f_.activation; }
+
+ protected:
+  void run_channels(const Place& at, int64_t begin, int64_t end) const override {
+    const Shape& y = at.value(result);
+    const Rows<const float> a = at.const_rows(f_.a);
+    const Rows<const float> b = at.const_rows(f_.b);
+    const Rows<float> out = at.rows(result);
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t row = 0; row < y.height; ++row)
+        kernels().add(out(c, row), a(c, row), b(c, row), y.width, f_.activation);
+    }
+  }
+
+ private:
+  Fields<DSP_OP_ADD> f_;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_step(const Fields<DSP_OP_ADD>& fields) {
+  return std::make_unique<AddStep>(fields);
+}
+
+}  // namespace dsp

@@ -1,0 +1,68 @@
+// A convolution of a program. Other steps need no header: layouts are chosen for convolutions.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "conv/layout.h"
+#include "program/fields.h"
+#include "program/step.h"
+
+namespace dsp {
+
+class ConvStep final : public Step {
+ public:
+  explicit ConvStep(const Fields<DSP_OP_CONV>& fields) : fields_(fields) {}
+
+  Shape shape(const Source& source) override;
+  int64_t bytes() const override;
+  int64_t scratch_floats() const override { return layout_.gathered() ? layout_.scratch_floats() : 0; }
+  const Activation& activation() const override { return fields_.activation; }
+  void run(const Place& at, int threads) const override;
+  ConvStep* conv() override { return this; }
+
+  // ---- what the choice of layouts asks; then laid out, once ----
+  const ConvShape& geometry() const { return shape_; }
+  int64_t most_padding() const;
+  // Whether its result, or its input, may have even and odd columns apart.
+  bool can_write_apart() const;
+  bool can_read_apart() const;
+  void lay_out(const std::vector<Value>& values);
+
+  // Lays out for two images at once where that pays.
+  bool choose_pairs(const std::vector<Value>& values);
+  bool pairs() const { return pairs_; }
+  // Two images, the second one's values `second` floats behind the first's.
+  void run_pair(const Place& first, int64_t second) const;
+
+  // The value in whose place the result may be written, or 0: a residual that nobody reads later lies like
+  // its sum with it, and is read where the sum is written.
+  int64_t overwrites(const std::vector<Value>& values) const;
+  // The residual is where the result goes, and stays as it is if nothing is added.
+  void set_residual_stays() { residual_stays_ = true; }
+
+ private:
+  struct Tensors;
+  Tensors tensors(const Place& at) const;
+  bool adds() const { return inputs.size() > 1; }
+  int64_t residual() const { return inputs[1]; }
+  void fill_dead(const Tensors& t) const;
+  int64_t pixels_of(int64_t strip) const;
+  const TileSet* tiles_of(int64_t strip) const;
+  void run_strip(const Tensors& t, int64_t strip, int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
+                 int64_t block_end, const float* from) const;
+  void run_strips(const Tensors& t, int threads) const;
+  void share_strips(const Tensors& t, int threads) const;
+
+  Fields<DSP_OP_CONV> fields_;
+  std::vector<float> weights_, bias_;
+  ConvShape shape_{};
+  ConvLayout layout_;
+  TileSet whole_[kMaxRowsLog + 1];
+  TileSet last_[kMaxRowsLog + 1];
+  bool residual_stays_ = false;
+  bool pairs_ = false;
+  TileSet of_pairs_[kMaxRowsLog + 1];
+};
+
+}  // namespace dsp

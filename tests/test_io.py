@@ -106,7 +106,7 @@ def rewrite(file: Path, change: object) -> None:
 
 
 CHANGES = {
-    "version": (lambda h, t: h.update(version=99), "has version 99; this package reads version 1"),
+    "version": (lambda h, t: h.update(version=99), "has version 99; this package reads version 2"),
     "format": (lambda h, t: h.update(format="x"), "header of another format"),
     "layouts": (lambda h, t: h.pop("layouts"), "incomplete header"),
     "inputs": (lambda h, t: h.pop("inputs"), "incomplete header"),

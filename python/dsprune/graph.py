@@ -20,7 +20,8 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize, prune
+
+from .masks import copies_of_results, settle, settle_parametrizations
 
 from .guards import Expression, evaluate, parse
 
@@ -125,7 +126,6 @@ class NetworkGraph:
     module: fx.GraphModule
     tensors: dict[str, torch.Tensor]
     sites: list[Site]
-    others: dict[str, tuple[int, int]]
     limits: Limits
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -184,31 +184,29 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def clean_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose prune masks and parametrizations are applied for good; the argument is left alone.
+def masked_copy(model: nn.Module) -> nn.Module:
+    """A deep copy with its prune masks on and its parametrizations applied for good; the argument is left
+    alone.
 
     ``copy.deepcopy`` alone raises on a model that carries prune masks: its ``weight`` is then not a graph
     leaf.
     """
     model = unwrap(model)
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    clone = copy.deepcopy(model, memo)
+    clone = copy.deepcopy(model, copies_of_results(model))
     for module in clone.modules():
         if "_original_forward" in vars(module):  # Accelerate's autocast around the forward method
             del module.forward, module._original_forward
-        if parametrize.is_parametrized(module):
-            # The copy shares the original's generated class; taking the property off it must not reach the
-            # original.
-            module.__class__ = type(type(module).__name__, type(module).__bases__, dict(vars(type(module))))
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
+    settle_parametrizations(clone)
+    return clone
+
+
+def clean_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose prune masks and parametrizations are applied for good; the argument is left alone.
+
+    Modules that share a weight share it in the copy too where their masks leave the same of it.
+    """
+    clone = masked_copy(model)
+    settle(clone)
     return clone
 
 
@@ -382,7 +380,7 @@ def trace(model: nn.Module, example_input: Any) -> NetworkGraph:
         node.target: _attribute(module, node.target) for node in module.graph.nodes if node.op == "get_attr"
     }
     tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    return NetworkGraph(module, tensors, _sites(module, tensors), _others(module, tensors), limits)
+    return NetworkGraph(module, tensors, _sites(module, tensors), limits)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
@@ -408,7 +406,8 @@ def arguments(node: fx.Node, defaults: Sequence[Any]) -> list[Any]:
     return out
 
 
-def _owner(weight_name: str) -> str:
+def owner_of(weight_name: str) -> str:
+    """The module that a weight belongs to, or the tensor itself where it is no module's ``weight``."""
     owner, _, attribute = weight_name.rpartition(".")
     return owner if attribute == "weight" and owner else weight_name
 
@@ -444,7 +443,7 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
                 Site(
                     node,
                     "conv",
-                    _owner(weight_name),
+                    owner_of(weight_name),
                     weight_name,
                     parameter(bias),
                     x,
@@ -469,7 +468,7 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
                 Site(
                     node,
                     "linear",
-                    _owner(weight_name),
+                    owner_of(weight_name),
                     weight_name,
                     parameter(bias),
                     x,
@@ -482,18 +481,6 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
         site.is_module = site.name != site.weight_name
         site.uses = sum(other.weight_name == site.weight_name for other in sites)
     return sites
-
-
-def _others(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    out: dict[str, tuple[int, int]] = {}
-    for node in module.graph.nodes:
-        if node.target is not aten.conv_transpose2d.input:
-            continue
-        source, weight = shape_of(node.args[0]), tensors.get(str(getattr(node.args[1], "target", "")))
-        if source is not None and weight is not None:
-            name, count = _owner(str(node.args[1].target)), weight.numel()
-            out[name] = (out.get(name, (0, 0))[0] + count * source[-2] * source[-1], count)
-    return out
 
 
 def _roles(graph: NetworkGraph) -> dict[fx.Node, tuple[bool, bool, bool]]:

@@ -17,12 +17,14 @@ from torch import nn
 from dsp_kernels import GroupLayout
 
 from .graph import clean_copy, unwrap
+from .masks import settle_parametrizations
 from .pack import PackedNetwork, PackedState, fill, pack
 
 __all__ = ["load", "save", "write_atomically"]
 
 FORMAT = "dsprune-packed"
-VERSION = 1
+VERSION = 2
+MASK = "mask of "  # begins the names of the tensors that are prune masks
 
 
 def target_file(path: str | os.PathLike[str]) -> Path:
@@ -103,7 +105,8 @@ def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
         "layouts": {name: layout.to_json() for name, layout in state.layouts.items()},
     }
     # Tied weights are written once a name: safetensors refuses shared memory.
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.tensors.items()}
+    named = state.tensors | {f"{MASK}{name}": mask for name, mask in state.masks.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in named.items()}
     write_atomically(path, serialize(tensors, {FORMAT: json.dumps(header, sort_keys=True)}))
 
 
@@ -162,7 +165,8 @@ def load(
     Args:
         path: written by ``save``.
         model: a fresh dense network of the same architecture, of the dtypes that were saved, on any device;
-            filled in place with the weights, zeros where pruned.
+            filled in place as ``unpack`` does it. Parametrizations (such as weight norm) come off it for
+            good: the file has the weights that they computed.
         train: as for ``pack``; None: as it was when saved.
         backend: as for ``pack``.
 
@@ -191,10 +195,11 @@ def load(
     for name in layouts:
         if not isinstance(modules.get(name), nn.Conv2d):
             raise ValueError(f"model: has no Conv2d {name!r}, which the file has")
-    state = PackedState(tensors, layouts)
+    masks = {name.removeprefix(MASK): tensors.pop(name) for name in list(tensors) if name.startswith(MASK)}
+    state = PackedState(tensors, layouts, masks)
     # The trial copy is packed first: where that fails, the caller's model has not been touched.
     trial = clean_copy(inner)
-    fill(trial, state)
+    fill(trial, state, hold_all=True)
     trial.train(inner.training)
     try:
         packed = pack(trial, inputs, train=saved_for_training if train is None else train, backend=backend)
@@ -204,5 +209,6 @@ def load(
         raise ValueError(
             f"path: {os.fspath(path)!r} names inputs that the model does not take ({error})"
         ) from error
+    settle_parametrizations(inner)
     fill(inner, state)
     return packed

@@ -527,8 +527,8 @@ def lower(graph: NetworkGraph, backend: str | None = None) -> fx.GraphModule:
         return _Lowering(graph, analyse(graph), backend).run()
 
 
-def iterate_layers(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The layers that multiply, by the name that they have in the dense network."""
+def iterate_layers(module: nn.Module, *, dense_names: bool = True) -> Iterable[tuple[str, nn.Module]]:
+    """The layers that multiply, by the name that they have in the dense network, or by their own."""
     for name, layer in module.named_modules():
         if isinstance(layer, (PermutedGroupedConv2d, nn.Conv2d, nn.Linear, nn.ConvTranspose2d)):
-            yield getattr(layer, "dense_name", name), layer
+            yield getattr(layer, "dense_name", name) if dense_names else name, layer

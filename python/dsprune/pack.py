@@ -5,20 +5,33 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dsp_kernels import GroupLayout, available_backends
 
 from .gpu import GraphCache
-from .graph import ExportError, Limits, as_inputs, check_takes, clean_copy, evaluating, trace, unwrap
-from .lower import lower
+from .graph import (
+    ExportError,
+    Limits,
+    as_inputs,
+    check_takes,
+    clean_copy,
+    evaluating,
+    masked_copy,
+    trace,
+    unwrap,
+)
+from .lower import iterate_layers, lower
+from .masks import bare, copies_of_results, hold, masked, masks_of
 from .nn import PackedBatchNorm2d, PackedConv2d, PermutedGroupedConv2d
 from .program import ProgramCache
+from .watch import Watch
 
 __all__ = ["PackError", "PackedNetwork", "PackedState", "pack", "unpack"]
 
@@ -32,15 +45,17 @@ class PackedState:
     """A dense network's state dict with its pruned convolution weights in packed form.
 
     ``tensors`` has the state dict's names; the weight of each convolution in ``layouts`` (by module name) is
-    1-D there.
+    1-D there. ``masks`` has, by tensor name, the prune masks that do not follow from the layouts: bool, or of
+    the mask's own dtype, in the dense shape.
     """
 
     tensors: dict[str, torch.Tensor]
     layouts: dict[str, GroupLayout]
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> PackedState:
-        """The state of a dense network, a copy."""
+    def of(cls, model: nn.Module, masks: Mapping[str, torch.Tensor]) -> PackedState:
+        """The state of a dense network, a copy; ``masks`` are those that were applied to it."""
         tensors = {name: value.detach().clone() for name, value in model.state_dict(keep_vars=True).items()}
         layouts: dict[str, GroupLayout] = {}
         for name, module in model.named_modules():
@@ -48,7 +63,7 @@ class PackedState:
                 layouts[name] = layout
                 key = f"{name}.weight" if name else "weight"
                 tensors[key] = layout.pack(module.weight.detach()).clone()
-        return cls(tensors, layouts)
+        return cls(tensors, layouts, dict(masks))
 
     def dense(self, kernel_sizes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
         """The dense state dict, zeros where pruned; ``kernel_sizes`` by module name."""
@@ -57,6 +72,13 @@ class PackedState:
             key = f"{name}.weight" if name else "weight"
             out[key] = layout.unpack(out[key], kernel_sizes[name])
         return out
+
+    def mask(self, name: str) -> torch.Tensor | None:
+        """What of a dense tensor may be other than zero, broadcastable to it; None: all."""
+        if name in self.masks:
+            return self.masks[name]
+        layout = self.layouts.get(name.removesuffix("weight").removesuffix("."))
+        return layout.mask()[:, :, None, None] if layout is not None and name.endswith("weight") else None
 
 
 def prunable_layout(conv: nn.Conv2d) -> GroupLayout | None:
@@ -122,6 +144,7 @@ class PackedNetwork(nn.Module):
         limits: Limits | None,
         backend: str | None,
         unfused_reason: str | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -132,6 +155,10 @@ class PackedNetwork(nn.Module):
         ]
         self.example_dtypes = [v.dtype if isinstance(v, torch.Tensor) else None for v in inputs]
         self._state, self._limits = state, limits
+        self._masks = dict(masks or {})  # of the dense network, where the layers' own do not say it all
+        # What the layers of a fused network held when ``state`` was theirs; "" where they may have changed.
+        self._seal = None if state is None or not state.tensors else _seal(network)
+        self._watch = Watch(network)
         # In a dictionary, so outside of the module tree: no part of the state dict, no memory to speak of.
         self._hidden: dict[str, nn.Module] = {"skeleton": skeleton}
         self._variants: dict[Any, nn.Module] = {}
@@ -143,6 +170,12 @@ class PackedNetwork(nn.Module):
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if name.endswith((".plan", ".blank"))
         ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedNetwork:
+        memo |= copies_of_results(self)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     @property
     def fused(self) -> bool:
@@ -218,6 +251,8 @@ class PackedNetwork(nn.Module):
     def _variant(self, args: tuple[Any, ...]) -> nn.Module:
         """The network planned again for other sizes than the graph allows; kept for the next call."""
         key = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in args)
+        if self._watch.changed():
+            self._check_sealed()
         if key not in self._variants:
             reference = next(self.network.parameters(), None)
             with torch.inference_mode(False):  # as for pack
@@ -232,37 +267,83 @@ class PackedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What was made of the rest is made again where it is needed.
-        return self.__dict__ | {"_variants": {}, "_caches": {}, "_fitting": (None, None)}
+        made = {"_variants": {}, "_caches": {}, "_fitting": (None, None), "_watch": Watch(self.network)}
+        return self.__dict__ | made
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> PackedNetwork:
+        whole = self._seal is not None and self._seal == _seal(self.network)
         super()._apply(fn, recurse)
+        if self._seal is not None:
+            self._seal = _seal(self.network) if whole else ""
         self._caches.clear()
         for network in self._variants.values():
             network._apply(fn, recurse)
         return self
 
+    def _check_sealed(self) -> None:
+        if self._seal is not None and self._seal != _seal(self.network):
+            raise ValueError(
+                "packed: the layers of this fused network were changed after it was packed, and the dense "
+                "network's weights cannot be told from them; change a network packed with train=True, or the "
+                "dense one, and pack that"
+            )
+
     def packed_state(self) -> PackedState:
         """The network's weights by the dense network's names, pruned convolutions in packed form.
 
         A fused network gives the weights as they were when it was packed; any other gives its present
-        weights.
+        weights, those that prune masks have taken away as zeros.
+
+        Raises ValueError where the layers of a fused network hold other values than when it was packed, and
+        where those of another one were changed so that they are none of the dense network's any more.
         """
         if self._state is not None:
+            self._check_sealed()
             return self._state
         tensors = {name: value.detach() for name, value in self.network.state_dict(keep_vars=True).items()}
         layouts = {
             name: module.layout
-            for name, module in self.network.named_modules()
+            for name, module in self.network.named_modules(remove_duplicate=False)
             if isinstance(module, PermutedGroupedConv2d)
         }
-        return PackedState(tensors, layouts)
+        masks = dict(self._masks)
+        for name, (module, tensor) in masked(self.network).items():
+            mask = tensors.pop(f"{name}_mask")
+            original = tensors.pop(f"{name}_orig")
+            tensors[name] = original * mask.to(original.dtype)
+            kept = mask.ne(0).cpu()
+            if isinstance(module, PermutedGroupedConv2d) and tensor == "weight":
+                kept = module.layout.unpack(kept, module.kernel_size)
+                if name in masks:
+                    kept = kept | ~module.layout.mask()[:, :, None, None]
+            if name in masks:
+                masks[name] = torch.where(kept, masks[name], torch.zeros_like(masks[name]))
+            else:
+                masks[name] = kept
+        state = PackedState(tensors, layouts, masks)
+        try:
+            _checked(self._hidden["skeleton"], state, dtypes=False)
+        except ValueError as error:
+            raise ValueError(
+                f"packed: its layers were changed, and are none of the dense network's ({error})"
+            ) from error
+        return state
 
     def dense_model(self) -> nn.Module:
-        """A new dense network with this one's weights, zeros where pruned, in evaluation mode."""
+        """A new dense network with this one's weights, zeros where pruned, in evaluation mode, without masks.
+        Raises as ``packed_state`` does.
+        """
         model = copy.deepcopy(self._hidden["skeleton"])
         state = self.packed_state()
         dense = {name: value.clone() for name, value in state.dense(_kernel_sizes(model, state)).items()}
+        shared: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                shared.setdefault(id(parameter), []).append((module, name))
         model.load_state_dict(dense, assign=True)
+        for (owner, first), *others in shared.values():
+            for module, name in others:
+                module._parameters[name] = owner._parameters[first]
         return model.eval()
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
@@ -280,39 +361,118 @@ def _kernel_sizes(model: nn.Module, state: PackedState) -> dict[str, tuple[int, 
     return out
 
 
+def _seal(network: nn.Module) -> str:
+    """A short text that differs where any tensor of a network's state does."""
+    total = 0
+    for name, value in network.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            plain = value.detach().cpu().contiguous()
+            total = zlib.crc32(f"{name} {plain.dtype} {tuple(plain.shape)}".encode(), total)
+            total = zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy(), total)  # type: ignore[arg-type]
+    return f"{total:08x}"
+
+
+def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Who holds each parameter that several modules hold: the modules, and its name there without a mask's
+    ending.
+    """
+    held: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                held.setdefault(id(parameter), []).append((module, name.removesuffix("_orig")))
+    return [holders for holders in held.values() if len(holders) > 1]
+
+
 def _replaced(module: nn.Module, backend: str | None, train: bool) -> nn.Module | None:
-    """What runs in a module's place; None where it stays."""
-    if isinstance(module, nn.Conv2d):
-        if (layout := prunable_layout(module)) is not None:
-            return PermutedGroupedConv2d.from_conv(module, layout, backend=backend)
-        plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
-        if train and plain and not isinstance(module.padding, str):
-            return PackedConv2d.from_conv(module, backend)
-    if train and type(module) is nn.BatchNorm2d:
+    """What runs in a module's place, with the masks that its layout does not hold by itself; None where it
+    stays.
+    """
+    if train and type(module) is nn.BatchNorm2d and not module._forward_pre_hooks:
         return PackedBatchNorm2d.from_norm(module)
-    return None
+    if not isinstance(module, nn.Conv2d):
+        return None
+    conv, masks = bare(module)
+    assert isinstance(conv, nn.Conv2d)
+    layout = prunable_layout(conv)
+    layer: nn.Module
+    if layout is not None:
+        layer = PermutedGroupedConv2d.from_conv(conv, layout, backend=backend)
+        if "weight" in masks:
+            masks["weight"] = layout.pack(masks["weight"])
+    else:
+        plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros"
+        if not train or not plain or isinstance(conv.padding, str):
+            return None
+        layer = PackedConv2d.from_conv(conv, backend)
+    for name, mask in masks.items():
+        if not bool(mask.eq(1).all()):
+            hold(layer, name, mask)
+    return layer
 
 
 def _replace_layers(model: nn.Module, backend: str | None, train: bool) -> nn.Module:
     """Every pruned plain convolution replaced by its packed layer, in place; a module used twice stays one
-    module. For training, dense convolutions and BatchNorm get our kernels too.
+    module. For training, dense convolutions and BatchNorm get our kernels too. Prune masks stay.
+
+    Convolutions that share a weight share its packed form; where masks leave them different parts of it, or
+    something else reads it too, they stay as they are.
     """
-    replaced: dict[int, nn.Module] = {}
+    packed: dict[int, nn.Module | None] = {}
+    for holders in _shared(model):
+        _replace_sharing(holders, packed, backend, train)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if id(child) not in replaced:
-                other = _replaced(child, backend, train)
-                if other is None:
-                    continue
-                replaced[id(child)] = other
-            setattr(parent, name, replaced[id(child)])
-    return _replaced(model, backend, train) or model
+            if id(child) not in packed:
+                packed[id(child)] = _replaced(child, backend, train)
+            if (other := packed[id(child)]) is not None:
+                setattr(parent, name, other)
+    if id(model) not in packed:
+        packed[id(model)] = _replaced(model, backend, train)
+    return packed[id(model)] or model
+
+
+def _replace_sharing(
+    holders: list[tuple[nn.Module, str]],
+    packed: dict[int, nn.Module | None],
+    backend: str | None,
+    train: bool,
+) -> None:
+    """Puts the layers for modules that hold one parameter into ``packed``; None for each convolution where
+    they cannot share it in packed form.
+    """
+    convs = [module for module, _ in holders if isinstance(module, nn.Conv2d)]
+    if not convs:
+        return  # other layers keep the very parameter
+    tensor, (first, masks) = holders[0][1], bare(convs[0])
+    for module, name in holders:
+        plain, others = bare(module)
+        alike = (
+            isinstance(module, nn.Conv2d)
+            and name == tensor
+            and torch.equal(getattr(plain, name), getattr(first, name))
+            and masks.keys() == others.keys()
+            and all(torch.equal(mask, others[key]) for key, mask in masks.items())
+        )
+        if id(module) not in packed:
+            packed[id(module)] = _replaced(module, backend, train)
+        if not alike or packed[id(module)] is None:
+            packed.update((id(conv), None) for conv in convs)
+            return
+    key = tensor
+    for conv in convs:
+        layer = packed[id(conv)]
+        assert layer is not None
+        if conv is convs[0]:
+            key, source = (tensor if tensor in layer._parameters else f"{tensor}_orig"), layer
+        layer._parameters[key] = source._parameters[key]
 
 
 def _leaves(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+PACKED_LAYERS = (PermutedGroupedConv2d, PackedConv2d, PackedBatchNorm2d)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -366,7 +526,8 @@ def pack(
     """Turns a pruned network into a fast one with the same outputs; the argument is left alone.
 
     Args:
-        model: any CNN with zeros in its convolution weights, or with the masks of ``torch.nn.utils.prune``.
+        model: any CNN with zeros in its convolution weights, or with the masks of ``torch.nn.utils.prune``,
+            which are obeyed on every layer; a packed one is packed as the dense network that it stands for.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments; the result takes other batch
             and image sizes too.
         train: True replaces layers one by one, so that the result can be trained like the dense network
@@ -397,14 +558,20 @@ def pack(
             raise ValueError(f"backend: expected one of {sorted(backends)} or None, got {backend!r}")
         if backends[backend] is not None:
             raise ValueError(f"backend: {backend!r} cannot run here: {backends[backend]}")
-    clone = clean_copy(inner)
+    if isinstance(inner, PackedNetwork):
+        inner = _unpacked(inner)
+    elif any(isinstance(module, PACKED_LAYERS) for module in inner.modules()):
+        inner = _with_dense_layers(inner)
+    clone, masks = clean_copy(inner), masks_of(inner)
     skeleton = hollow(clone)
     if train:
-        modes = inner.training
-        network = _replace_layers(clone, backend, True)
-        packed = PackedNetwork(network, skeleton, inputs, state=None, limits=None, backend=backend)
-        packed.training = modes
-        _compare(clean_copy(inner), packed, inputs)
+        network = _replace_layers(masked_copy(inner), backend, True)
+        packed = PackedNetwork(
+            network, skeleton, inputs, state=None, limits=None, backend=backend, masks=masks
+        )
+        packed.training = inner.training
+        _compare(clone, packed, inputs)
+        _name_unused(masks, network)
         return packed
     clone.eval()
     reason: str | None = None
@@ -413,17 +580,109 @@ def pack(
     try:
         graph = trace(clone, inputs)
         network, limits = lower(graph, backend), graph.limits
-        state = PackedState.of(clone)
+        state = PackedState.of(clone, masks)
     except (ExportError, NotImplementedError) as error:
         reason = str(error)
         warnings.warn(f"layers are replaced one by one, nothing is fused or dropped: {reason}", stacklevel=2)
-        network, limits, state = _replace_layers(copy.deepcopy(clone), backend, False), None, None
+        network, limits, state = _replace_layers(masked_copy(inner).eval(), backend, False), None, None
     packed = PackedNetwork(
-        network, skeleton, inputs, state=state, limits=limits, backend=backend, unfused_reason=reason
+        network,
+        skeleton,
+        inputs,
+        state=state,
+        limits=limits,
+        backend=backend,
+        unfused_reason=reason,
+        masks=masks,
     )
     packed.eval()
     _compare(clone, packed, inputs)
+    _name_unused(masks, network, None if state is None else {site.weight_name for site in graph.sites})
     return packed
+
+
+def _unpacked(packed: PackedNetwork) -> nn.Module:
+    """The dense network of a packed one, with its masks on and in its mode."""
+    model, state = packed.dense_model(), packed.packed_state()
+    fill(model, state, hold_all=True)
+    return model.train(packed.training)
+
+
+def _with_dense_layers(model: nn.Module) -> nn.Module:
+    """A copy with the layers of a training form replaced by those that they stand for; fused ones stay."""
+    clone = masked_copy(model)
+    fused = {
+        layer
+        for module in clone.modules()
+        if isinstance(module, fx.GraphModule)
+        for layer in module.modules()
+    }
+    made: dict[nn.Module, nn.Module] = {}
+    for module in set(clone.modules()) - fused:
+        if isinstance(module, PackedBatchNorm2d):
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+        elif isinstance(module, PackedConv2d):
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+            delattr(module, "plan")
+            del module.backend
+        elif isinstance(module, PermutedGroupedConv2d) and module.activation is None:
+            made[module] = _dense_layer(module)
+    for parent in list(clone.modules()):
+        for name, child in list(parent.named_children()):
+            if child in made:
+                setattr(parent, name, made[child])
+    return made.get(clone, clone)
+
+
+def _dense_layer(layer: PermutedGroupedConv2d) -> nn.Conv2d:
+    plain, masks = bare(layer)
+    assert isinstance(plain, PermutedGroupedConv2d)
+    conv = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        bias=plain.bias is not None,
+        padding_mode=layer.padding_mode,  # type: ignore[arg-type]
+        device=plain.weight.device,
+        dtype=plain.weight.dtype,
+    )
+    with torch.no_grad():
+        conv.weight.copy_(plain.dense_weight())
+        if conv.bias is not None and plain.bias is not None:
+            conv.bias.copy_(plain.bias)
+    conv.weight.requires_grad_(plain.weight.requires_grad)
+    for name, mask in masks.items():
+        hold(conv, name, layer.layout.unpack(mask, layer.kernel_size) if name == "weight" else mask)
+    return conv.train(layer.training)
+
+
+def _name_unused(masks: Mapping[str, torch.Tensor], network: nn.Module, read: set[str] | None = None) -> None:
+    """Warns of the weights whose masks take away values and save no work.
+
+    ``read``: the weights that the graph of a fused network knew for those of a convolution or a linear layer.
+    """
+    left: dict[str, int] = {}
+    for name, layer in iterate_layers(network):
+        if isinstance(layer, PermutedGroupedConv2d) or read is not None:
+            key = f"{name}.weight" if name else "weight"
+            left[key] = left.get(key, 0) + layer.weight.numel()  # type: ignore[operator]
+    unused = [
+        name
+        for name, mask in masks.items()
+        if mask.dim() > 1
+        and not bool(mask.ne(0).all())
+        and left.get(name, 0 if read is not None and name in read else mask.numel()) >= mask.numel()
+    ]
+    if unused:
+        warnings.warn(
+            f"the masks of {unused} are obeyed and save nothing: what is dropped are whole (filter, channel) "
+            "kernels of a Conv2d where many filters agree, and dead channels, of weights that the module "
+            "does not compute",
+            stacklevel=4,
+        )
 
 
 def unpack(packed: PackedNetwork, model: nn.Module) -> nn.Module:
@@ -433,15 +692,18 @@ def unpack(packed: PackedNetwork, model: nn.Module) -> nn.Module:
         packed: from ``pack`` or ``load``. A fused one gives the weights that it was packed from; one packed
             with ``train=True`` those that it has now, (O, I, kh, kw) from 1-D, and BatchNorm's statistics.
         model: a network of the same architecture and dtypes, on any device, changed in place; where it
-            carries prune masks, they are set too. Wrappers of ``torch.compile`` and
-            ``DistributedDataParallel`` are looked through.
+            carries prune masks, they are set to those of the network that was packed, of any layer and grain.
+            Without masks it gets one only where it shares a weight of which the packed network reads less in
+            one place than in another. Wrappers of ``torch.compile`` and ``DistributedDataParallel`` are
+            looked through.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``packed`` is no ``PackedNetwork``, or ``model`` no module. ValueError: names, shapes or
-            dtypes do not fit. ``model`` is then unchanged.
+            dtypes do not fit, a weight that is shared in ``model`` has several values in ``packed``, or a
+            fused network's layers were changed after it was packed. ``model`` is then unchanged.
     """
     if not isinstance(packed, PackedNetwork):
         raise TypeError(f"packed: expected a PackedNetwork, got {type(packed).__name__}")
@@ -449,19 +711,16 @@ def unpack(packed: PackedNetwork, model: nn.Module) -> nn.Module:
     return model
 
 
-def fill(model: nn.Module, state: PackedState) -> None:
-    """Checks a packed state against a dense network, then writes it there; nothing is written where anything
-    is wrong.
+def _checked(model: nn.Module, state: PackedState, *, dtypes: bool = True) -> dict[str, torch.Tensor]:
+    """The dense tensors of a packed state, by name. Raises ValueError where they are not those of a network,
+    masked or not.
     """
-    own = model.state_dict(keep_vars=True)
-    masked = {name.removesuffix("_orig") for name in own if name.endswith("_orig")}
-    names = {
-        name.removesuffix("_orig")
-        for name in own
-        if not (name.endswith("_mask") and name.removesuffix("_mask") in masked)
-    }
-    if names != set(state.tensors):
-        missing, extra = sorted(names - set(state.tensors)), sorted(set(state.tensors) - names)
+    own, on = model.state_dict(keep_vars=True), masked(model)
+    for name in on:
+        own[name] = own.pop(f"{name}_orig")
+        del own[f"{name}_mask"]
+    if own.keys() != state.tensors.keys():
+        missing, extra = sorted(own.keys() - state.tensors.keys()), sorted(state.tensors.keys() - own.keys())
         raise ValueError(
             f"model: not the packed network's architecture; it lacks {extra[:3] or 'nothing'}, "
             f"and has besides {missing[:3] or 'nothing'}"
@@ -469,7 +728,7 @@ def fill(model: nn.Module, state: PackedState) -> None:
     kernels: dict[str, tuple[int, int]] = {}
     for name, layout in state.layouts.items():
         key = f"{name}.weight" if name else "weight"
-        shape = tuple(own[f"{key}_orig" if key in masked else key].shape)
+        shape = tuple(own[key].shape) if key in own else ()
         if len(shape) != 4 or shape[:2] != (layout.out_channels, layout.in_channels):
             raise ValueError(
                 f"model: {key} has shape {shape}, where the packed network has "
@@ -481,23 +740,63 @@ def fill(model: nn.Module, state: PackedState) -> None:
             raise ValueError(f"model: {key} needs {expected} packed values, got {state.tensors[key].numel()}")
     dense = state.dense(kernels)
     for name, value in dense.items():
-        target = own[f"{name}_orig" if name in masked else name]
+        target = own[name]
         if target.shape != value.shape:
             raise ValueError(
                 f"model: {name} has shape {tuple(target.shape)}, the packed network's is {tuple(value.shape)}"
             )
-        if target.dtype != value.dtype:
+        if dtypes and target.dtype != value.dtype:
             raise ValueError(f"model: {name} is {target.dtype}, the packed network's is {value.dtype}")
+    for name, mask in state.masks.items():
+        if name not in own or own[name].shape != mask.shape:
+            raise ValueError(f"model: has no {name} of shape {tuple(mask.shape)}, which a mask is on")
+    return dense
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, tensor = name.rpartition(".")
+    return model.get_submodule(path), tensor
+
+
+def fill(model: nn.Module, state: PackedState, *, hold_all: bool = False) -> None:
+    """Checks a packed state against a dense network, then writes it there; nothing is written where anything
+    is wrong.
+
+    Masks that the network carries are set. Where it has none, one is put on a weight that is shared with a
+    layer which reads more of it; with ``hold_all`` on every weight that had one.
+    """
+    dense, own, on = _checked(model, state), model.state_dict(keep_vars=True), masked(model)
+    targets = {name: own[f"{name}_orig" if name in on else name] for name in dense}
+    holders: dict[int, list[str]] = {}
+    for name, target in targets.items():
+        holders.setdefault(id(target), []).append(name)
+    needed = set(state.masks if hold_all else ())
+    for names in holders.values():
+        if len(names) > 1:
+            needed |= _agree(names, dense, state)
     with torch.no_grad():
         for name, value in dense.items():
-            if name in masked:
-                own[f"{name}_orig"].copy_(value)
-                layout_of = state.layouts.get(name.removesuffix(".weight"))
-                mask = own[f"{name}_mask"]
-                mask.copy_(
-                    torch.ones_like(mask)
-                    if layout_of is None
-                    else layout_of.mask().to(mask)[:, :, None, None]
-                )
-            else:
-                own[name].copy_(value)
+            targets[name].copy_(value)
+        for name in [*on, *(needed - on.keys())]:
+            mask = state.mask(name)
+            shape = targets[name].shape
+            hold(*_owner(model, name), torch.ones(shape) if mask is None else mask.expand(shape))
+
+
+def _agree(names: list[str], dense: dict[str, torch.Tensor], state: PackedState) -> set[str]:
+    """Gives the names of one shared tensor its one value, in place; those that must be masked to read theirs.
+    Raises ValueError where there is none.
+    """
+    whole, known = dense[names[0]].clone(), torch.zeros_like(dense[names[0]], dtype=torch.bool)
+    for name in names:
+        mask, value = state.mask(name), dense[name]
+        read = (torch.ones(()) if mask is None else mask).ne(0).to(value.device).expand(value.shape)
+        if not bool((whole == value)[known & read].all()):
+            raise ValueError(
+                f"model: {names[0]} and {name} are one tensor, and the packed network has different values "
+                "for them"
+            )
+        whole, known = torch.where(read, value, whole), known | read
+    masks = {name for name in names if not torch.equal(dense[name], whole)}
+    dense.update((name, whole) for name in names)
+    return masks

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from .graph import as_inputs, clean_copy, evaluating, unwrap
+from .counting import work_of
+from .graph import as_inputs, clean_copy, owner_of, unwrap
 from .latency import Latency
 from .lower import iterate_layers
 from .nn import PermutedGroupedConv2d
@@ -21,7 +22,11 @@ __all__ = ["LayerSummary", "Summary", "summary"]
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: MACs of one image and weights, dense and left. ``groups`` counts its groups of filters."""
+    """One layer: MACs of one image and weights, dense and left. ``groups`` counts its groups of filters.
+
+    ``kind`` is ``"conv"`` (a ``Conv2d``), ``"linear"`` or ``"other"``, from which nothing is removed.
+    Products whose factors are both computed stand under their operator's name, in brackets.
+    """
 
     name: str
     kind: str
@@ -38,14 +43,18 @@ class Summary:
     """MACs of one image and parameters of a network; ``str()`` is a table.
 
     ``macs`` and ``params`` are what the structure needs, ``dense_macs`` and ``dense_params`` what the dense
-    network has. Counted are convolutions and linear layers; ``params`` takes the removed weights of these off
-    all parameters. ``latency`` is what a latency target came to, where a structure found for one was given.
+    network has. Multiply-accumulates are those of ``torch.utils.flop_counter.FlopCounterMode``, halved:
+    convolutions, linear layers and matrix products of any kind; ``uncounted`` names the operators that
+    multiply and that torch has no formula for, with how often each runs. ``params`` takes the removed weights
+    of convolutions and linear layers off all parameters. ``latency`` is what a latency target came to, where
+    a structure found for one was given.
     """
 
     layers: tuple[LayerSummary, ...]
     dense_params: int
     packed: bool
     latency: Latency | None = None
+    uncounted: dict[str, int] = field(default_factory=dict)
 
     def _of(self, count: str) -> Iterator[LayerSummary]:
         if count not in ("network", "prunable"):
@@ -115,6 +124,9 @@ class Summary:
         ]
         lines.append(row("prunable convolutions", "", *totals))
         lines.append(row("whole network", "", self.dense_macs, self.macs, self.dense_params, self.params))
+        if self.uncounted:
+            named = ", ".join(f"{name} ({times})" for name, times in sorted(self.uncounted.items()))
+            lines.append(f"not counted, torch has no formula: {named}")
         if self.latency is not None:
             lines += ["", str(self.latency)]
         return "\n".join(lines)
@@ -125,36 +137,30 @@ def _groups_of(mask: torch.Tensor) -> int:
     return int(rows.unique(dim=0).shape[0]) if rows.numel() else 0
 
 
-def _measured(packed: PackedNetwork, inputs: tuple[Any, ...]) -> dict[str, tuple[int, int, int]]:
-    """(MACs of one image, weights, groups) of each packed layer, counted in the layers as they run."""
+def _measured(
+    packed: PackedNetwork, image: tuple[Any, ...], names: set[str]
+) -> dict[str, tuple[int, int, int]]:
+    """(MACs of one image, weights, groups) of each packed layer by its dense name, as its layers run."""
+    network = packed.network_for(image)
+    layers = dict(iterate_layers(network, dense_names=False))
     found: dict[str, tuple[int, int, int]] = {}
-    handles = []
-
-    def watch(name: str, layer: nn.Module) -> None:
-        def hook(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if isinstance(layer, nn.Linear):
-                per_weight, groups = max(1, output[0].numel() // layer.out_features), 1
-            elif isinstance(layer, nn.ConvTranspose2d):
-                per_weight, groups = args[0].shape[-2] * args[0].shape[-1], layer.groups
-            else:
-                per_weight = output.shape[-2] * output.shape[-1]
-                packed_layer = isinstance(layer, PermutedGroupedConv2d)
-                groups = len(layer.layout.groups) if packed_layer else int(layer.groups)  # type: ignore
-            weights = layer.get_parameter("weight").numel()
-            macs = weights * int(per_weight) + (found[name][0] if name in found else 0)
-            found[name] = (macs, weights, groups)
-
-        handles.append(layer.register_forward_hook(hook))
-
-    network = packed.network_for(inputs)
-    for name, layer in iterate_layers(network):
-        watch(name, layer)
-    try:
-        with evaluating(packed), torch.no_grad():
-            network(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad():
+        work = work_of(network, image)
+    for owners, macs in work.macs.items():
+        paths = [owner_of(owner) for owner in owners]
+        layer = next((layers[path] for path in paths if path in layers), None)
+        name = getattr(layer, "dense_name", next((path for path in paths if path in names), paths[0]))
+        groups, weights = 1, 0
+        if isinstance(layer, PermutedGroupedConv2d):
+            groups = len(layer.layout.groups)
+        elif layer is not None:
+            groups = int(getattr(layer, "groups", 1))
+        if layer is not None:
+            weights = layer.weight.numel()  # type: ignore[operator]
+        elif not name.startswith("("):
+            weights = next(p.numel() for n, p in network.named_parameters() if n in owners)
+        known = found.get(name, (0, 0, 0))
+        found[name] = (known[0] + macs, weights, groups)
     return found
 
 
@@ -185,28 +191,28 @@ def summary(model: nn.Module, example_input: Any, *, structure: Structure | None
     counter = _Counter(dense, inputs)
     counts = counter.count({})
     pairs, _ = counter.pairs({})
-    measured = None
-    if isinstance(inner, PackedNetwork):
-        measured = _measured(inner, inputs)
+    measured = _measured(inner, counter.image, set(counts.macs)) if isinstance(inner, PackedNetwork) else None
     linear = {site.name for site in counter.graph.sites if site.kind == "linear"} if counter.graph else set()
-    others = counter.graph.others if counter.graph else {}
+    convs = pairs.keys() - linear
     rows = []
-    for name in counts.macs:
-        groups = 1 if name in others else _groups_of(pairs[name])
-        macs, weights = counts.macs[name], counts.weights[name]
-        if measured is not None and name not in others:
+    for name in [*counts.macs, *((measured or {}).keys() - counts.macs.keys())]:
+        groups = _groups_of(pairs[name]) if name in pairs else 1
+        macs, weights = counts.macs.get(name, 0), counts.weights.get(name, 0)
+        if measured is not None:
             macs, weights, groups = measured.get(name, (0, 0, 0))
         rows.append(
             LayerSummary(
                 name,
-                "linear" if name in linear else "conv",
-                counts.dense_macs[name],
+                "linear" if name in linear else "conv" if name in convs else "other",
+                counts.dense_macs.get(name, 0),
                 macs,
-                counts.dense_weights[name],
+                counts.dense_weights.get(name, 0),
                 weights,
                 groups,
                 name in counts.prunable,
             )
         )
     latency = None if structure is None else structure.latency
-    return Summary(tuple(rows), counts.all_params, measured is not None, latency)
+    return Summary(
+        tuple(rows), counts.all_params, measured is not None, latency, dict(counter.work.uncounted)
+    )

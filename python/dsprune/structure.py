@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,18 @@ from torch.nn.utils import prune
 from dsp_kernels import GroupLayout
 
 from . import latency as timing
-from .graph import ConvInfo, ExportError, NetworkGraph, _hooked_infos, as_inputs, clean_copy, trace, unwrap
+from .counting import one_image
+from .graph import (
+    ConvInfo,
+    ExportError,
+    NetworkGraph,
+    _hooked_infos,
+    as_inputs,
+    clean_copy,
+    owner_of,
+    trace,
+    unwrap,
+)
 from .liveness import Liveness, analyse
 
 __all__ = ["Structure", "apply_structure", "find_structure"]
@@ -117,6 +129,7 @@ class _Counter:
         self.prunable = {info.name for info in self.infos if info.prunable}
         self.model = model
         self.all_params = sum(p.numel() for p in model.parameters())
+        self.image, self.work = one_image(model, inputs)
 
     def weight_name(self, name: str) -> str:
         return f"{name}.weight" if name else "weight"
@@ -140,37 +153,33 @@ class _Counter:
 
     def count(self, masks: Mapping[str, torch.Tensor]) -> Count:
         pairs, _ = self.pairs(masks)
-        macs: dict[str, int] = {}
-        dense: dict[str, int] = {}
-        weights: dict[str, int] = {}
-        dense_weights: dict[str, int] = {}
-        layers: list[tuple[str, int, int, int, int, int]] = []
-        if self.graph is not None:
-            for site in self.graph.sites:
-                taps = site.kernel_size[0] * site.kernel_size[1]
-                layers.append(
-                    (site.name, taps, site.positions, site.groups, site.out_channels, site.in_channels)
-                )
-        else:
-            for info in self.infos:
-                taps = info.kernel_size[0] * info.kernel_size[1]
-                positions = info.output_size[0] * info.output_size[1] * info.uses
-                layers.append((info.name, taps, positions, info.groups, info.out_channels, info.in_channels))
-        for name, taps, positions, groups, out_channels, in_channels in layers:
-            live = int(pairs[name].sum())
-            full = out_channels * in_channels // groups
-            macs[name] = macs.get(name, 0) + live * taps * positions
-            dense[name] = dense.get(name, 0) + full * taps * positions
-            weights[name], dense_weights[name] = live * taps, full * taps
-        for name, (other_macs, count) in (self.graph.others if self.graph is not None else {}).items():
-            macs[name] = dense[name] = other_macs
-            weights[name] = dense_weights[name] = count
+        full: dict[str, tuple[int, int]] = {}  # products of a filter and a channel, and taps
+        for layer in self.infos if self.graph is None else self.graph.sites:
+            taps = layer.kernel_size[0] * layer.kernel_size[1]
+            full[layer.name] = (layer.out_channels * layer.in_channels // layer.groups, taps)
+        dense = dict.fromkeys(full, 0)
+        for names, count in self.work.macs.items():
+            owners = [owner_of(name) for name in names]
+            name = next((owner for owner in owners if owner in full), owners[0])
+            dense[name] = dense.get(name, 0) + count
+        macs, weights, dense_weights = dict(dense), {}, {}
+        sizes = {owner_of(name): p.numel() for name, p in self.model.named_parameters()}
+        for name in dense:
+            if name in full:
+                (products, taps), live = full[name], int(pairs[name].sum())
+                macs[name] = dense[name] * live // products
+                weights[name], dense_weights[name] = live * taps, products * taps
+            else:
+                weights[name] = dense_weights[name] = sizes.get(name, 0)
         return Count(macs, dense, weights, dense_weights, self.all_params, frozenset(self.prunable))
 
 
 @dataclass(frozen=True)
 class Count:
-    """MACs of one image and weights per layer name, as the structure needs them and dense."""
+    """MACs of one image and weights per layer name, as the structure needs them and dense.
+
+    Products whose factors are both computed stand under their operator's name, in brackets.
+    """
 
     macs: dict[str, int]
     dense_macs: dict[str, int]
@@ -329,6 +338,12 @@ def find_structure(
     counter = _Counter(clean_copy(model), inputs)
     infos = {info.name: info for info in counter.infos}
     groups = _check_assignment(assignment, infos, exclude)
+    if flops is not None and count == "network" and counter.work.uncounted:
+        warnings.warn(
+            f"flops: the network's multiply-adds are counted without {sorted(counter.work.uncounted)}, for "
+            "which torch has no formula",
+            stacklevel=2,
+        )
 
     if importance is not None and not isinstance(importance, Mapping):
         raise TypeError(f"importance: expected a mapping of names, got {type(importance).__name__}")

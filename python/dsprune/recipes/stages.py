@@ -223,27 +223,15 @@ def _main(folder: str, inputs: str, out: str, classes: str, threads: str) -> Non
 
 def layer_macs(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     """The dense multiply-adds of each Conv2d for one image of `example` (1, C, H, W), by module name."""
+    from dsprune.counting import one_image
+    from dsprune.graph import owner_of
+
+    modules = dict(model.named_modules())
     counts: dict[str, int] = {}
-    handles = []
-
-    def counted(name: str) -> Any:
-        def hook(module: nn.Conv2d, _: Any, output: torch.Tensor) -> None:
-            taps = module.kernel_size[0] * module.kernel_size[1] * module.in_channels // module.groups
-            counts[name] = counts.get(name, 0) + taps * output[0].numel()
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(counted(name)))
-    training_mode = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        model.train(training_mode)
-        for handle in handles:
-            handle.remove()
+    for names, macs in one_image(model, (example,))[1].macs.items():
+        name = owner_of(names[0].removesuffix("_orig"))
+        if isinstance(modules.get(name), nn.Conv2d):
+            counts[name] = counts.get(name, 0) + macs
     return counts
 
 

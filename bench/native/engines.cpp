@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "conv/lanes/lane_conv.h"
-#include "conv/layout.h"
 #include "conv/plan.h"
+#include "conv/planar/layout.h"
 #include "dsp.h"
 
 namespace {

@@ -118,11 +118,10 @@ ConvShape check_shape(const dsp_conv2d_shape* shape, const Plan& plan) {
   s.in_channels = plan.in_channels();
   s.out_channels = plan.out_channels();
   // Each term is below 2^33 + 2^62: the sums fit in 64 bits.
-  const int64_t room_h = s.height + 2 * s.ph - s.dh * (s.kh - 1) - 1;
-  const int64_t room_w = s.width + 2 * s.pw - s.dw * (s.kw - 1) - 1;
-  if (room_h < 0 || room_w < 0) fail("the kernel is larger than the padded input");
-  s.out_h = room_h / s.sh + 1;
-  s.out_w = room_w / s.sw + 1;
+  if (window_room(s.height, s.kh, s.ph, s.dh) < 0 || window_room(s.width, s.kw, s.pw, s.dw) < 0)
+    fail("the kernel is larger than the padded input");
+  s.out_h = windows(s.height, s.kh, s.sh, s.ph, s.dh);
+  s.out_w = windows(s.width, s.kw, s.sw, s.pw, s.dw);
 
   checked_mul(
       checked_mul(checked_mul(s.batch, s.in_channels, "the size of x"), s.in_plane(), "the size of x"), 4,

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/geometry.h"
 #include "core/status.h"
 #include "dsp.h"
 
@@ -37,19 +38,6 @@ class Plan {
  private:
   explicit Plan(const int32_t* words) : words_(words) {}
   const int32_t* words_;
-};
-
-// The shape with what follows from it; all products are known to fit.
-struct ConvShape {
-  int64_t batch, height, width;
-  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
-  int64_t out_h, out_w;
-  int64_t in_channels, out_channels;
-  int64_t taps() const { return kh * kw; }
-  int64_t in_plane() const { return height * width; }
-  int64_t out_plane() const { return out_h * out_w; }
-  int64_t in_numel() const { return batch * in_channels * in_plane(); }
-  int64_t out_numel() const { return batch * out_channels * out_plane(); }
 };
 
 ConvShape check_shape(const dsp_conv2d_shape* shape, const Plan& plan);

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "conv/layout.h"
+#include "conv/planar/layout.h"
 
 namespace dsp {
 

@@ -1,5 +1,5 @@
 // Filters in vector lanes, pixels broadcast: the inner loops, compiled once per instruction set. No standard
-// library here (see conv/kernel_impl.h).
+// library here (see conv/planar/kernel_impl.h).
 #pragma once
 
 #include "conv/lanes/kernel.h"

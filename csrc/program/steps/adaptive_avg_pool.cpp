@@ -1,4 +1,4 @@
-#include "conv/kernel.h"
+#include "conv/planar/kernel.h"
 #include "program/fields.h"
 
 namespace dsp {

@@ -1,4 +1,4 @@
-#include "conv/kernel.h"
+#include "conv/planar/kernel.h"
 #include "core/status.h"
 #include "program/fields.h"
 

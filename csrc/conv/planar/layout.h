@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "conv/kernel.h"
 #include "conv/plan.h"
+#include "conv/planar/kernel.h"
 
 namespace dsp {
 

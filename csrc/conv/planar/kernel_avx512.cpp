@@ -1,5 +1,5 @@
 #define DSP_ISA isa_avx512
-#include "conv/kernel_impl.h"
+#include "conv/planar/kernel_impl.h"
 
 namespace dsp {
 

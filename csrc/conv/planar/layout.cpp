@@ -1,4 +1,4 @@
-#include "conv/layout.h"
+#include "conv/planar/layout.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-#include "conv/kernel.h"
+#include "conv/planar/kernel.h"
 #include "core/isa.h"
 #include "dsp.h"
 

@@ -2,7 +2,7 @@
 // function of it, built with wide instructions, could be the copy that the linker keeps for everybody.
 #pragma once
 
-#include "conv/kernel.h"
+#include "conv/planar/kernel.h"
 #include "core/activate.h"
 #include "core/simd.h"
 

@@ -23,12 +23,13 @@ CORE := CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h'
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test pytest bench gpu docs lint format sanitize sanitized unchecked clean
+.PHONY: help setup demo test nightly pytest bench gpu docs lint format sanitize sanitized unchecked clean
 
 help:
 	@echo "make setup      .venv with the package in it"
 	@echo "make demo       learn, prune, finetune, pack and time a network: outputs/demo"
 	@echo "make test       lint, native build with warnings as errors, sanitized native tests, pytest"
+	@echo "make nightly    what takes long: the other tests, examples, long fuzzing"
 	@echo "make bench      benchmarks on this CPU: outputs/bench"
 	@echo "make gpu OUT=d  nine minutes on a GPU, with the system's Python: results under d"
 	@echo "make docs       the docstrings as HTML: outputs/docs"
@@ -80,9 +81,18 @@ test:
 # Tests that measure times to find something want the machine alone. Whether Triton interprets or compiles is settled
 # at import, so its interpreter has a run of its own.
 pytest: $(CHECKED)
-	$(PYTEST) -m "not alone" $(PYTEST_ARGS)
-	$(if $(PYTEST_ARGS),,$(PYTEST) -n 0 -m alone)
+	$(PYTEST) -m "not alone and not nightly" $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(PYTEST) -n 0 -m "alone and not nightly")
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+
+# What is too long for every change. Seconds of fuzzing for each of the two programs.
+NIGHTLY_FUZZ_SECONDS ?= 900
+nightly: $(CHECKED) sanitized
+	$(PYTEST) -m "nightly and not alone"
+	$(PYTEST) -n 0 -m "nightly and alone"
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "nightly or not nightly"
+	$(SANITIZED)/tests/native/dsp_fuzz --seconds $(NIGHTLY_FUZZ_SECONDS) --seed $$(date +%j)
+	$(SANITIZED)/tests/native/dsp_fuzz_lasso --seconds $(NIGHTLY_FUZZ_SECONDS) --seed $$(date +%j)
 
 lint: $(VENV)
 	$(BIN)/ruff check .

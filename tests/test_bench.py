@@ -177,7 +177,7 @@ def test_benchmark_suites_run(suite: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout

@@ -54,7 +54,7 @@ def build_in_place(tree: Path, **changes: str) -> subprocess.CompletedProcess[st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
 
 

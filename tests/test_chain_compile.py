@@ -23,7 +23,7 @@ from dsprune import gpu
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
     pytest.mark.skipif(backends.interpreted(), reason="Triton interprets: nothing is compiled"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(2400),
 ]
 
 CAPABILITIES = (80, 86, 89, 90, 100)

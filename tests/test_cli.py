@@ -308,7 +308,13 @@ def load_bits(path: Path) -> dict[str, bytes]:
     return {name: value.contiguous().numpy().tobytes() for name, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize(("stage", "step"), [("pretrain", 4), ("learn", 2), ("learn", 5)])
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in [("pretrain", 4), ("learn", 2)]),
+        ("learn", 5),
+    ],
+)
 def test_interrupted_learning_resumes_to_the_same_bits(
     learned: Path, tmp_path: Path, small_data: None, monkeypatch: pytest.MonkeyPatch, stage: str, step: int,
     capsys: pytest.CaptureFixture[str],
@@ -356,12 +362,12 @@ def test_ctrl_c_of_a_process(tmp_path: Path) -> None:
     stopped = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     saved = tmp_path / "stopped" / "checkpoints" / "pretrain.safetensors"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 1200
     while not (saved.exists() and read_checkpoint(saved)[1]["epoch"] >= 1) and time.monotonic() < end:
         assert stopped.poll() is None
         time.sleep(0.01)
     stopped.send_signal(signal.SIGINT)
-    _, error = stopped.communicate(timeout=120)
+    _, error = stopped.communicate(timeout=1200)
     assert stopped.returncode == cli.INTERRUPTED
     assert "--resume goes on" in error and "Traceback" not in error
     assert not (tmp_path / "stopped" / "learned.safetensors").exists()

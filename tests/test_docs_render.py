@@ -27,7 +27,7 @@ def test_the_docstrings_render(tmp_path: Path) -> None:
     render = [sys.executable, "-W", "error", "-m", "pdoc", *command]
     done = subprocess.run(
         [*render, "--output-directory", str(tmp_path), *modules],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0 and "Warn" not in done.stderr, done.stderr
     modules += [f"dsprune.{name}" for name in modules_of]

@@ -12,6 +12,8 @@ import pytest
 
 from dsp_kernels import available_backends
 
+pytestmark = pytest.mark.nightly
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -20,7 +22,7 @@ def run(script: str, *arguments: object) -> str:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

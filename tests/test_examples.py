@@ -36,6 +36,14 @@ EXAMPLES: list[tuple[str, list[str], str, list[str]]] = [
     ("with_torch_pruning.py", [], "whole channels cut", ["torch_pruning"]),
 ]
 
+# The shortest run with every change; the others are `nightly`, and one measures times.
+MARKS: dict[str, list[str]] = {
+    "export_onnx.py": [],
+    "torch_prune_masks.py": [],
+    "train_amp_ema.py": [],
+    "latency_target.py": ["nightly", "alone"],
+}
+
 # Run by other tests.
 ELSEWHERE = {
     "ddp_learn.py": "test_distributed.py",
@@ -48,7 +56,9 @@ ELSEWHERE = {
 @pytest.mark.parametrize(
     ("script", "arguments", "text", "needs"),
     [
-        pytest.param(*example, marks=pytest.mark.alone) if example[0] == "latency_target.py" else example
+        pytest.param(
+            *example, marks=[getattr(pytest.mark, mark) for mark in MARKS.get(example[0], ["nightly"])]
+        )
         for example in EXAMPLES
     ],
     ids=[" ".join([script, *arguments]) for script, arguments, _, _ in EXAMPLES],
@@ -61,7 +71,9 @@ def test_example(script: str, arguments: list[str], text: str, needs: list[str],
     command += [argument.format(out=tmp_path) for argument in arguments]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stderr
     assert text in done.stdout
 

@@ -120,7 +120,7 @@ def test_a_saved_program_gives_the_same_bits(tmp_path: Path) -> None:
     torch.save(inputs, tmp_path / "inputs.pt")
     subprocess.run(
         [sys.executable, "-c", RELOAD, path, tmp_path / "inputs.pt", tmp_path / "out.pt"],
-        check=True, capture_output=True, timeout=120,
+        check=True, capture_output=True, timeout=1200,
     )  # fmt: skip
     for x, given in zip(inputs, torch.load(tmp_path / "out.pt"), strict=True):
         with torch.no_grad():

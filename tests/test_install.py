@@ -36,7 +36,7 @@ def run_pip(*arguments: str, **environment: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -65,7 +65,7 @@ def check_copy(site: Path, backend: str = "") -> tuple[Path, dict[str, str | Non
         env=clean_environment(PYTHONPATH=str(site), DSP_KERNELS_BACKEND=backend),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     file, backends, error = json.loads(done.stdout)
@@ -116,6 +116,7 @@ def test_a_pure_install_works_and_names_its_reason(pure_wheel: Path, tmp_path: P
     assert error < 1e-5
 
 
+@pytest.mark.nightly
 def test_a_native_install(tmp_path: Path) -> None:
     """Unoptimised, to be quick, which also shows that CMake gets the arguments handed to it."""
     need_compiler()

@@ -215,6 +215,7 @@ def test_lightning(options: dict[str, Any], loop: dict[str, Any], tmp_path: Path
     same(module.net, callback.learner, plain(**loop), 1e-5)
 
 
+@pytest.mark.nightly
 def test_lightning_resumes_to_the_same_bits(tmp_path: Path) -> None:
     module, again = lightning_module(), lightning_module()
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -329,7 +330,7 @@ def hugging_face(folder: Path, parts: int = 1, epochs: int = 1) -> tuple[Any, An
     return trainer, GroupLearning(trainer, EXAMPLE, total_steps=STEPS // parts, **SETTINGS)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_transformers(parts: int, tmp_path: Path) -> None:
     trainer, callback = hugging_face(tmp_path, parts)
     trainer.train()
@@ -342,6 +343,7 @@ def test_transformers(parts: int, tmp_path: Path) -> None:
         torch.testing.assert_close(trainer.model.net.state_dict()[name], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_transformers_resumes_to_the_same_bits(tmp_path: Path) -> None:
     trainer, callback = hugging_face(tmp_path / "a", epochs=2)
     trainer.train()

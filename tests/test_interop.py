@@ -30,7 +30,7 @@ def layer(activation: str | None = None) -> PermutedGroupedConv2d:
 
 def test_it_comes_with_the_package() -> None:
     code = "import dsprune, sys; dsprune.interop.cut_filters; assert 'torch_pruning' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=1200)
 
 
 @pytest.mark.parametrize("gone", [[0], [2, 5], [6, 4, 3, 2, 1]])

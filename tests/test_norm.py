@@ -317,6 +317,6 @@ def test_lesser_instruction_sets(isa):
         env={**os.environ, "DSP_CPU_ISA": isa},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr

@@ -192,7 +192,7 @@ def test_another_process(method: str) -> None:
     out = context.Queue()
     process = context.Process(target=_run, args=(packed, x, out))
     process.start()
-    values, reason = out.get(timeout=120)
+    values, reason = out.get(timeout=1200)
     process.join(60)
     assert process.exitcode == 0 and reason == packed.program_reason
     assert torch.equal(torch.tensor(values), expected)

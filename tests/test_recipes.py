@@ -30,7 +30,7 @@ from dsprune.recipes import demo, folders, recipe, runs, stages, training
 from dsprune.recipes.data import load_data
 from dsprune.recipes.folders import DataError, cifar10, imagenet
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(3600)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -493,6 +493,7 @@ def _no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 @pytest.mark.usefixtures("_no_extras")
 def test_killed_and_resumed_it_ends_in_the_same_bits(
@@ -505,7 +506,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
     command += ["--out", str(run), *CIFAR, "--resume"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     awaited = random.SystemRandom().choice(["dense", "learned", "pruned"])
-    end = time.monotonic() + 600
+    end = time.monotonic() + 2400
     while not (run / f"{awaited}.safetensors").exists() and time.monotonic() < end:
         assert process.poll() is None
         time.sleep(0.005)

@@ -57,7 +57,7 @@ def in_a_process(code: str, form: str = "operator", **environment: str) -> str:
         [sys.executable, "-c", begin + textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         env=os.environ | environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -123,7 +123,7 @@ def test_a_forked_child_that_is_the_first_to_load_the_core() -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

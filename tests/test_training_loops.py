@@ -193,6 +193,7 @@ def test_averaged_weights_while_learning() -> None:
     assert set(found) == NAMES
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("form", [*FORMS, "learning"])
 def test_compiled_models(form: str, structure: Structure) -> None:
     """The packed one by Inductor, which is slow to start; the others only traced."""

@@ -18,7 +18,7 @@ from dsp_kernels.conv import triton as room
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
     pytest.mark.skipif(backends.interpreted(), reason="Triton interprets: nothing is compiled"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(2400),
 ]
 
 CAPABILITIES = (80, 86, 89, 90, 100)

@@ -22,7 +22,7 @@ from dsp_kernels import backends
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
     pytest.mark.skipif(backends.interpreted(), reason="Triton interprets: nothing is compiled"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(2400),
 ]
 
 CAPABILITIES = (80, 86, 89, 90, 100)

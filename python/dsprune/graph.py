@@ -21,9 +21,8 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from .masks import copies_of_results, settle, settle_parametrizations
-
 from .guards import Expression, evaluate, parse
+from .masks import copies_of_results, settle, settle_parametrizations
 
 aten = torch.ops.aten
 

@@ -14,8 +14,8 @@ namespace DSP_ISA {
 __attribute__((noinline)) inline void apply_curve([[maybe_unused]] Vec* values, [[maybe_unused]] int count,
                                                   const Activation& a) {
   switch (a.kind) {
-#define DSP_CLAMP(NAME, name, code, parameters, least, most)
-#define DSP_CURVE(NAME, name, code, parameters)                                        \
+#define DSP_CLAMP(NAME, name, code, numbers, least, most)
+#define DSP_CURVE(NAME, name, code, numbers)                                           \
   case DSP_ACT_##NAME:                                                                 \
     for (int i = 0; i < count; ++i) values[i] = curve_##name(values[i], a.parameters); \
     break;

@@ -64,6 +64,7 @@ DSP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 DSP_INLINE void fma_to(Vec& c, Vec a, Vec b) { asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
 DSP_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 DSP_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+DSP_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 // max(a, b) and min(a, b) give b when either is NaN: pass the data as b and NaN goes through.
 DSP_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
@@ -140,6 +141,7 @@ DSP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 DSP_INLINE void fma_to(Vec& c, Vec a, Vec b) { asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b)); }
 DSP_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 DSP_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+DSP_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 DSP_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 DSP_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 DSP_INLINE Vec max_nan(Vec a, Vec b) {
@@ -211,6 +213,7 @@ DSP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
 DSP_INLINE Vec add(Vec a, Vec b) { return a + b; }
 DSP_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+DSP_INLINE Vec div(Vec a, Vec b) { return a / b; }
 DSP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 DSP_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 DSP_INLINE Vec max_nan(Vec a, Vec b) { return (a != a) | (b < a) ? a : b; }

@@ -1,14 +1,15 @@
 #include "program/layouts.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
 
-#include "core/status.h"
+#include "program/copy.h"
 #include "program/steps/conv.h"
 
 namespace dsp {
 namespace {
-
-constexpr int64_t kMostPadding = 8;  // more air than that is better made while copying
 
 int64_t spread(int64_t floats) { return (((floats + 15) / 16) | 1) * 16; }
 
@@ -55,6 +56,11 @@ void choose_padding(const Steps& steps, Values* values) {
     if (conv == nullptr || conv->inputs.front() == 0) continue;
     const ConvShape& s = conv->geometry();
     Value& x = at(values, conv->inputs.front());
+    if (conv->lanes()) {
+      x.pad_h = std::max(x.pad_h, s.ph);
+      x.pad_w = std::max(x.pad_w, s.pw);
+      continue;
+    }
     if (s.sh != 1 || s.sw != 1 || conv->most_padding() > kMostPadding) continue;
     if (!rows_fit(x.width) || !rows_fit(s.out_w)) continue;
     x.pad_h = std::max(x.pad_h, s.ph);
@@ -64,6 +70,11 @@ void choose_padding(const Steps& steps, Values* values) {
 
 void place_planes(Values* values) {
   for (Value& value : *values) {
+    if (value.layout == Layout::kLanes) {
+      // Pixels some power of two apart would share a few sets of the cache.
+      value.pixel = value.channels % 256 == 0 ? spread(value.channels) : (value.channels + 15) / 16 * 16;
+      continue;
+    }
     // The zeros right of a row are those left of the next.
     Planes& planes = value.planes;
     planes.pitch = value.width + value.pad_w + value.pad_middle;
@@ -74,18 +85,211 @@ void place_planes(Values* values) {
   }
 }
 
+// ---- which engine each convolution runs on ----
+
+// Values that one layout must suit: what a step reads and makes alike, a sum and its residual.
+class Classes {
+ public:
+  explicit Classes(size_t count) : parent_(count) {
+    for (size_t i = 0; i < count; ++i) parent_[i] = i;
+  }
+  size_t of(size_t value) {
+    while (parent_[value] != value) value = parent_[value] = parent_[parent_[value]];
+    return value;
+  }
+  void join(size_t a, size_t b) { parent_[of(a)] = of(b); }
+
+ private:
+  std::vector<size_t> parent_;
+};
+
+constexpr double kCyclesToConvert = 1.5;  // a value
+constexpr double kCyclesToPad = 0.3;
+constexpr size_t kMostClasses = 2000;  // more are not tried one by one
+
+class Engines {
+ public:
+  Engines(const Steps& steps, const Values& values)
+      : steps_(steps), values_(values), classes_(values.size()) {
+    for (const auto& step : steps) {
+      const ConvStep* conv = step->conv();
+      for (size_t j = 0; j < step->inputs.size(); ++j) {
+        if (conv != nullptr ? j == 1 : step->alike()) join(step->inputs[j], step->result);
+      }
+    }
+    can_.assign(values.size(), true);
+    for (const auto& step : steps) {
+      const ConvStep* conv = step->conv();
+      if (conv != nullptr && !conv->can_run_in_lanes(values)) can_[classes_.of(index(conv->result))] = false;
+    }
+    lanes_.assign(values.size(), false);
+    for (auto& cost : cost_) cost.assign(values.size(), 0.0);
+    for (const auto& step : steps) {
+      const ConvStep* conv = step->conv();
+      for (int lanes = 0; conv != nullptr && lanes < 2; ++lanes)
+        cost_[lanes][index(conv->result)] = conv->cycles(lanes != 0);
+    }
+  }
+
+  void set_all(bool lanes) {
+    for (size_t c = 0; c < lanes_.size(); ++c) lanes_[c] = lanes && may(c);
+  }
+  void climb() {
+    std::vector<size_t> roots;
+    for (const auto& step : steps_) {
+      const size_t c = classes_.of(index(step->result));
+      if (c == index(step->result) && may(c)) roots.push_back(c);
+    }
+    if (roots.size() > kMostClasses) return;
+    double best = cycles();
+    for (bool better = true; better;) {
+      better = false;
+      for (const size_t c : roots) {
+        lanes_[c] = !lanes_[c];
+        const double now = cycles();
+        if (now < best * 0.9999) {
+          best = now;
+          better = true;
+        } else {
+          lanes_[c] = !lanes_[c];
+        }
+      }
+    }
+  }
+  Layout layout(int64_t value) {
+    return lanes_[classes_.of(index(value))] ? Layout::kLanes : Layout::kPlanar;
+  }
+  // Results of one pixel lie the same way in both.
+  bool runs_in_lanes(const ConvStep& conv) {
+    if (!flat(conv.result)) return layout(conv.result) == Layout::kLanes;
+    return can_[classes_.of(index(conv.result))] &&
+           (all_lanes || layout(conv.inputs.front()) == Layout::kLanes ||
+            cost_[1][index(conv.result)] < cost_[0][index(conv.result)]);
+  }
+  double cycles() {
+    double sum = 0;
+    std::vector<char> converted(values_.size(), 0);
+    for (const auto& step : steps_) {
+      const ConvStep* conv = step->conv();
+      if (conv == nullptr) {
+        for (size_t j = 0; j < step->inputs.size(); ++j) {
+          const int64_t id = step->inputs[j];
+          const bool differs = step->alike() && layout(id) != layout(step->result);
+          if (differs || !step->reads(j, layout(id))) sum += convert(id, layout(id), &converted);
+        }
+        continue;
+      }
+      const bool lanes = runs_in_lanes(*conv);
+      sum += cost_[lanes ? 1 : 0][index(conv->result)];
+      const int64_t x = conv->inputs.front();
+      if (lanes ? layout(x) == Layout::kPlanar && conv->most_padding() > 0 : layout(x) == Layout::kLanes)
+        sum += convert(x, layout(x), &converted);
+    }
+    return sum;
+  }
+  bool all_lanes = false;
+
+ private:
+  static size_t index(int64_t value) { return static_cast<size_t>(value); }
+  bool flat(int64_t value) const { return values_[index(value)].flat(); }
+  bool may(size_t c) const { return c != 0 && can_[c] && !values_[c].flat(); }
+  void join(int64_t a, int64_t b) {
+    if (a != 0 && b != 0 && !flat(a) && !flat(b)) classes_.join(index(a), index(b));
+  }
+  double convert(int64_t id, Layout from, std::vector<char>* converted) const {
+    char& mark = (*converted)[index(id)];
+    if (mark != 0) return 0;
+    mark = 1;
+    const double numel = static_cast<double>(values_[index(id)].numel());
+    return numel * (id == 0 && from == Layout::kPlanar ? kCyclesToPad : kCyclesToConvert);
+  }
+
+  const Steps& steps_;
+  const Values& values_;
+  Classes classes_;
+  std::vector<bool> can_, lanes_;
+  std::vector<double> cost_[2];
+};
+
+// DSP_CPU_ENGINE asks for one engine wherever it can run, for tests and comparisons.
+void choose_engines(const Steps& steps, Values* values) {
+  Engines engines(steps, *values);
+  const char* wanted = std::getenv("DSP_CPU_ENGINE");
+  const bool planar = wanted != nullptr && std::strcmp(wanted, "planar") == 0;
+  engines.all_lanes = wanted != nullptr && std::strcmp(wanted, "lanes") == 0;
+  Engines other(engines);
+  other.set_all(!planar);
+  if (!planar && !engines.all_lanes) {
+    engines.climb();
+    other.climb();
+  }
+  Engines& best = engines.cycles() < other.cycles() && !engines.all_lanes ? engines : other;
+  for (const auto& step : steps) {
+    at(values, step->result).layout = best.layout(step->result);
+    if (step->conv() != nullptr && !planar) step->conv()->set_lanes(best.runs_in_lanes(*step->conv()));
+  }
+}
+
+// Between two steps that lay a value differently stands one that copies it. Steps are put into the order in
+// which they run.
+void convert(Steps* steps, Values* values) {
+  Steps ordered;
+  // By value: its copies, planar and with channels last.
+  std::vector<std::array<int64_t, 2>> copies(values->size(), {0, 0});
+  const auto copy_of = [&](int64_t id, Layout layout) {
+    int64_t& copy = copies[static_cast<size_t>(id)][static_cast<size_t>(layout)];
+    if (copy == 0) {
+      copy = static_cast<int64_t>(values->size());
+      Value made{Shape(at(values, id))};
+      made.layout = layout;
+      values->push_back(made);
+      ordered.push_back(make_copy_step(id, copy));
+    }
+    return copy;
+  };
+  for (auto& step : *steps) {
+    ConvStep* conv = step->conv();
+    for (size_t j = 0; j < step->inputs.size(); ++j) {
+      int64_t& id = step->inputs[j];
+      const Layout has = at(values, id).layout;
+      Layout needs = has;
+      if (conv != nullptr && j == 0) {
+        if (!conv->lanes()) {
+          needs = Layout::kPlanar;
+        } else if (has == Layout::kPlanar && conv->most_padding() > 0) {
+          // The caller's image with its padding, planar: it has few channels.
+          if (id == 0) {
+            id = copy_of(id, Layout::kPlanar);
+            continue;
+          }
+          needs = Layout::kLanes;
+        }
+      } else if (conv != nullptr || step->alike()) {
+        needs = at(values, step->result).layout;
+      } else if (!step->reads(j, has)) {
+        needs = Layout::kPlanar;
+      }
+      if (needs != has) id = copy_of(id, needs);
+    }
+    ordered.push_back(std::move(step));
+  }
+  *steps = std::move(ordered);
+}
+
 }  // namespace
 
-void choose_layouts(const Steps& steps, int64_t output, Values* values) {
-  for (const auto& step : steps) {
-    // The layout that a value has is one in which its maker writes and all its readers read it.
-    for (const int64_t id : step->inputs)
-      if (!step->takes(at(values, id).layout)) fail("program: no layout suits all steps that use a value");
-    if (!step->takes(at(values, step->result).layout))
-      fail("program: no layout suits all steps that use a value");
+void choose_layouts(int64_t output, Steps* steps, Values* values) {
+  choose_engines(*steps, values);
+  convert(steps, values);
+  for (size_t i = 0; i < steps->size(); ++i) {
+    const Step& step = *(*steps)[i];
+    for (size_t j = 0; j < step.inputs.size(); ++j)
+      at(values, step.inputs[j]).last_use = static_cast<int64_t>(i);
+    at(values, step.result).made = at(values, step.result).last_use = static_cast<int64_t>(i);
   }
-  choose_padding(steps, values);
-  choose_columns_apart(steps, output, values);
+  at(values, output).last_use = static_cast<int64_t>(steps->size());
+  choose_padding(*steps, values);
+  choose_columns_apart(*steps, output, values);
   place_planes(values);
 }
 

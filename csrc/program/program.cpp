@@ -17,7 +17,7 @@ Program::Program(const int64_t* words, int64_t words_numel, const float* floats,
   values_ = std::move(description.values);
   steps_ = std::move(description.steps);
   output_ = description.output;
-  choose_layouts(steps_, output_, &values_);
+  choose_layouts(output_, &steps_, &values_);
   for (const auto& step : steps_) {
     if (ConvStep* conv = step->conv()) conv->lay_out(values_);
     scratch_floats_ = std::max(scratch_floats_, step->scratch_floats());
@@ -34,32 +34,39 @@ Program::~Program() {
 // an arena is made. A value that is written in another's place is one with it.
 void Program::assign_memory() {
   struct Frame {
-    int64_t pad_h, pad_w, pad_middle, height, width;
+    Layout layout;
+    int64_t pixel, pad_h, pad_w, pad_middle, height, width;
     bool operator==(const Frame& o) const {
-      return pad_h == o.pad_h && pad_w == o.pad_w && pad_middle == o.pad_middle && height == o.height &&
-             width == o.width;
+      return layout == o.layout && pixel == o.pixel && pad_h == o.pad_h && pad_w == o.pad_w &&
+             pad_middle == o.pad_middle && height == o.height && width == o.width;
     }
   };
   std::vector<Frame> frames;
   const auto frame_of = [&](const Value& v) -> int64_t {
     if (v.pad_h == 0 && v.pad_w == 0 && v.pad_middle == 0) return 0;
-    const Frame mine{v.pad_h, v.pad_w, v.pad_middle, v.height, v.width};
+    const Frame mine{v.layout, v.pixel, v.pad_h, v.pad_w, v.pad_middle, v.height, v.width};
     const auto found = std::find(frames.begin(), frames.end(), mine);
     const int64_t number = found - frames.begin() + 1;
     if (found == frames.end()) frames.push_back(mine);
     return number;
   };
+  std::vector<Step*> maker(values_.size(), nullptr);
+  std::vector<size_t> order;  // of values, as they are made
+  for (const auto& step : steps_) {
+    maker[static_cast<size_t>(step->result)] = step.get();
+    order.push_back(static_cast<size_t>(step->result));
+  }
   std::vector<size_t> interval_of(values_.size());
   int64_t begin = 0;
   for (const bool second : {false, true}) {
     std::vector<Interval> intervals;
-    for (size_t v = 1; v < values_.size(); ++v) {
+    for (const size_t v : order) {
       const Value& value = values_[v];
       if (value.second != second) continue;
-      ConvStep* conv = steps_[v - 1]->conv();
+      ConvStep* conv = maker[v]->conv();
       const size_t old = conv == nullptr ? 0 : static_cast<size_t>(conv->overwrites(values_));
       if (old != 0) {
-        if (stay_under(steps_[old - 1]->activation(), conv->activation())) conv->set_residual_stays();
+        if (stay_under(maker[old]->activation(), conv->activation())) conv->set_residual_stays();
         interval_of[v] = interval_of[old];
         Interval& shared = intervals[interval_of[v]];
         shared.end = value.last_use;
@@ -67,7 +74,7 @@ void Program::assign_memory() {
         continue;
       }
       interval_of[v] = intervals.size();
-      intervals.push_back({static_cast<int64_t>(v) - 1, value.last_use, value.floats(), frame_of(value)});
+      intervals.push_back({value.made, value.last_use, value.floats(), frame_of(value)});
     }
     const MemoryPlan plan = plan_memory(intervals, 16);
     for (size_t v = 1; v < values_.size(); ++v) {

@@ -55,6 +55,17 @@ void Program::run_images(const float* in, float* out, int64_t images, float* are
   }
   const Value& y = output();
   for (int64_t n = 0; n < images; ++n) {
+    if (y.layout == Layout::kLanes) {
+      const PixelRows<const float> from = at[n].const_pixel_rows(output_);
+      for (int64_t row = 0; row < y.height; ++row) {
+        for (int64_t x = 0; x < y.width; ++x) {
+          for (int64_t c = 0; c < y.channels; ++c)
+            out[(c * y.height + row) * y.width + x] = from(row)[x * from.pixel + c];
+        }
+      }
+      out += y.numel();
+      continue;
+    }
     const Rows<const float> from = at[n].const_rows(output_);
     for (int64_t c = 0; c < y.channels; ++c) {
       for (int64_t row = 0; row < y.height; ++row, out += y.width)

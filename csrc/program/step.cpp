@@ -20,11 +20,18 @@ const Activation& Step::activation() const {
 }
 
 void ChannelStep::run(const Place& at, int threads) const {
-  const int64_t channels = count(at);
+  const bool by_row = at.value(inputs.front()).layout == Layout::kLanes;
+  const int64_t all = by_row ? rows(at) : count(at);
   const int64_t shares =
-      threads <= 1 || work(at) < 32 * 1024 ? 1 : std::min<int64_t>(channels, 2 * int64_t{threads});
+      threads <= 1 || work(at) < 32 * 1024 ? 1 : std::min<int64_t>(all, 2 * int64_t{threads});
   auto body = [&](int64_t share) {
-    run_channels(at, share * channels / shares, (share + 1) * channels / shares);
+    const int64_t begin = share * all / shares;
+    const int64_t end = (share + 1) * all / shares;
+    if (by_row) {
+      run_rows(at, begin, end);
+    } else {
+      run_channels(at, begin, end);
+    }
   };
   parallel_for(threads, shares, body);
 }

@@ -12,6 +12,7 @@
 namespace dsp {
 
 constexpr int64_t kMostSize = int64_t{1} << 31;
+constexpr int64_t kMostPadding = 8;  // more air than that around a value is better made while copying
 
 // What a step is made from: the values before it, and the caller's floats.
 class Source {
@@ -43,8 +44,11 @@ class Step {
 
   // Checks its inputs' shapes, copies its weights, and says the shape of the result. Called once, first.
   virtual Shape shape(const Source& source) = 0;
-  // Whether it reads and writes values that lie so.
-  virtual bool takes(Layout layout) const { return layout == Layout::kPlanar; }
+  // Whether its result and all its inputs lie alike; else it says by `reads` what it takes.
+  virtual bool alike() const { return true; }
+  virtual bool reads(size_t input, Layout layout) const {
+    return input < inputs.size() && layout == Layout::kPlanar;
+  }
   // What it keeps: weights, biases, tables.
   virtual int64_t bytes() const { return 0; }
   virtual int64_t scratch_floats() const { return 0; }
@@ -53,12 +57,15 @@ class Step {
   virtual ConvStep* conv() { return nullptr; }
 };
 
-// A step that makes its result channel by channel, so on any number of threads.
+// A step that makes its result channel by channel, or row by row where its first input has channels last: so
+// on any number of threads.
 class ChannelStep : public Step {
  public:
   void run(const Place& at, int threads) const final;
 
  protected:
+  virtual void run_rows(const Place& at, int64_t begin, int64_t end) const = 0;
+  virtual int64_t rows(const Place& at) const { return at.value(result).height; }
   virtual void run_channels(const Place& at, int64_t begin, int64_t end) const = 0;
   // How many there are, and what all of them take, in multiply-adds or so.
   virtual int64_t count(const Place& at) const { return at.value(result).channels; }

@@ -665,6 +665,8 @@ Network random_network() {
 
 void fuzz_program() {
   const Network net = random_network();
+  constexpr const char* kEngines[] = {"", "planar", "lanes"};
+  setenv("DSP_CPU_ENGINE", kEngines[between(0, 2)], 1);
   const Exact floats(net.floats);
   dsp_program* program = nullptr;
   check(dsp_program_create(net.words.data(), static_cast<int64_t>(net.words.size()), floats.data, floats.size,

@@ -53,12 +53,25 @@ struct LaneArgs {
 // `tiles` tiles of a fixed number of pixels, from number `pixel` on.
 using LaneFn = void (*)(const LaneArgs& args, int64_t pixel, int64_t tiles);
 
+// dst[c] = act(x[c] * scale[c] + shift[c])
+using LaneAffineFn = void (*)(float* dst, const float* x, const float* scale, const float* shift,
+                              int64_t channels, const Activation& activation);
+// Over a window of pixels, `row` and `pixel` floats apart: the largest (NaN is larger than all; of none
+// -infinity), or the sum of the rows' sums through `count`.
+using LanePoolMaxFn = void (*)(float* dst, const float* x, int64_t row, int64_t pixel, int64_t rows,
+                               int64_t pixels, int64_t channels);
+using LanePoolMeanFn = void (*)(float* dst, const float* x, int64_t row, int64_t pixel, int64_t rows,
+                                int64_t pixels, int64_t channels, float count);
+
 struct LaneKernels {
   int lanes;
   bool masks_are_free;  // the last vector of neighbouring results may have a tail
   int max_vectors;
   int max_pixels[kMaxLaneVectors + 1];  // by vectors
   LaneFn tiles[kMaxLaneVectors][kMaxLanePixels];
+  LaneAffineFn affine;
+  LanePoolMaxFn pool_max;
+  LanePoolMeanFn pool_mean;
 };
 
 LaneKernels lane_kernels_generic();

@@ -134,6 +134,57 @@ void lane_tiles(const LaneArgs& a, int64_t pixel, int64_t tiles) {
   }
 }
 
+// body(channel, lanes) for vectors of channels, the last one with fewer lanes.
+template <typename F>
+DSP_INLINE void each_vector(int64_t channels, const F& body) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) body(c, kLanes);
+  if (c < channels) body(c, static_cast<int>(channels - c));
+}
+DSP_INLINE Vec load_some(const float* p, int lanes) {
+  return lanes == kLanes ? load(p) : load_lanes(p, lanes);
+}
+DSP_INLINE void store_some(float* p, Vec v, int lanes) {
+  if (lanes == kLanes) {
+    store(p, v);
+  } else {
+    store_lanes(p, v, lanes);
+  }
+}
+
+inline void lane_affine(float* dst, const float* x, const float* scale, const float* shift, int64_t channels,
+                        const Activation& activation) {
+  each_vector(channels, [&](int64_t c, int lanes) {
+    const Vec v = fma(load_some(x + c, lanes), load_some(scale + c, lanes), load_some(shift + c, lanes));
+    store_some(dst + c, activate(v, activation), lanes);
+  });
+}
+
+inline void lane_pool_max(float* dst, const float* x, int64_t row, int64_t pixel, int64_t rows,
+                          int64_t pixels, int64_t channels) {
+  each_vector(channels, [&](int64_t c, int lanes) {
+    Vec most = set1(-__builtin_inff());
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < pixels; ++j)
+        most = max_nan(most, load_some(x + i * row + j * pixel + c, lanes));
+    }
+    store_some(dst + c, most, lanes);
+  });
+}
+
+inline void lane_pool_mean(float* dst, const float* x, int64_t row, int64_t pixel, int64_t rows,
+                           int64_t pixels, int64_t channels, float count) {
+  each_vector(channels, [&](int64_t c, int lanes) {
+    Vec total = zero();
+    for (int64_t i = 0; i < rows; ++i) {
+      Vec sum = zero();
+      for (int64_t j = 0; j < pixels; ++j) sum = add(sum, load_some(x + i * row + j * pixel + c, lanes));
+      total = add(total, sum);
+    }
+    store_some(dst + c, div(total, set1(count)), lanes);
+  });
+}
+
 template <int F, int P, int MOST>
 struct AddTiles {
   static void to(LaneKernels* table) {
@@ -155,6 +206,9 @@ inline LaneKernels make_lane_kernels() {
   table.lanes = kLanes;
   table.masks_are_free = kMasksAreFree;
   table.max_vectors = kManyRegisters ? 4 : 2;
+  table.affine = &lane_affine;
+  table.pool_max = &lane_pool_max;
+  table.pool_mean = &lane_pool_mean;
   AddTiles<1, 1, 12>::to(&table);
   AddTiles<2, 1, kManyRegisters ? 12 : 6>::to(&table);
   if (kManyRegisters) {

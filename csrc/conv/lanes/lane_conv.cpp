@@ -150,6 +150,7 @@ bool LaneConv::set_views(const Plan& plan, const View& in, const View& out, cons
                         static_cast<double>(channels) * static_cast<double>(view.channel);
     return last < static_cast<double>(kMost);
   };
+  if (out.channel != 1 || residual.channel > 1) return false;
   int64_t channels = 0;
   for (const int32_t place : in_place_) channels = std::max(channels, int64_t{place} + 1);
   if (!fits(in, s_.height + 2 * s_.ph + s_.kh * s_.dh, s_.width + 2 * s_.pw + s_.kw * s_.dw, channels) ||

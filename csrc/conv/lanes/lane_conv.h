@@ -33,8 +33,8 @@ class LaneConv {
  public:
   // in_place, out_place: where each channel of the input and of the output is stored; null: as numbered.
   void set_blocks(const Plan& plan, const ConvShape& s, const int32_t* in_place, const int32_t* out_place);
-  // Channels of the output must be neighbours (view.channel 1). False where the places do not fit 32 bits:
-  // then nothing can be run. The input has its padding around it: zeros.
+  // Channels of the output and of the residual must be neighbours (view.channel 1). False where they are not,
+  // or the places do not fit 32 bits: then nothing can be run. The input has its padding around it: zeros.
   bool set_views(const Plan& plan, const View& in, const View& out, const View& residual);
   void set_bias(const float* values);  // one a filter, or null: zeros
 

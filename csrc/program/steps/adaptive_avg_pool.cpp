@@ -1,3 +1,4 @@
+#include "conv/lanes/kernel.h"
 #include "conv/planar/kernel.h"
 #include "program/fields.h"
 
@@ -10,11 +11,15 @@ class AdaptiveAvgPoolStep final : public ChannelStep {
 
   Shape shape(const Source& source) override { return {source.shape(f_.x).channels, f_.out_h, f_.out_w}; }
 
+  // What is made of whole planes is flat.
+  bool alike() const override { return f_.out_h != 1 || f_.out_w != 1; }
+  bool reads(size_t, Layout) const override { return true; }
+
  protected:
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {
     const KernelTable& k = kernels();
-    const Shape& x = at.value(f_.x);
-    const Rows<const float> in = at.const_rows(f_.x);
+    const Shape& x = at.value(inputs[0]);
+    const Rows<const float> in = at.const_rows(inputs[0]);
     const Rows<float> out = at.rows(result);
     for (int64_t oy = 0; oy < f_.out_h; ++oy) {
       const int64_t y0 = oy * x.height / f_.out_h;
@@ -33,6 +38,21 @@ class AdaptiveAvgPoolStep final : public ChannelStep {
           }
           out(c, oy)[ox] = sum / pixels;
         }
+      }
+    }
+  }
+  void run_rows(const Place& at, int64_t begin, int64_t end) const override {
+    const Value& x = at.value(inputs[0]);
+    const PixelRows<const float> in = at.const_pixel_rows(inputs[0]);
+    const PixelRows<float> out = at.pixel_rows(result);
+    for (int64_t oy = begin; oy < end; ++oy) {
+      const int64_t y0 = oy * x.height / f_.out_h;
+      const int64_t y1 = ((oy + 1) * x.height + f_.out_h - 1) / f_.out_h;
+      for (int64_t ox = 0; ox < f_.out_w; ++ox) {
+        const int64_t x0 = ox * x.width / f_.out_w;
+        const int64_t x1 = ((ox + 1) * x.width + f_.out_w - 1) / f_.out_w;
+        lane_kernels().pool_mean(out(oy) + ox * out.pixel, in(y0) + x0 * in.pixel, in.row, in.pixel, y1 - y0,
+                                 x1 - x0, x.channels, static_cast<float>((y1 - y0) * (x1 - x0)));
       }
     }
   }

@@ -1,3 +1,4 @@
+#include "conv/lanes/kernel.h"
 #include "conv/planar/kernel.h"
 #include "program/fields.h"
 
@@ -20,12 +21,22 @@ class AffineStep final : public ChannelStep {
  protected:
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {
     const Shape& y = at.value(result);
-    const Rows<const float> in = at.const_rows(f_.x);
+    const Rows<const float> in = at.const_rows(inputs[0]);
     const Rows<float> out = at.rows(result);
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t row = 0; row < y.height; ++row)
         kernels().affine(out(c, row), in(c, row), scale_[static_cast<size_t>(c)],
                          shift_[static_cast<size_t>(c)], y.width, f_.activation);
+    }
+  }
+  void run_rows(const Place& at, int64_t begin, int64_t end) const override {
+    const Value& y = at.value(result);
+    const PixelRows<const float> in = at.const_pixel_rows(inputs[0]);
+    const PixelRows<float> out = at.pixel_rows(result);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t x = 0; x < y.width; ++x)
+        lane_kernels().affine(out(row) + x * out.pixel, in(row) + x * in.pixel, scale_.data(), shift_.data(),
+                              y.channels, f_.activation);
     }
   }
 

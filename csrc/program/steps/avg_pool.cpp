@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "conv/lanes/kernel.h"
 #include "program/fields.h"
 #include "program/steps/pooling.h"
 
@@ -17,9 +18,9 @@ class AvgPoolStep final : public ChannelStep {
     return at.value(result).numel() * f_.kernel_h * f_.kernel_w;
   }
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {
-    const Shape& x = at.value(f_.x);
+    const Shape& x = at.value(inputs[0]);
     const Shape& y = at.value(result);
-    const Rows<const float> in = at.const_rows(f_.x);
+    const Rows<const float> in = at.const_rows(inputs[0]);
     const Rows<float> out = at.rows(result);
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t oy = 0; oy < y.height; ++oy) {
@@ -42,6 +43,24 @@ class AvgPoolStep final : public ChannelStep {
                                     : std::max<int64_t>(1, (to_y - from_y) * (to_x - from_x));
           out(c, oy)[ox] = sum / static_cast<float>(count);
         }
+      }
+    }
+  }
+  void run_rows(const Place& at, int64_t begin, int64_t end) const override {
+    const Value& x = at.value(inputs[0]);
+    const Value& y = at.value(result);
+    const PixelRows<const float> in = at.const_pixel_rows(inputs[0]);
+    const PixelRows<float> out = at.pixel_rows(result);
+    for (int64_t oy = begin; oy < end; ++oy) {
+      const Span rows = span_of(oy, f_.stride_h, f_.padding_h, 1, f_.kernel_h, x.height);
+      const int64_t all_rows = std::min(f_.kernel_h, x.height + 2 * f_.padding_h - oy * f_.stride_h);
+      for (int64_t ox = 0; ox < y.width; ++ox) {
+        const Span columns = span_of(ox, f_.stride_w, f_.padding_w, 1, f_.kernel_w, x.width);
+        const int64_t all_columns = std::min(f_.kernel_w, x.width + 2 * f_.padding_w - ox * f_.stride_w);
+        const int64_t count = f_.count_include_pad != 0 ? all_rows * all_columns
+                                                        : std::max<int64_t>(1, rows.count * columns.count);
+        lane_kernels().pool_mean(out(oy) + ox * out.pixel, in(rows.first) + columns.first * in.pixel, in.row,
+                                 in.pixel, rows.count, columns.count, y.channels, static_cast<float>(count));
       }
     }
   }

@@ -29,15 +29,13 @@ Shape ConvStep::shape(const Source& source) {
   if (f.residual >= 0 && !(source.shape(f.residual) == made))
     fail("program: a convolution's residual has another shape than its output");
   const int64_t numel = plan.pairs() * shape_.taps();
-  const std::vector<float> packed = source.take(f.weight_at, numel, "weight");
-  weights_.resize(packed.size());
-  prepare_weights(plan, f.kernel_h, f.kernel_w, packed.data(), weights_.data());
+  weights_ = source.take(f.weight_at, numel, "weight");
   if (f.bias_at >= 0) bias_ = source.take(f.bias_at, made.channels, "bias");
   return made;
 }
 
 int64_t ConvStep::bytes() const {
-  int64_t sum = bytes_of(weights_) + bytes_of(bias_) + layout_.table_bytes() +
+  int64_t sum = bytes_of(weights_) + lane_conv_.table_bytes() + bytes_of(bias_) + layout_.table_bytes() +
                 static_cast<int64_t>(fields_.plan.size() * sizeof(int32_t));
   for (const TileSet* sets : {whole_, last_, of_pairs_}) {
     for (int log = 0; log <= kMaxRowsLog; ++log)
@@ -46,11 +44,73 @@ int64_t ConvStep::bytes() const {
   return sum;
 }
 
+int64_t ConvStep::scratch_floats() const {
+  if (lanes_) return lane_conv_.scratch_bytes() / static_cast<int64_t>(sizeof(float));
+  return layout_.gathered() ? layout_.scratch_floats() : 0;
+}
+
+bool ConvStep::reads(size_t input, Layout layout) const {
+  return layout == Layout::kPlanar ? input == 0 || !lanes_ : lanes_;
+}
+
+// Places are 32 bits wide: of the values with all the padding that they may get.
+bool ConvStep::can_run_in_lanes(const std::vector<Value>& values) const {
+  if (most_padding() > kMostPadding) return false;
+  const auto fits = [&](const Shape& v) {
+    const auto side = [](int64_t size, int64_t reach) {
+      return static_cast<double>(size) + static_cast<double>(reach) + 2 * kMostPadding + 1;
+    };
+    return side(v.height, shape_.kh * shape_.dh) * side(v.width, shape_.kw * shape_.dw) *
+               (static_cast<double>(v.channels) + 32) <
+           double{1 << 30};
+  };
+  return fits(values[static_cast<size_t>(inputs.front())]) && fits(values[static_cast<size_t>(result)]);
+}
+
+// As measured (bench/native/engines.cpp): shares of a core's two multiply-adds a cycle.
+double ConvStep::cycles(bool lanes) const {
+  const Plan plan = Plan::trusted(fields_.plan.data());
+  const double pixels = static_cast<double>(shape_.out_plane());
+  const double taps = static_cast<double>(shape_.taps());
+  const int width = lane_kernels().lanes;
+  double sum = 0;
+  if (!lanes) {
+    const bool one = shape_.taps() == 1 && shape_.sh == 1 && shape_.sw == 1;
+    const int64_t row = one ? shape_.out_plane() : shape_.out_w;
+    const double filled = static_cast<double>(row) / static_cast<double>((row + width - 1) / width * width);
+    double share = one ? 0.5 * filled : (rows_fit(row) ? 0.8 : 0.72 * filled);
+    if (shape_.sh != 1 || shape_.sw != 1) share *= 0.85;
+    return static_cast<double>(plan.pairs()) * taps * pixels / width / 2 / share;
+  }
+  constexpr double kShare[] = {0, 0.55, 0.65, 0.72, 0.76};
+  const int most = lane_kernels().max_vectors;
+  for (int32_t g = 0; g < plan.n_groups(); ++g) {
+    const Group group = plan.group(g);
+    if (group.n_filters == 0) continue;
+    const int vectors = (group.n_filters + width - 1) / width;
+    const int blocks = (vectors + most - 1) / most;
+    const auto ends = std::minmax_element(group.filters, group.filters + group.n_filters);
+    const int32_t span = *ends.second - *ends.first + 1;
+    // Results that are no neighbours go by pieces of a vector.
+    const double store = span == group.n_filters
+                             ? 2.0 * vectors
+                             : 5.0 * std::min<double>(group.n_filters, static_cast<double>(span) / width + 1);
+    sum += pixels * (static_cast<double>(group.n_channels) * taps * vectors / 2 /
+                         kShare[(vectors + blocks - 1) / blocks] +
+                     store);
+  }
+  return sum;
+}
+
 int64_t ConvStep::most_padding() const { return std::max(shape_.ph, shape_.pw); }
 
-bool ConvStep::can_write_apart() const { return shape_.out_w % kernels().lanes == 0 && !wide_taps(shape_); }
+bool ConvStep::can_write_apart() const {
+  return !lanes_ && shape_.out_w % kernels().lanes == 0 && !wide_taps(shape_);
+}
 
-bool ConvStep::can_read_apart() const { return shape_.sh == 2 && shape_.sw == 2 && rows_fit(shape_.out_w); }
+bool ConvStep::can_read_apart() const {
+  return !lanes_ && shape_.sh == 2 && shape_.sw == 2 && rows_fit(shape_.out_w);
+}
 
 void ConvStep::lay_out(const std::vector<Value>& values) {
   const Plan plan = Plan::trusted(fields_.plan.data());
@@ -61,6 +121,13 @@ void ConvStep::lay_out(const std::vector<Value>& values) {
   const Planes& out = value(result).planes;
   const int64_t width = s.out_w;
   const int64_t residual_pitch = adds() ? value(residual()).planes.pitch : 0;
+  if (lanes_) {
+    lay_out_lanes(values);
+    return;
+  }
+  const std::vector<float> packed = std::move(weights_);
+  weights_.resize(packed.size());
+  prepare_weights(plan, s.kh, s.kw, packed.data(), weights_.data());
   layout_.set_blocks(plan, s);
   layout_.set_bias(bias_.empty() ? nullptr : bias_.data());
   if (layout_.blocks.empty()) return;
@@ -82,8 +149,20 @@ void ConvStep::lay_out(const std::vector<Value>& values) {
   layout_.build_tiles(plane - last_first, out, residual_pitch, kChunkBytes, last_);
 }
 
+void ConvStep::lay_out_lanes(const std::vector<Value>& values) {
+  const Plan plan = Plan::trusted(fields_.plan.data());
+  const auto view = [&](int64_t id) { return values[static_cast<size_t>(id)].view(); };
+  lane_conv_.set_blocks(plan, shape_, nullptr, nullptr);
+  lane_conv_.set_bias(bias_.empty() ? nullptr : bias_.data());
+  if (!lane_conv_.set_views(plan, view(inputs.front()), view(result), adds() ? view(residual()) : View{}))
+    fail("program: a convolution's values are too large");
+  const std::vector<float> packed = std::move(weights_);
+  weights_.resize(static_cast<size_t>(lane_conv_.weight_floats()));
+  lane_conv_.prepare(plan, packed.data(), weights_.data());
+}
+
 bool ConvStep::choose_pairs(const std::vector<Value>& values) {
-  if (layout_.blocks.empty() || !layout_.pairs_fit()) return false;
+  if (lanes_ || layout_.blocks.empty() || !layout_.pairs_fit()) return false;
   if (adds() && residual() == 0) return false;  // the caller's images lie elsewhere
   pairs_ = true;
   const int64_t residual_pitch = adds() ? values[static_cast<size_t>(residual())].planes.pitch : 0;
@@ -97,9 +176,9 @@ int64_t ConvStep::overwrites(const std::vector<Value>& values) const {
   const Value& old = values[static_cast<size_t>(residual())];
   const Value& made = values[static_cast<size_t>(result)];
   const bool alike = old.layout == made.layout && old.pad_h == made.pad_h && old.pad_w == made.pad_w &&
-                     old.planes.odd == made.planes.odd && old.planes.pitch == made.planes.pitch &&
-                     old.planes.plane == made.planes.plane;
-  const bool free = old.last_use == result - 1 && old.second == made.second;
+                     old.pixel == made.pixel && old.planes.odd == made.planes.odd &&
+                     old.planes.pitch == made.planes.pitch && old.planes.plane == made.planes.plane;
+  const bool free = old.last_use == made.made && old.second == made.second;
   return alike && free ? residual() : 0;
 }
 
@@ -203,6 +282,11 @@ void ConvStep::share_strips(const Tensors& t, int threads) const {
 }
 
 void ConvStep::run(const Place& at, int threads) const {
+  if (lanes_) {
+    lane_conv_.run(at.read(inputs.front()), weights_.data(), adds() ? at.read(residual()) : nullptr,
+                   at.write(result), fields_.activation, residual_stays_, threads);
+    return;
+  }
   const Tensors t = tensors(at);
   fill_dead(t);
   if (layout_.blocks.empty()) return;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "conv/lanes/lane_conv.h"
 #include "conv/planar/layout.h"
 #include "program/fields.h"
 #include "program/step.h"
@@ -16,7 +17,9 @@ class ConvStep final : public Step {
 
   Shape shape(const Source& source) override;
   int64_t bytes() const override;
-  int64_t scratch_floats() const override { return layout_.gathered() ? layout_.scratch_floats() : 0; }
+  int64_t scratch_floats() const override;
+  bool alike() const override { return false; }
+  bool reads(size_t input, Layout layout) const override;
   const Activation& activation() const override { return fields_.activation; }
   void run(const Place& at, int threads) const override;
   ConvStep* conv() override { return this; }
@@ -27,6 +30,11 @@ class ConvStep final : public Step {
   // Whether its result, or its input, may have even and odd columns apart.
   bool can_write_apart() const;
   bool can_read_apart() const;
+  // Which engine it runs on, and what that takes about, in cycles.
+  void set_lanes(bool lanes) { lanes_ = lanes; }
+  bool lanes() const { return lanes_; }
+  bool can_run_in_lanes(const std::vector<Value>& values) const;
+  double cycles(bool lanes) const;
   void lay_out(const std::vector<Value>& values);
 
   // Lays out for two images at once where that pays.
@@ -46,6 +54,7 @@ class ConvStep final : public Step {
   Tensors tensors(const Place& at) const;
   bool adds() const { return inputs.size() > 1; }
   int64_t residual() const { return inputs[1]; }
+  void lay_out_lanes(const std::vector<Value>& values);
   void fill_dead(const Tensors& t) const;
   int64_t pixels_of(int64_t strip) const;
   const TileSet* tiles_of(int64_t strip) const;
@@ -55,11 +64,13 @@ class ConvStep final : public Step {
   void share_strips(const Tensors& t, int threads) const;
 
   Fields<DSP_OP_CONV> fields_;
-  std::vector<float> weights_, bias_;
+  std::vector<float> weights_, bias_;  // packed, until it is laid out
   ConvShape shape_{};
   ConvLayout layout_;
   TileSet whole_[kMaxRowsLog + 1];
   TileSet last_[kMaxRowsLog + 1];
+  bool lanes_ = false;
+  LaneConv lane_conv_;
   bool residual_stays_ = false;
   bool pairs_ = false;
   TileSet of_pairs_[kMaxRowsLog + 1];

@@ -20,14 +20,18 @@ class LinearStep final : public ChannelStep {
   int64_t bytes() const override { return bytes_of(weight_) + bytes_of(bias_); }
   const Activation& activation() const override { return fields_.activation; }
 
+  bool alike() const override { return false; }
+
  protected:
   int64_t work(const Place&) const override { return static_cast<int64_t>(weight_.size()); }
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {
     // Channels of flat values lie next to each other.
-    kernels().linear(at.rows(result).base + begin, at.const_rows(fields_.x).base,
+    kernels().linear(at.rows(result).base + begin, at.const_rows(inputs[0]).base,
                      weight_.data() + begin * features_, bias_.empty() ? nullptr : bias_.data() + begin,
                      features_, end - begin, fields_.activation);
   }
+  // Its input is flat: planar.
+  void run_rows(const Place&, int64_t, int64_t) const override {}
 
  private:
   Fields<DSP_OP_LINEAR> fields_;

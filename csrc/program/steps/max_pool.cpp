@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "conv/lanes/kernel.h"
 #include "program/fields.h"
 #include "program/steps/pooling.h"
 
@@ -23,9 +24,9 @@ class MaxPoolStep final : public ChannelStep {
     return at.value(result).numel() * f_.kernel_h * f_.kernel_w;
   }
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {
-    const Shape& x = at.value(f_.x);
+    const Shape& x = at.value(inputs[0]);
     const Shape& y = at.value(result);
-    const Rows<const float> in = at.const_rows(f_.x);
+    const Rows<const float> in = at.const_rows(inputs[0]);
     const Rows<float> out = at.rows(result);
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t oy = 0; oy < y.height; ++oy) {
@@ -35,6 +36,21 @@ class MaxPoolStep final : public ChannelStep {
           const int64_t iy = oy * f_.stride_h - f_.padding_h + ky * f_.dilation_h;
           if (iy >= 0 && iy < x.height) take_row(in(c, iy), x.width, to, y.width);
         }
+      }
+    }
+  }
+  void run_rows(const Place& at, int64_t begin, int64_t end) const override {
+    const Value& x = at.value(inputs[0]);
+    const Value& y = at.value(result);
+    const PixelRows<const float> in = at.const_pixel_rows(inputs[0]);
+    const PixelRows<float> out = at.pixel_rows(result);
+    for (int64_t oy = begin; oy < end; ++oy) {
+      const Span rows = span_of(oy, f_.stride_h, f_.padding_h, f_.dilation_h, f_.kernel_h, x.height);
+      for (int64_t ox = 0; ox < y.width; ++ox) {
+        const Span columns = span_of(ox, f_.stride_w, f_.padding_w, f_.dilation_w, f_.kernel_w, x.width);
+        lane_kernels().pool_max(out(oy) + ox * out.pixel, in(rows.first) + columns.first * in.pixel,
+                                f_.dilation_h * in.row, f_.dilation_w * in.pixel, rows.count, columns.count,
+                                y.channels);
       }
     }
   }

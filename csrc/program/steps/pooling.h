@@ -1,6 +1,7 @@
 // What pooling steps share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/status.h"
@@ -11,6 +12,19 @@ namespace dsp {
 // How many windows lie along one side, as torch counts them.
 int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
                     bool ceil_mode);
+
+// Of a window's positions along one side, those in the image: there may be none.
+struct Span {
+  int64_t first, count;
+};
+inline Span span_of(int64_t window, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel,
+                    int64_t size) {
+  const int64_t start = window * stride - padding;
+  const int64_t skipped = start >= 0 ? 0 : (-start + dilation - 1) / dilation;
+  const int64_t end = start >= size ? 0 : (size - 1 - start) / dilation + 1;
+  const int64_t count = std::min(kernel, end) - skipped;
+  return count > 0 ? Span{start + skipped * dilation, count} : Span{0, 0};
+}
 
 template <typename F>
 Shape pooled_shape(const Shape& x, const F& f, int64_t dilation_h, int64_t dilation_w) {

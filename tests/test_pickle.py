@@ -232,7 +232,7 @@ def test_a_file_read_by_a_process_that_has_never_packed(tmp_path: Path) -> None:
     ],
 )
 def test_guards_are_what_python_makes_of_them(text: str, wanted: Any) -> None:
-    guard = pickle.loads(pickle.dumps(parse([text], {"x": 0})))
+    guard = pickle.loads(pickle.dumps(parse([text], {"L['x']": 0})))
     for h in range(1, 10):
         for w in range(1, 10):
             assert bool(evaluate(guard, [(1, 3, h, w)])) == bool(wanted(h, w)), (h, w)
@@ -245,16 +245,18 @@ def test_guards_are_what_python_makes_of_them(text: str, wanted: Any) -> None:
 )  # fmt: skip
 def test_other_guards_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not understood"):
-        parse([text], {"x": 0})
+        parse([text], {"L['x']": 0})
 
 
 def test_long_guards_are_refused() -> None:
     with pytest.raises(ValueError, match="more than"):
-        parse(["L['x'].size()[0] == 1 and " * 20_000 + "True"], {"x": 0})
+        parse(["L['x'].size()[0] == 1 and " * 20_000 + "True"], {"L['x']": 0})
 
 
 def test_limits_compare_as_data() -> None:
-    guard = parse(["L['x'].size()[2] == L['y'].size()[2]"], {"x": 0, "y": 1})
+    guard = parse(["L['x'].size()[2] == L['y'].size()[2]"], {"L['x']": 0, "L['y']": 1})
+    nested = parse(["L['x']['y'][1].size()[0] == 3"], {"L['x']['y'][1]": 2})
+    assert evaluate(nested, [None, None, (3,)]) is True
     assert guard == Operation("and", (Operation("==", (Size(0, 2), Size(1, 2))),))
     ranges = (((0, None), (3, 3), (0, None), (0, 64)),) * 2
     limits = Limits(ranges, guard)

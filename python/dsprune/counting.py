@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .graph import evaluating
+from .inputs import own_tensors
 from .masks import masked
+from .state import preserved
 
 __all__ = ["Work", "one_image", "work_of"]
 
@@ -124,8 +126,9 @@ def work_of(model: nn.Module, inputs: tuple[Any, ...]) -> Work:
 
     mapping = {packet: counted(packet, formula) for packet, formula in flop_registry.items()}
     seen = _Seen()
-    with torch.no_grad(), evaluating(model), seen, FlopCounterMode(display=False, custom_mapping=mapping):
-        model(*inputs)
+    given, counter = own_tensors(inputs), FlopCounterMode(display=False, custom_mapping=mapping)
+    with torch.no_grad(), evaluating(model), preserved(model), seen, counter:
+        model(*given)
     return Work({key: count // 2 for key, count in flops.items()}, seen.uncounted)
 
 

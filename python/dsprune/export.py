@@ -20,14 +20,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
 from dsp_kernels import tail
 from dsp_kernels.backends import choose
 
 from .graph import _dynamic_shapes, _quiet, _widen_batch, as_inputs, aten, evaluating, unwrap
+from .inputs import noise_like, own_tensors, tensors_of
 from .io import target_file, write_atomically
 from .nn import PackedConv2d, PermutedGroupedConv2d
-from .pack import PackedNetwork, _leaves
+from .pack import PackedNetwork
 
 __all__ = ["FORMS", "export_aoti", "export_onnx", "export_torch", "standard_network"]
 
@@ -174,9 +176,8 @@ def _check(packed: Any, example_input: Any) -> tuple[PackedNetwork, tuple[Any, .
     inner = unwrap(packed) if isinstance(packed, nn.Module) else packed
     if not isinstance(inner, PackedNetwork):
         raise TypeError(f"packed: expected a PackedNetwork (dsprune.pack), got {type(inner).__name__}")
-    inputs = as_inputs(example_input)
-    # Export takes a size of one for a constant.
-    return inner, tuple(_widen_batch(value) for value in inputs)
+    inputs, _ = inner.bind(as_inputs(example_input))
+    return inner, _widen_batch(inputs)  # export takes a size of one for a constant
 
 
 def _check_form(form: str) -> None:
@@ -394,11 +395,13 @@ def export_onnx(
         )
     network = standard_network(inner, inputs, form=form)
     axes = {0: "batch", 2: "height", 3: "width"} if dynamic_size else {0: "batch"}
-    shapes = tuple(
-        {axis: name for axis, name in axes.items() if axis < value.dim()}
-        if isinstance(value, torch.Tensor)
-        else None
-        for value in inputs
+    shapes = tree_map(
+        lambda value: (
+            {axis: name for axis, name in axes.items() if axis < value.dim()}
+            if isinstance(value, torch.Tensor)
+            else None
+        ),
+        inputs,
     )
     with _quiet(), _no_futures(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         before = logging.root.level
@@ -460,21 +463,14 @@ def _compare_onnx(data: bytes, packed: PackedNetwork, inputs: tuple[Any, ...]) -
             f"ONNX Runtime {onnxruntime.__version__} cannot load the file; another opset may do, and "
             f"check=False writes it unchecked ({reason})"
         ) from error
-    generator = torch.Generator().manual_seed(0)
-    noise = tuple(
-        torch.randn(v.shape, generator=generator).to(v)
-        if isinstance(v, torch.Tensor) and v.is_floating_point()
-        else v
-        for v in inputs
-    )
-    for args in (inputs, noise):
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    for args in (inputs, noise_like(inputs)):
+        tensors = tensors_of(args)
         feed = {
             node.name: tensor.detach().cpu().numpy()
             for node, tensor in zip(session.get_inputs(), tensors, strict=True)
         }
         with torch.no_grad(), evaluating(packed):
-            expected = _leaves(packed(*args))
+            expected = tensors_of(packed(*own_tensors(args)))
         for given, wanted in zip(session.run(None, feed), expected, strict=True):
             out = torch.as_tensor(given)
             bound = ONNX_TOLERANCE * max(1.0, float(wanted.abs().max()) if wanted.numel() else 1.0)

@@ -835,6 +835,8 @@ class GraphCache:
     def _make(self, x: torch.Tensor) -> tuple[Captured | None, str | None]:
         if not isinstance(self.network, fx.GraphModule):
             return None, "the network is no exported graph"
+        if any(node.target is torch.ops.aten.copy_.default for node in self.network.graph.nodes):
+            return None, "the network writes into its input"
         try:
             chosen = backends.choose(self.backend, x.device.type, x.dtype)
         except ValueError as error:

@@ -13,16 +13,19 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
 from .guards import Expression, evaluate, parse
+from .inputs import Signature, describe, own_tensors, tensors_of
 from .masks import copies_of_results, settle, settle_parametrizations
+from .state import preserved
 
 aten = torch.ops.aten
 
@@ -95,8 +98,9 @@ class Site:
 class Limits:
     """Input sizes that an exported graph is good for.
 
-    ``ranges`` holds, per input, the least and greatest size (None: no limit) of each dimension; None for an
-    input that is no tensor. ``guard`` holds the tracer's further assumptions on the inputs' sizes.
+    ``ranges`` holds, per argument in the flat order of their nest, the least and greatest size (None: no
+    limit) of each dimension; None for one that is no tensor. ``guard`` holds the tracer's further assumptions
+    on the arguments' sizes.
     """
 
     ranges: tuple[tuple[tuple[int, int | None], ...] | None, ...]
@@ -157,12 +161,12 @@ class NetworkGraph:
 
 
 def as_inputs(example_input: Any) -> tuple[Any, ...]:
-    """The positional arguments that ``example_input`` stands for: a tensor, or a tuple or list of
-    arguments.
+    """The positional arguments that ``example_input`` stands for: a tensor, or a tuple or list of arguments,
+    with tensors in any nest.
     """
     if isinstance(example_input, torch.Tensor):
         return (example_input,)
-    if isinstance(example_input, (tuple, list)) and any(isinstance(t, torch.Tensor) for t in example_input):
+    if isinstance(example_input, (tuple, list)) and tensors_of(example_input):
         return tuple(example_input)
     raise TypeError(
         "example_input: expected a tensor, or a tuple of positional arguments with at least one tensor, "
@@ -250,49 +254,53 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(hint(s) for s in value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def _widen_batch(value: Any) -> Any:
-    # Export treats a size of one as a constant; two images keep the batch symbolic.
-    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[0] == 1:
-        return torch.cat([value, value])
-    return value
+def _widen_batch(inputs: Any) -> Any:
+    """The nest with two images in the place of one: export treats a size of one as a constant."""
+    return tree_map_only(
+        torch.Tensor,
+        lambda value: torch.cat([value, value]) if value.dim() >= 2 and value.shape[0] == 1 else value,
+        inputs,
+    )
 
 
-def _dynamic_shapes(inputs: Sequence[Any], spatial: bool) -> tuple[Any, ...]:
+def _dynamic_shapes(inputs: Any, spatial: bool) -> Any:
+    """The nest with the sizes that shall stay free in the place of tensors, None in that of others."""
     auto = torch.export.Dim.AUTO
-    shapes: list[Any] = []
-    for value in inputs:
+
+    def sizes(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
-            shapes.append(None)
-        elif value.dim() == 4 and spatial:
-            shapes.append({0: auto, 2: auto, 3: auto})
-        else:
-            shapes.append({0: auto} if value.dim() >= 1 else None)
-    return tuple(shapes)
+            return None
+        if value.dim() == 4 and spatial:
+            return {0: auto, 2: auto, 3: auto}
+        return {0: auto} if value.dim() >= 1 else None
+
+    return tree_map(sizes, inputs)
 
 
-def _guard(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> Expression | None:
+def _guard(program: torch.export.ExportedProgram, named: Mapping[str, Any]) -> Expression | None:
     """The tracer's assumptions on sizes. Raises ExportError where they cannot be had or understood, or do not
-    hold.
+    hold. ``named``: the arguments by name, in the order in which they are flattened.
     """
     written = getattr(program, "_guards_code", None)
     if written is None:
         raise ExportError("this torch does not tell the tracer's assumptions on sizes")
+    paths, _ = tree_flatten_with_path(dict(named))
     try:
-        guard = parse(written, {name: i for i, name in enumerate(program.graph_signature.user_inputs)})
+        guard = parse(written, {f"L{keystr(path)}": i for i, (path, _) in enumerate(paths)})
     except ValueError as error:
         raise ExportError(str(error)) from error
-    sizes = [tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in inputs]
+    sizes = [tuple(v.shape) if isinstance(v, torch.Tensor) else None for _, v in paths]
     if guard is not None and not evaluate(guard, sizes):
         raise ExportError("the tracer's assumptions do not hold for the example")
     return guard
 
 
-def _ranges(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> tuple[Any, ...]:
+def _ranges(program: torch.export.ExportedProgram, leaves: Sequence[Any]) -> tuple[Any, ...]:
     names = set(program.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
     tensors = iter([value for value in values if isinstance(value, torch.Tensor)])
     out: list[Any] = []
-    for value in inputs:
+    for value in leaves:
         if not isinstance(value, torch.Tensor):
             out.append(None)
             continue
@@ -310,62 +318,123 @@ def _ranges(program: torch.export.ExportedProgram, inputs: Sequence[Any]) -> tup
     return tuple(out)
 
 
-def _export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.export.ExportedProgram, Limits]:
+def _export(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.export.ExportedProgram, Limits]:
     """The exported program and its limits: sizes as free as the model allows, in three attempts."""
-    wide = tuple(_widen_batch(value) for value in inputs)
-    attempts = [(wide, _dynamic_shapes(wide, True)), (wide, _dynamic_shapes(wide, False)), (inputs, None)]
+    signature = Signature(model.forward)
+    wide = _widen_batch((inputs, kwargs))
+    attempts = [(wide, True), (wide, False), ((inputs, kwargs), None)]
     error = ""
-    for args, shapes in attempts:
+    for (args, named), spatial in attempts:
+        given = signature.arguments(args, named)
+        shapes = None if spatial is None else _dynamic_shapes(given, spatial)
         try:
-            with _quiet(), torch.no_grad():
-                program = torch.export.export(model, args, dynamic_shapes=shapes)
-                limits = Limits(_ranges(program, args), None if shapes is None else _guard(program, args))
-                if shapes is not None and any(r and r[0][0] == r[0][1] for r in limits.ranges):
+            with _quiet(), torch.no_grad(), _no_autocast(), _watched(model) as changed:
+                program = torch.export.export(model, args, named, dynamic_shapes=shapes)
+                if changed:
+                    raise _Stateful(f"forward changes {changed[0]!r}, which a graph would not")
+                ranges = _ranges(program, tree_leaves((args, named)))
+                limits = Limits(ranges, None if shapes is None else _guard(program, given))
+                free = [r[0][0] != r[0][1] for r in ranges if r]  # the first size of each tensor
+                own = [
+                    v.shape if isinstance(v, torch.Tensor) else None for v in tree_leaves((inputs, kwargs))
+                ]
+                if shapes is not None and not (all(free) or (any(free) and limits.admit(own))):
                     error = "the batch size became a constant"
                     continue
-                return program.run_decompositions({}), limits
+                program = program.run_decompositions({})
+                written = _written(program)
+                if written is not None:
+                    raise _Stateful(f"forward changes {written!r}, which a graph would not")
+                return program, limits
+        except _Stateful:
+            raise
         except Exception as failure:  # any failure of the tracer means: try a plainer export
             lines = str(failure).strip().splitlines()
             error = f"{type(failure).__name__}: {lines[0] if lines else ''}"
     raise ExportError(f"torch.export failed: {error}")
 
 
-def check_takes(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Raises ValueError where the model does not run on these inputs: no fault of the tracer's."""
+class _Stateful(ExportError):
+    """The model remembers something from one call to the next."""
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[str]]:
+    """What forward changes in the model besides tensors, by name; all is brought back afterwards.
+
+    Export itself brings back attributes that are no tensors, so it is looked at where forward ends.
+    """
+    found: list[str] = []
+
+    def look(*_: Any) -> None:
+        name = state.changed(tensors=False)
+        if name is not None:
+            found.append(name)
+
+    handle = model.register_forward_hook(look)
     try:
-        with _quiet(), torch.no_grad():
-            model(*inputs)
+        with preserved(model) as state:
+            yield found
+    finally:
+        handle.remove()
+
+
+def _written(program: torch.export.ExportedProgram) -> str | None:
+    """The name of a buffer or parameter that forward writes; None where there is none."""
+    signature = program.graph_signature
+    names = [
+        *signature.buffers_to_mutate.values(),
+        *getattr(signature, "parameters_to_mutate", {}).values(),
+    ]
+    return names[0] if names else None
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """A graph has the dtypes that the network has by itself; who runs it casts, or not."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def check_takes(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+    """Raises ValueError where the model does not run on these inputs: no fault of the tracer's."""
+    args, named = own_tensors((inputs, dict(kwargs or {})))
+    try:
+        with _quiet(), torch.no_grad(), preserved(model):
+            model(*args, **named)
     except Exception as failure:
-        given = ", ".join(
-            f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
-            if isinstance(v, torch.Tensor)
-            else repr(v)
-            for v in inputs
-        )
         lines = str(failure).strip().splitlines()
         raise ValueError(
-            f"example_input: the model does not take {given}: {lines[0] if lines else type(failure).__name__}"
+            f"example_input: the model does not take {describe(inputs, kwargs)}: "
+            f"{lines[0] if lines else type(failure).__name__}"
         ) from failure
 
 
-def trace(model: nn.Module, example_input: Any) -> NetworkGraph:
+def trace(model: nn.Module, example_input: Any, keywords: Mapping[str, Any] | None = None) -> NetworkGraph:
     """Exports ``model`` (evaluation mode, masks applied by the caller) into a ``NetworkGraph``.
 
     Args:
         model: a module without prune masks (see ``clean_copy``); its mode is restored afterwards.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments.
+        keywords: further arguments by name.
 
     Raises:
         ExportError: the model cannot be exported.
-        TypeError: ``example_input`` is not made of tensors.
+        TypeError: ``example_input`` holds no tensor.
         ValueError: the model itself fails on ``example_input``.
     """
-    inputs = as_inputs(example_input)
+    kwargs = dict(keywords or {})
+    inputs = tuple(example_input) if tensors_of(kwargs) else as_inputs(example_input)
     with evaluating(model):
         try:
-            program, limits = _export(model, inputs)
+            program, limits = _export(model, inputs, kwargs)
         except ExportError:
-            check_takes(model, inputs)
+            check_takes(model, inputs, kwargs)
             raise
     with _quiet():
         module = program.module()
@@ -431,6 +500,8 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
                 continue
             if bias is not None and parameter(bias) is None:
                 continue
+            if any(isinstance(v, fx.Node) for v in tree_leaves((stride, padding, dilation))):
+                continue  # computed from the input's size: left to torch
             w = tensors[weight_name]
             kernel, dilation = (int(w.shape[2]), int(w.shape[3])), _pair(dilation)
             if isinstance(padding, str):
@@ -581,8 +652,8 @@ def _hooked_infos(model: nn.Module, inputs: tuple[Any, ...]) -> list[ConvInfo]:
         if isinstance(module, nn.Conv2d):
             watch(name, module)
     try:
-        with evaluating(model), torch.no_grad():
-            model(*inputs)
+        with evaluating(model), torch.no_grad(), preserved(model):
+            model(*own_tensors(inputs))
     finally:
         for handle in handles:
             handle.remove()

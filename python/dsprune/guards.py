@@ -80,11 +80,8 @@ class _Parser:
             case ast.Constant(bool() | int() | float() as value):
                 return value
             case ast.Subscript(
-                ast.Call(
-                    ast.Attribute(ast.Subscript(ast.Name("L"), ast.Constant(str() as name)), "size"), [], []
-                ),
-                ast.Constant(int() as dimension),
-            ) if name in self.inputs:  # L['x'].size()[2]
+                ast.Call(ast.Attribute(source, "size"), [], []), ast.Constant(int() as dimension)
+            ) if (name := ast.unparse(source)) in self.inputs:  # L['x'].size()[2]
                 return Size(self.inputs[name], dimension)
             case ast.BinOp(left, kind, right) if type(kind) in _BINARY:
                 return Operation(_BINARY[type(kind)], (self.read(left), self.read(right)))
@@ -110,7 +107,7 @@ def parse(guards: Sequence[str], inputs: Mapping[str, int]) -> Expression | None
 
     Args:
         guards: expressions of sizes, numbers, arithmetic, comparisons, and, or, not, max, min and abs.
-        inputs: the position of each input by name.
+        inputs: the position of each input by what it is there, such as ``L['x']`` or ``L['x']['y'][0]``.
 
     Raises:
         ValueError: an expression of another form, or one that is too long to be of use.

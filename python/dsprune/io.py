@@ -82,8 +82,8 @@ def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
             folder is made where it is missing.
 
     Raises:
-        TypeError: ``packed`` is no ``PackedNetwork``, ``path`` no path, or the example held arguments that
-        JSON cannot carry.
+        TypeError: ``packed`` is no ``PackedNetwork``, ``path`` no path, or the example held arguments, or the
+        network has extra state (``get_extra_state``), that JSON cannot carry.
         OSError: the file cannot be written; an older file at ``path`` is then untouched.
     """
     if not isinstance(packed, PackedNetwork):
@@ -104,10 +104,23 @@ def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
         "inputs": inputs,
         "layouts": {name: layout.to_json() for name, layout in state.layouts.items()},
     }
+    for name, value in state.extra.items():
+        if not _is_json(value):
+            raise TypeError(f"packed: {name} is a {type(value).__name__} that JSON cannot carry")
+    if state.extra:
+        header["extra"] = state.extra
     # Tied weights are written once a name: safetensors refuses shared memory.
     named = state.tensors | {f"{MASK}{name}": mask for name, mask in state.masks.items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in named.items()}
     write_atomically(path, serialize(tensors, {FORMAT: json.dumps(header, sort_keys=True)}))
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value comes back from JSON as it is."""
+    try:
+        return repr(json.loads(json.dumps(value))) == repr(value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -196,7 +209,7 @@ def load(
         if not isinstance(modules.get(name), nn.Conv2d):
             raise ValueError(f"model: has no Conv2d {name!r}, which the file has")
     masks = {name.removeprefix(MASK): tensors.pop(name) for name in list(tensors) if name.startswith(MASK)}
-    state = PackedState(tensors, layouts, masks)
+    state = PackedState(tensors, layouts, masks, dict(header.get("extra", {})))
     # The trial copy is packed first: where that fails, the caller's model has not been touched.
     trial = clean_copy(inner)
     fill(trial, state, hold_all=True)

@@ -26,6 +26,8 @@ from dsp_kernels.assignment.reference import harden, sample_groups_backward, spr
 from dsp_kernels.assignment.rooms import room
 
 from .graph import as_inputs, prunable_convs, unwrap
+from .inputs import own_tensors
+from .state import preserved
 
 __all__ = ["GroupLearner"]
 
@@ -93,8 +95,8 @@ def _input_volumes(model: nn.Module, names: Sequence[str], inputs: tuple[Any, ..
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:
         model.eval()
-        with torch.no_grad():
-            model(*inputs)
+        with torch.no_grad(), preserved(model):
+            model(*own_tensors(inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .graph import NetworkGraph, Site, arguments, aten, hint, shape_of
 
@@ -109,6 +110,16 @@ MOVES = {
     aten.t.default,
     operator.getitem,
 }
+# Moves whose sizes may come from the input's, and moves that cut a piece out along one dimension.
+RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.repeat.default,
+    aten.unflatten.int,
+}
+CUTS = {aten.slice.Tensor, aten.select.int, aten.narrow.default}
 AVERAGE_POOLS = {aten.avg_pool2d.default}
 POOLS = AVERAGE_POOLS | {
     aten.max_pool2d.default,
@@ -189,6 +200,19 @@ def _reduce_to(needed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     if dims:
         needed = needed.any(dim=dims, keepdim=True)
     return needed.expand(shape)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether an argument is a number that is computed from the input's sizes: another at another size."""
+    return (
+        isinstance(value, fx.Node)
+        and value.op != "get_attr"
+        and not isinstance(value.meta.get("val"), (torch.Tensor, list, tuple))
+    )
+
+
+def _reads_sizes(node: fx.Node) -> bool:
+    return any(map(_is_size, node.all_input_nodes))
 
 
 def _concrete(value: Any) -> Any:
@@ -328,9 +352,13 @@ class _Analysis:
         return _varying(value.dim()) if isinstance(value, torch.Tensor) else None
 
     def _evaluate(self, node: fx.Node, inputs: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
-        """The node's operator on constant states; positions that varied stay NaN."""
+        """The node's operator on constant states; positions that varied stay NaN. Sizes count as one: what
+        they lead to is no constant.
+        """
 
         def swap(value: Any) -> Any:
+            if _is_size(value):
+                return 1
             if isinstance(value, fx.Node):
                 return inputs[value] if value in inputs else _concrete(value)
             return [swap(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -351,6 +379,8 @@ class _Analysis:
         if not isinstance(state, torch.Tensor):
             return self._unknown(node)
         result = self._evaluate(node, {x: state})
+        if _reads_sizes(node):
+            result = torch.full_like(result, NAN)
         self.back[node] = lambda needed: self._need(x, needed)
         return torch.where(state.isnan(), NAN, result)
 
@@ -363,7 +393,7 @@ class _Analysis:
         if not operands or any(not isinstance(s, torch.Tensor) for s in states.values()):
             return self._unknown(node)
         result = self._evaluate(node, states)
-        nan = torch.zeros(result.shape, dtype=torch.bool)
+        nan = torch.full(result.shape, _reads_sizes(node))
         for state in states.values():
             nan = nan | state.isnan()
         result = torch.where(nan, NAN, result)
@@ -423,8 +453,12 @@ class _Analysis:
             _, _, _, padding, _, include, divisor = arguments(node, [None, None, [], [0], False, True, None])
             if divisor is not None or (include and any(p != 0 for p in padding)):
                 result = torch.where(result.eq(0), 0.0, NAN)
-        first = lambda needed: needed[0] if isinstance(needed, tuple) else needed  # noqa: E731
-        self.back[node] = lambda needed: self._need(x, first(needed))
+
+        def back(needed: Any) -> None:
+            for part in needed if isinstance(needed, tuple) else (needed,):  # values, indices
+                self._need(x, part)
+
+        self.back[node] = back
         if isinstance(node.meta.get("val"), (tuple, list)):
             return (result, _varying(4))
         return result
@@ -475,6 +509,8 @@ class _Analysis:
         if key not in self.graph.cache:
             self.graph.cache[key] = self._labels(node, sources, states)
         labels = self.graph.cache[key]
+        if not self._at_every_size(node, sources, labels):
+            return self._unknown(node)
         flat = torch.cat([s.reshape(-1) for s in states])
 
         def back(needed: Any) -> None:
@@ -491,6 +527,21 @@ class _Analysis:
         if isinstance(labels, tuple):
             return tuple(flat[label] for label in labels)
         return flat[labels]
+
+    def _at_every_size(self, node: fx.Node, sources: list[fx.Node], labels: Any) -> bool:
+        """Whether positions go where they go in the example at other sizes too."""
+        if _reads_sizes(node) and node.target not in RESHAPES:  # where it starts and ends, and by how much
+            state = self.constant[sources[0]]
+            dim = arguments(node, [None, 0])[1] if node.target in CUTS else None
+            if not isinstance(dim, int) or state.dim() == 0 or state.shape[dim] != 1:
+                return False
+        values = node.meta["val"]
+        pairs = zip(labels, values, strict=True) if isinstance(labels, tuple) else [(labels, values)]
+        return all(
+            count == 1 or not isinstance(size, torch.SymInt) or statically_known_true(size == hint(size))
+            for label, value in pairs
+            for count, size in zip(label.shape, value.shape, strict=True)
+        )
 
     def _labels(self, node: fx.Node, sources: list[fx.Node], states: list[torch.Tensor]) -> Any:
         """Where each position of the result comes from, found by running the operator on numbered

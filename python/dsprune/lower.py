@@ -433,6 +433,12 @@ class _Lowering:
             return attribute(node) if node.op == "get_attr" else env[node]
 
         names: dict[tuple[Any, ...], str] = {}
+        # Where the tensors of norms are, by name and channels; those that others read too keep their own.
+        norms: dict[Any, str] = {
+            (str(n.target),): str(n.target)
+            for n in self.nodes
+            if n.op == "get_attr" and any(u.target is not BATCH_NORM and u not in self.sites for u in n.users)
+        }
         read = {n.target for n in self.nodes if n.op == "get_attr" and not set(n.users) <= self.sites.keys()}
 
         def placed_layer(site: Site, make: Callable[[], nn.Module]) -> str:
@@ -465,7 +471,7 @@ class _Lowering:
                 name = placed_layer(self.sites[node], partial(self._linear_layer, self.sites[node]))
                 env[node] = graph.call_module(name, (mapped(self.sites[node].x),))
             elif node.target is BATCH_NORM and self._known_norm(node):
-                env[node] = self._emit_norm(graph, node, mapped, place)
+                env[node] = self._emit_norm(graph, node, mapped, place, norms)
             elif node.target is operator.getitem and node.args[0].target is BATCH_NORM and node.args[1] == 0:  # type: ignore[union-attr]
                 env[node] = env[node.args[0]]  # type: ignore[index]
             elif self._is_flatten(node):
@@ -482,8 +488,12 @@ class _Lowering:
         module.eval()
         return module
 
-    def _emit_norm(self, graph: fx.Graph, node: fx.Node, mapped: Any, place: Any) -> fx.Node:
-        """A BatchNorm that follows no convolution, on the channels that are left."""
+    def _emit_norm(
+        self, graph: fx.Graph, node: fx.Node, mapped: Any, place: Any, norms: dict[Any, str]
+    ) -> fx.Node:
+        """A BatchNorm that follows no convolution, on the channels that are left. ``norms``: where its
+        tensors are, by name and channels.
+        """
         x = node.args[0]
         assert isinstance(x, fx.Node)
         size = shape_of(x)[1]  # type: ignore[index]
@@ -495,8 +505,12 @@ class _Lowering:
                 continue
             path = str(v.target)  # type: ignore[union-attr]
             tensor = self.graph.tensors[path].detach()
-            place(path, tensor[keep.to(tensor.device)].clone())
-            values.append(graph.get_attr(path))
+            # One that is called several times may have lost other channels each time.
+            key = path, *keep.tolist()
+            if key not in norms:
+                norms[key] = path if all(known[0] != path for known in norms) else f"{path}_call{len(norms)}"
+                place(norms[key], tensor[keep.to(tensor.device)].clone())
+            values.append(graph.get_attr(norms[key]))
         weight, bias, mean, var = values
         return graph.call_function(
             F.batch_norm,

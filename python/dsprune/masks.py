@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from .state import tensors_in
+
 __all__ = ["bare", "copies_of_results", "hold", "masked", "masks_of", "settle", "settle_parametrizations"]
 
 
@@ -18,12 +20,7 @@ def copies_of_results(model: nn.Module) -> dict[int, Any]:
     """What ``copy.deepcopy`` wants as its memo to copy a model that carries masks: their tensors are results
     of autograd, which it refuses.
     """
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    }
+    return {id(tensor): tensor.detach().clone() for tensor in tensors_in(model) if not tensor.is_leaf}
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[int, str]]:

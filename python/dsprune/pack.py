@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map_only
 
 from dsp_kernels import GroupLayout, available_backends
 
@@ -27,11 +28,15 @@ from .graph import (
     trace,
     unwrap,
 )
+from .inputs import Signature, describe, form_of, noise_like, own_tensors, tensors_of
 from .lower import iterate_layers, lower
 from .masks import bare, copies_of_results, hold, masked, masks_of
 from .nn import PackedBatchNorm2d, PackedConv2d, PermutedGroupedConv2d
 from .program import ProgramCache
+from .state import preserved, tensors_in
 from .watch import Watch
+
+EXTRA = "_extra_state"  # torch's key for what ``get_extra_state`` gives
 
 __all__ = ["PackError", "PackedNetwork", "PackedState", "pack", "unpack"]
 
@@ -46,24 +51,27 @@ class PackedState:
 
     ``tensors`` has the state dict's names; the weight of each convolution in ``layouts`` (by module name) is
     1-D there. ``masks`` has, by tensor name, the prune masks that do not follow from the layouts: bool, or of
-    the mask's own dtype, in the dense shape.
+    the mask's own dtype, in the dense shape. ``extra`` has, by the state dict's names, what modules'
+    ``get_extra_state`` gave.
     """
 
     tensors: dict[str, torch.Tensor]
     layouts: dict[str, GroupLayout]
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, masks: Mapping[str, torch.Tensor]) -> PackedState:
         """The state of a dense network, a copy; ``masks`` are those that were applied to it."""
-        tensors = {name: value.detach().clone() for name, value in model.state_dict(keep_vars=True).items()}
+        values, extra = _split(model)
+        tensors = {name: value.detach().clone() for name, value in values.items()}
         layouts: dict[str, GroupLayout] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d) and (layout := prunable_layout(module)) is not None:
                 layouts[name] = layout
                 key = f"{name}.weight" if name else "weight"
                 tensors[key] = layout.pack(module.weight.detach()).clone()
-        return cls(tensors, layouts, dict(masks))
+        return cls(tensors, layouts, dict(masks), copy.deepcopy(extra))
 
     def dense(self, kernel_sizes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
         """The dense state dict, zeros where pruned; ``kernel_sizes`` by module name."""
@@ -79,6 +87,15 @@ class PackedState:
             return self.masks[name]
         layout = self.layouts.get(name.removesuffix("weight").removesuffix("."))
         return layout.mask()[:, :, None, None] if layout is not None and name.endswith("weight") else None
+
+
+def _split(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A state dict as parameters and buffers, and the rest: extra state, which may be anything."""
+    values: dict[str, torch.Tensor] = {}
+    extra: dict[str, Any] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        (extra if name.rpartition(".")[2] == EXTRA else values)[name] = value
+    return values, extra
 
 
 def prunable_layout(conv: nn.Conv2d) -> GroupLayout | None:
@@ -118,20 +135,22 @@ class PackedNetwork(nn.Module):
     """A pruned network in packed form; made by ``pack`` or ``load``, not directly.
 
     Takes what the dense network took, images (N, C, H, W) in the dtype of its weights at any batch and image
-    size, and returns what it returned. An ordinary module otherwise: ``.to()``, hooks, ``state_dict`` and
-    ``torch.compile`` work on it. Without gradients a fused one runs in one call (``program_reason`` says why
-    not); the graph is planned again, and kept, for sizes that it is not good for.
+    size, and further arguments in any nest, and returns what it returned. An ordinary module otherwise:
+    ``.to()``, hooks, ``state_dict`` and ``torch.compile`` work on it. Without gradients a fused one runs in
+    one call (``program_reason`` says why not); the graph is planned again, and kept, for sizes that it is not
+    good for, and for flags, numbers and the like other than the example's.
 
     Attributes:
         network: the packed layers under the dense network's names.
         fused: whether BatchNorm, residuals and activations are inside the layers.
         unfused_reason: why not, where that is known.
         backend: the one that was asked for, or None.
-        example_shapes, example_dtypes: of the inputs that it was packed for.
+        example_shapes, example_dtypes: of the inputs that it was packed for, without defaults at the end.
 
     Raises:
-        TypeError, ValueError: in a call, for another number of arguments, keywords that were not in the
-        example, a tensor of another rank, or sizes that the dense network does not take.
+        TypeError: in a call, for arguments that the dense network's forward does not have, and for ones that
+            are neither tensors nor plain values (numbers, strings, None, ...) in tuples, lists, dictionaries.
+        ValueError: for a tensor of another rank than the example's, or what the dense network does not take.
     """
 
     def __init__(
@@ -150,8 +169,9 @@ class PackedNetwork(nn.Module):
         self.network = network
         self.backend = backend
         self.unfused_reason = unfused_reason
+        self._signature = Signature(skeleton.forward)
         self.example_shapes: list[Any] = [
-            tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in inputs
+            tree_map_only(torch.Tensor, lambda v: tuple(v.shape), value) for value in inputs
         ]
         self.example_dtypes = [v.dtype if isinstance(v, torch.Tensor) else None for v in inputs]
         self._state, self._limits = state, limits
@@ -161,10 +181,12 @@ class PackedNetwork(nn.Module):
         self._watch = Watch(network)
         # In a dictionary, so outside of the module tree: no part of the state dict, no memory to speak of.
         self._hidden: dict[str, nn.Module] = {"skeleton": skeleton}
-        self._variants: dict[Any, nn.Module] = {}
+        self._form = None if limits is None else form_of(inputs, {}, self._dtype())[0]
+        # Planned again for other arguments, by these: the network and what it is good for.
+        self._variants: dict[Any, tuple[nn.Module, Limits]] = {}
         self._caches: dict[nn.Module, Any] = {}
-        self._fitting: tuple[Any, Any] = (None, None)  # one tensor's sizes, and the network that they fitted
-        self._names = list(inspect.signature(skeleton.forward).parameters)
+        # One tensor's shape and dtype, and the network that they fitted.
+        self._fitting: tuple[Any, Any] = (None, None)
         # DistributedDataParallel would send these to all processes in each forward pass, and so mark them as
         # changed.
         self._ddp_params_and_buffers_to_ignore = [
@@ -185,19 +207,33 @@ class PackedNetwork(nn.Module):
         """What the dense network's forward takes and gives."""
         if self._limits is None:
             return self.network(*args, **kwargs)
-        if kwargs:
-            args = self._positional(args, kwargs)
         if torch.compiler.is_compiling():
-            return self.network_for(args)(*args)
-        # Sizes that fitted are not looked at again. (Tracers' tensors have types of their own.)
-        shape = args[0].shape if len(args) == 1 and type(args[0]) is torch.Tensor else None
+            args, kwargs = self.bind(args, kwargs)
+            return self.network_for(args, kwargs)(*args, **kwargs)
+        # Arguments that fitted are not looked at again. (Tracers' tensors have types of their own.)
+        x = args[0] if len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor else None
         known, network = self._fitting
-        if shape is None or shape != known or network is not self._modules["network"]:
-            network = self.network_for(args)
-            self._fitting = (shape, network) if network is self.network else (None, None)
+        if x is None or (x.shape, x.dtype) != known or network is not self._modules["network"]:
+            args, kwargs = self.bind(args, kwargs)
+            network = self.network_for(args, kwargs)
+            fits = x is not None and network is self.network and not torch.is_autocast_enabled(x.device.type)
+            self._fitting = ((x.shape, x.dtype), network) if fits and x is not None else (None, None)
         cache = self._programs(network)
-        found = cache.find(args)
-        return network(*args) if found is None else cache.run(found, args[0])
+        found = cache.find((*args, *kwargs.values()))
+        return network(*args, **kwargs) if found is None else cache.run(found, args[0])
+
+    def bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments as the networks inside take them: without defaults at the end.
+
+        Raises TypeError for arguments that the dense network's forward does not have.
+        """
+        return self._signature.bind(args, kwargs or {})
+
+    def _dtype(self) -> torch.dtype | None:
+        """That of the weights."""
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), None)
 
     def _programs(self, network: nn.Module) -> Any:
         """What runs a fused network in one call: native programs on the CPU, CUDA graphs on a GPU."""
@@ -216,54 +252,44 @@ class PackedNetwork(nn.Module):
             return self.unfused_reason or "layers were replaced one by one"
         return self._programs(self.network).reason
 
-    def network_for(self, args: tuple[Any, ...]) -> nn.Module:
-        """The network that runs for these positional arguments: ``network``, or one planned again for their
-        sizes.
+    def network_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+        """The network that runs for these arguments, as ``bind`` gives them: ``network``, or one planned
+        again for their sizes, and for arguments that are no tensors other than the example's.
+
+        Raises TypeError, ValueError: see :class:`PackedNetwork`.
         """
-        return self.network if self._limits is None or self._fits(args) else self._variant(args)
-
-    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        count = len(self.example_shapes)
-        values = dict(zip(self._names, args, strict=False)) | kwargs
-        extra = [
-            name for name, value in values.items() if value is not None and name not in self._names[:count]
-        ]
-        if extra:
-            raise TypeError(f"{extra[0]}: the network was packed for {self._names[:count]} alone")
-        return tuple(values.get(name) for name in self._names[:count])
-
-    def _fits(self, args: tuple[Any, ...]) -> bool:
-        limits = self._limits
-        assert limits is not None
-        if len(args) != len(limits.ranges):
-            raise TypeError(
-                f"forward: expected {len(limits.ranges)} arguments, as in the example, got {len(args)}"
-            )
-        sizes = [value.shape if isinstance(value, torch.Tensor) else None for value in args]
-        for shape, ranges in zip(sizes, limits.ranges, strict=True):
-            if ranges is not None and (shape is None or len(shape) != len(ranges)):
-                given = "no tensor" if shape is None else f"shape {tuple(shape)}"
-                raise ValueError(
-                    f"x: expected a tensor of {len(ranges)} dimensions, as in the example, got {given}"
-                )
-        return limits.admit(sizes)
-
-    def _variant(self, args: tuple[Any, ...]) -> nn.Module:
-        """The network planned again for other sizes than the graph allows; kept for the next call."""
-        key = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in args)
+        if self._limits is None:
+            return self.network
+        kwargs = kwargs or {}
+        form, leaves = form_of(args, kwargs, self._dtype())
+        sizes = [value.shape if isinstance(value, torch.Tensor) else None for value in leaves]
+        if form == self._form and _admits(self._limits, sizes):
+            return self.network
         if self._watch.changed():
             self._check_sealed()
-        if key not in self._variants:
-            reference = next(self.network.parameters(), None)
-            with torch.inference_mode(False):  # as for pack
-                try:
-                    network = lower(trace(self.dense_model(), args), self.backend)
-                except (ExportError, ValueError) as error:
-                    raise ValueError(f"x: the network does not take sizes {list(key)} ({error})") from error
-                if reference is not None:
-                    network = network.to(device=reference.device, dtype=reference.dtype)
-            self._variants[key] = network
-        return self._variants[key]
+        key = form, tuple(None if shape is None else tuple(shape) for shape in sizes)
+        if key in self._variants:
+            return self._variants[key][0]
+        for (other, _), (network, limits) in self._variants.items():
+            if other == form and _admits(limits, sizes):
+                return network
+        return self._variant(key, args, kwargs)
+
+    def _variant(self, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+        """The network planned again for arguments that the graph is not good for; kept for the next call."""
+        reference = next(self.network.parameters(), None)
+        with torch.inference_mode(False):  # as for pack
+            try:
+                graph = trace(self.dense_model(), args, kwargs)
+                network: nn.Module = lower(graph, self.backend)
+            except (ExportError, NotImplementedError, TypeError, ValueError) as error:
+                alone = not kwargs and all(isinstance(v, torch.Tensor) for v in args)
+                given = f"sizes {list(key[1])}" if alone else describe(args, kwargs)
+                raise ValueError(f"x: the network does not take {given} ({error})") from error
+            if reference is not None:
+                network = network.to(device=reference.device, dtype=reference.dtype)
+        self._variants[key] = network, graph.limits
+        return network
 
     def __getstate__(self) -> dict[str, Any]:
         # What was made of the rest is made again where it is needed.
@@ -276,7 +302,8 @@ class PackedNetwork(nn.Module):
         if self._seal is not None:
             self._seal = _seal(self.network) if whole else ""
         self._caches.clear()
-        for network in self._variants.values():
+        self._fitting = (None, None)
+        for network, _ in self._variants.values():
             network._apply(fn, recurse)
         return self
 
@@ -300,7 +327,8 @@ class PackedNetwork(nn.Module):
         if self._state is not None:
             self._check_sealed()
             return self._state
-        tensors = {name: value.detach() for name, value in self.network.state_dict(keep_vars=True).items()}
+        values, extra = _split(self.network)
+        tensors = {name: value.detach() for name, value in values.items()}
         layouts = {
             name: module.layout
             for name, module in self.network.named_modules(remove_duplicate=False)
@@ -320,7 +348,7 @@ class PackedNetwork(nn.Module):
                 masks[name] = torch.where(kept, masks[name], torch.zeros_like(masks[name]))
             else:
                 masks[name] = kept
-        state = PackedState(tensors, layouts, masks)
+        state = PackedState(tensors, layouts, masks, extra)
         try:
             _checked(self._hidden["skeleton"], state, dtypes=False)
         except ValueError as error:
@@ -340,7 +368,10 @@ class PackedNetwork(nn.Module):
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 shared.setdefault(id(parameter), []).append((module, name))
-        model.load_state_dict(dense, assign=True)
+        # Extra state is in the skeleton's own attributes, as it was when that was made, or is set below.
+        missing, unexpected = model.load_state_dict(dense, strict=False, assign=True)
+        assert not unexpected and all(name in state.extra for name in missing), (missing, unexpected)
+        _set_extra(model, state.extra)
         for (owner, first), *others in shared.values():
             for module, name in others:
                 module._parameters[name] = owner._parameters[first]
@@ -351,6 +382,25 @@ class PackedNetwork(nn.Module):
         for name, module in self.network.named_modules():
             if isinstance(module, PermutedGroupedConv2d):
                 yield name, module
+
+
+def _set_extra(model: nn.Module, extra: Mapping[str, Any]) -> None:
+    """Gives modules their extra state, where they can take one."""
+    for name, value in extra.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if type(module).set_extra_state is not nn.Module.set_extra_state:
+            module.set_extra_state(copy.deepcopy(value))
+
+
+def _admits(limits: Limits, sizes: Sequence[Any]) -> bool:
+    """Whether a graph is good for these sizes. Raises ValueError for a tensor of another rank."""
+    for shape, ranges in zip(sizes, limits.ranges, strict=True):
+        if ranges is not None and len(shape) != len(ranges):
+            raise ValueError(
+                f"x: expected a tensor of {len(ranges)} dimensions, as in the example, "
+                f"got shape {tuple(shape)}"
+            )
+    return limits.admit(sizes)
 
 
 def _kernel_sizes(model: nn.Module, state: PackedState) -> dict[str, tuple[int, int]]:
@@ -412,8 +462,9 @@ def _replaced(module: nn.Module, backend: str | None, train: bool) -> nn.Module 
 
 
 def _replace_layers(model: nn.Module, backend: str | None, train: bool) -> nn.Module:
-    """Every pruned plain convolution replaced by its packed layer, in place; a module used twice stays one
-    module. For training, dense convolutions and BatchNorm get our kernels too. Prune masks stay.
+    """A model over the same tensors with a packed layer in the place of every pruned plain convolution,
+    wherever it is referred to; a module used twice stays one module. For training, dense convolutions and
+    BatchNorm get our kernels too. Prune masks stay.
 
     Convolutions that share a weight share its packed form; where masks leave them different parts of it, or
     something else reads it too, they stay as they are.
@@ -421,15 +472,12 @@ def _replace_layers(model: nn.Module, backend: str | None, train: bool) -> nn.Mo
     packed: dict[int, nn.Module | None] = {}
     for holders in _shared(model):
         _replace_sharing(holders, packed, backend, train)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) not in packed:
-                packed[id(child)] = _replaced(child, backend, train)
-            if (other := packed[id(child)]) is not None:
-                setattr(parent, name, other)
-    if id(model) not in packed:
-        packed[id(model)] = _replaced(model, backend, train)
-    return packed[id(model)] or model
+    for module in model.modules():
+        if id(module) not in packed:
+            packed[id(module)] = _replaced(module, backend, train)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_in(model)}
+    memo.update((key, layer) for key, layer in packed.items() if layer is not None)
+    return copy.deepcopy(model, memo)
 
 
 def _replace_sharing(
@@ -468,10 +516,6 @@ def _replace_sharing(
         layer._parameters[key] = source._parameters[key]
 
 
-def _leaves(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
 PACKED_LAYERS = (PermutedGroupedConv2d, PackedConv2d, PackedBatchNorm2d)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -491,18 +535,19 @@ def _compare(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> No
 
 
 def _differ(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    noise = tuple(
-        torch.randn(v.shape, generator=generator).to(v)
-        if isinstance(v, torch.Tensor) and v.is_floating_point()
-        else v
-        for v in inputs
-    )
     # Where cuDNN may use TF32, which torch lets it by default, the dense network is the one that is off.
     exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+
+    def trial(net: nn.Module, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        """The outputs from the state, and on the arguments, as they were; both stay so."""
+        # A graph has no state, and keeps what it plans in a trial.
+        stateless = isinstance(net, PackedNetwork) and net.fused
+        with nullcontext() if stateless else preserved(net, parameters=True):
+            return [out.clone() for out in tensors_of(net(*own_tensors(args)))]
+
     with torch.no_grad(), evaluating(dense), evaluating(packed), exact:
-        for args in (inputs, noise):
-            expected, given = _leaves(dense(*args)), _leaves(packed(*args))
+        for args in (inputs, noise_like(inputs)):
+            expected, given = trial(dense, args), trial(packed, args)
             if [e.shape for e in expected] != [g.shape for g in given]:
                 raise PackError(f"output shapes differ: {[tuple(g.shape) for g in given]}")
             for e, g in zip(expected, given, strict=True):
@@ -528,8 +573,8 @@ def pack(
     Args:
         model: any CNN with zeros in its convolution weights, or with the masks of ``torch.nn.utils.prune``,
             which are obeyed on every layer; a packed one is packed as the dense network that it stands for.
-        example_input: a tensor (N, C, H, W), or a tuple of positional arguments; the result takes other batch
-            and image sizes too.
+        example_input: a tensor (N, C, H, W), or a tuple of positional arguments, with tensors in any nest;
+            it is left alone. The result takes other batch and image sizes too, and other arguments.
         train: True replaces layers one by one, so that the result can be trained like the dense network
             (``unpack`` brings the weights back): pruned convolutions by packed ones, dense ones and BatchNorm
             by the same layers on our kernels. False also folds BatchNorm, drops dead
@@ -563,6 +608,10 @@ def pack(
     elif any(isinstance(module, PACKED_LAYERS) for module in inner.modules()):
         inner = _with_dense_layers(inner)
     clone, masks = clean_copy(inner), masks_of(inner)
+    try:
+        inputs, _ = Signature(clone.forward).bind(inputs, {})
+    except TypeError as error:
+        raise ValueError(f"example_input: the model does not take {describe(inputs)}: {error}") from error
     skeleton = hollow(clone)
     if train:
         network = _replace_layers(masked_copy(inner), backend, True)
@@ -715,12 +764,14 @@ def _checked(model: nn.Module, state: PackedState, *, dtypes: bool = True) -> di
     """The dense tensors of a packed state, by name. Raises ValueError where they are not those of a network,
     masked or not.
     """
-    own, on = model.state_dict(keep_vars=True), masked(model)
+    (own, extras), on = _split(model), masked(model)
     for name in on:
         own[name] = own.pop(f"{name}_orig")
         del own[f"{name}_mask"]
-    if own.keys() != state.tensors.keys():
-        missing, extra = sorted(own.keys() - state.tensors.keys()), sorted(state.tensors.keys() - own.keys())
+    given = state.tensors.keys() | state.extra.keys()
+    names = own.keys() | (extras.keys() & state.extra.keys())
+    if names != given:
+        missing, extra = sorted(names - given), sorted(given - names)
         raise ValueError(
             f"model: not the packed network's architecture; it lacks {extra[:3] or 'nothing'}, "
             f"and has besides {missing[:3] or 'nothing'}"
@@ -765,7 +816,7 @@ def fill(model: nn.Module, state: PackedState, *, hold_all: bool = False) -> Non
     Masks that the network carries are set. Where it has none, one is put on a weight that is shared with a
     layer which reads more of it; with ``hold_all`` on every weight that had one.
     """
-    dense, own, on = _checked(model, state), model.state_dict(keep_vars=True), masked(model)
+    dense, own, on = _checked(model, state), _split(model)[0], masked(model)
     targets = {name: own[f"{name}_orig" if name in on else name] for name in dense}
     holders: dict[int, list[str]] = {}
     for name, target in targets.items():
@@ -774,6 +825,7 @@ def fill(model: nn.Module, state: PackedState, *, hold_all: bool = False) -> Non
     for names in holders.values():
         if len(names) > 1:
             needed |= _agree(names, dense, state)
+    _set_extra(model, state.extra)
     with torch.no_grad():
         for name, value in dense.items():
             targets[name].copy_(value)

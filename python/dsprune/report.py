@@ -141,6 +141,7 @@ def _measured(
     packed: PackedNetwork, image: tuple[Any, ...], names: set[str]
 ) -> dict[str, tuple[int, int, int]]:
     """(MACs of one image, weights, groups) of each packed layer by its dense name, as its layers run."""
+    image, _ = packed.bind(image)
     network = packed.network_for(image)
     layers = dict(iterate_layers(network, dense_names=False))
     found: dict[str, tuple[int, int, int]] = {}

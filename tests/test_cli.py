@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -350,6 +351,34 @@ def test_interrupted_finetuning_resumes_to_the_same_bits(
     assert load_bits(first / "finetuned.safetensors") == load_bits(second / "finetuned.safetensors")
 
 
+@pytest.mark.parametrize("where", ["before its settings are stored", "before its first checkpoint"])
+def test_finetuning_cut_off_early_goes_on_with_what_was_asked(
+    learned: Path, tmp_path: Path, small_data: None, monkeypatch: pytest.MonkeyPatch, where: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = copy_of(learned, tmp_path / "run")
+    assert cli.main(["prune", "--run", str(run), "--flops", "0.4"]) == 0
+    old, new = (["--cycles", "1", "--epochs", n, "--batch", "64"] for n in "12")
+    command = ["finetune", "--run", str(run)]
+    assert cli.main([*command, *old]) == 0
+    with monkeypatch.context() as patched:
+        if where == "before its settings are stored":
+            patched.setattr(runs.Run, "reconfigure", stop)
+        else:
+            patched.setattr(training, "finetune", stop)
+        assert cli.main([*command, *new]) == cli.INTERRUPTED
+    assert not (run / "finetuned.safetensors").exists()  # of the old settings
+    capsys.readouterr()
+    assert cli.main([*command, "--resume"]) == 1
+    assert "has no finetune to resume" in capsys.readouterr().err
+    assert cli.main([*command, "--resume", *new]) == 0
+    assert len(read_checkpoint(run / "finetuned.safetensors")[1]["history"]) == 2
+    assert cli.main([*command, "--resume", *old]) == 1
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 def test_ctrl_c_of_a_process(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -455,7 +484,8 @@ def test_optimizers_come_back(tmp_path: Path, kind: str) -> None:
     again, other = make()
     tensors, meta = read_checkpoint(tmp_path / "a")
     again.load_state_dict(training.part_of(tensors, "m."))
-    checkpoint.restore_optimizer(other, tensors, meta, "o.")
+    state = checkpoint.join_optimizer(training.part_of(tensors, "o."), meta)
+    checkpoint.restore(tmp_path / "a", [(other, state)], [])
     # Two optimizers share nothing.
     steps(model, optimizer, 2)
     steps(again, other, 2)
@@ -471,7 +501,8 @@ def test_optimizer_of_another_model() -> None:
     tensors, meta = checkpoint.flatten_optimizer(first, "o.")
     second = torch.optim.SGD(nn.Linear(2, 2, bias=False).parameters(), lr=1.0, momentum=0.9)
     with pytest.raises(CheckpointError, match="does not fit"):
-        checkpoint.restore_optimizer(second, tensors, meta, "o.")
+        state = checkpoint.join_optimizer(training.part_of(tensors, "o."), meta)
+        checkpoint.restore(Path("a"), [(second, state)], [])
 
 
 def test_splits_are_disjoint_stratified_and_fixed() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dsprune
+from dsprune.files import tensors_to_bytes
 from dsprune.io import FORMAT, write_atomically
 
 X = torch.randn(2, 3, 16, 16)
@@ -102,7 +103,7 @@ def rewrite(file: Path, change: object) -> None:
         tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
         header = json.loads(stored.metadata()[FORMAT])
     change(header, tensors)  # type: ignore[operator]
-    save_file(tensors, file, {FORMAT: json.dumps(header)})
+    file.write_bytes(tensors_to_bytes(tensors, FORMAT, header))
 
 
 CHANGES = {

@@ -152,14 +152,23 @@ def _changed(stored: Config, wanted: Config) -> list[str]:
     return names
 
 
-def _update_stage(run: Run, stage: str, given: dict[str, Any], *, resume: bool) -> None:
-    """Give a stage of a run the user's settings; with resume they must be those it was begun with."""
+def _update_stage(run: Run, stage: str, result: str, given: dict[str, Any], *, resume: bool) -> None:
+    """Give a stage of a run the user's settings; with resume they must be those it was begun with.
+
+    Where there is nothing to go on from, resume begins with the settings given, and wants some: those of an
+    attempt that was cut off before it stored them are not known.
+    """
     settings = dataclasses.replace(getattr(run.config, stage), **given)
-    if settings != getattr(run.config, stage):
-        if resume:
+    if resume and (run.has(result) or run.checkpoint(stage).exists()):
+        if settings != getattr(run.config, stage):
             raise ValueError(
                 f"{stage}: --resume goes on with the settings it began with; leave out other options"
             )
+        return
+    if resume and not given:
+        raise ValueError(f"{run.path}: has no {stage} to resume; start without --resume")
+    run.forget(result)  # before the settings change, by which it was not made
+    if settings != getattr(run.config, stage):
         run.reconfigure(**{stage: settings})
 
 
@@ -267,8 +276,9 @@ def prune(
         else Prune(flops=flops, params=params, count=count.value, latency=latency, batch=batch)
     )
     images = here.data()
-    here.reconfigure(prune=settings)
+    here.config = dataclasses.replace(here.config, prune=settings)
     structure = stages.make_pruned(here, images)
+    here.reconfigure(prune=settings)
     pruned = here.read("pruned", images)[0]
     _print_summary(pruned, images)
     if structure is not None and structure.latency is not None:
@@ -293,8 +303,9 @@ def finetune(
     here = Run.open(run)
     _threads(here.config.threads if threads is None else threads)
     here.need("pruned", "prune")
-    _update_stage(here, "finetune", _given(cycles=cycles, epochs=epochs, batch=batch, lr=lr), resume=resume)
+    given = _given(cycles=cycles, epochs=epochs, batch=batch, lr=lr)
     images = here.data()
+    _update_stage(here, "finetune", "finetuned", given, resume=resume)
     with _bars() as bars:
         stages.make_finetuned(here, images, resume=resume, progress=_Bars(bars))
     _say_accuracy(here, images, "finetuned")
@@ -376,7 +387,9 @@ def _file_source(file: Path, arch: str, depth: int, size: int) -> _Source:
     if first is None or last is None or last.ndim != 2:
         raise ValueError(f"{file}: not the weights of a {arch} (it lacks {stem}.weight or {head}.weight)")
     stem_layout = (layouts or {}).get(stem)
-    channels = int(stem_layout["in_channels"] if stem_layout else first.shape[1] if first.ndim == 4 else 0)
+    channels = stem_layout["in_channels"] if stem_layout else first.shape[1] if first.ndim == 4 else 0
+    if type(channels) is not int or not 1 <= channels <= 4096:
+        raise ValueError(f"{file}: expected 1 to 4096 channels of the images, got {channels!r}")
     dense = runs.build_network(arch, depth, len(last), channels).eval()
     model = runs.build_network(arch, depth, len(last), channels).eval()
     if layouts is not None:
@@ -441,9 +454,8 @@ def bench(
     import dsprune
     from dsprune.recipes import latency
 
+    latency.check_seconds(seconds)
     _threads(threads)
-    if not seconds > 0:
-        raise ValueError(f"seconds: expected more than 0, got {seconds}")
     source = _source(run, file, None, arch, depth, size)
     model = source.model
     packed = model if _is_packed(model) else dsprune.pack(model, source.example).eval()
@@ -759,8 +771,7 @@ def _run_recipe(
     from dsprune.recipes.demo import Timing
     from dsprune.recipes.recipe import open_recipe, result_rows, run_recipe
 
-    if not seconds > 0:
-        raise ValueError(f"seconds: expected more than 0, got {seconds}")
+    timing = Timing(seconds=seconds, inductor=inductor)
     if (out / "run.json").exists() and not (resume or force):
         raise ValueError(
             f"{out}: already holds a run; give --resume to go on with it or --force to start over"
@@ -772,7 +783,7 @@ def _run_recipe(
             bars.console.print(f"  {text}", markup=False)
 
         report = run_recipe(
-            run, images, weights=weights, timing=Timing(seconds=seconds, inductor=inductor),
+            run, images, weights=weights, timing=timing,
             progress=_Bars(bars), say=say,
         )  # fmt: skip
     table = Table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import nn
 
 from dsp_kernels import GroupLayout
 
+from .files import parse_json, read_tensors, tensors_to_bytes
 from .graph import clean_copy, unwrap
 from .masks import settle_parametrizations
 from .pack import PackedNetwork, PackedState, fill, pack
@@ -24,6 +24,7 @@ __all__ = ["load", "save", "write_atomically"]
 
 FORMAT = "dsprune-packed"
 VERSION = 2
+MOST_ELEMENTS = 1 << 27  # of an example input, which is made again to load a file
 MASK = "mask of "  # begins the names of the tensors that are prune masks
 
 
@@ -92,8 +93,13 @@ def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
     inputs: list[dict[str, Any]] = []
     for shape, dtype in zip(packed.example_shapes, packed.example_dtypes, strict=True):
         if dtype is not None:
+            if math.prod(shape) > MOST_ELEMENTS:
+                raise ValueError(
+                    f"packed: was packed for an input of the shape {tuple(shape)}, more than {MOST_ELEMENTS} "
+                    "elements; pack for a smaller one, it takes larger ones too"
+                )
             inputs.append({"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")})
-        elif shape is None or isinstance(shape, (bool, int, float, str)):
+        elif shape is None or (isinstance(shape, (bool, int, float, str)) and _is_json(shape)):
             inputs.append({"value": shape})
         else:
             raise TypeError(f"packed: an example argument of type {type(shape).__name__} cannot be saved")
@@ -109,16 +115,14 @@ def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
             raise TypeError(f"packed: {name} is a {type(value).__name__} that JSON cannot carry")
     if state.extra:
         header["extra"] = state.extra
-    # Tied weights are written once a name: safetensors refuses shared memory.
     named = state.tensors | {f"{MASK}{name}": mask for name, mask in state.masks.items()}
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in named.items()}
-    write_atomically(path, serialize(tensors, {FORMAT: json.dumps(header, sort_keys=True)}))
+    write_atomically(path, tensors_to_bytes(named, FORMAT, header))
 
 
 def _is_json(value: Any) -> bool:
     """Whether a value comes back from JSON as it is."""
     try:
-        return repr(json.loads(json.dumps(value))) == repr(value)
+        return repr(parse_json(json.dumps(value))) == repr(value)
     except (TypeError, ValueError):
         return False
 
@@ -128,24 +132,34 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch
     if not os.path.isfile(name):
         raise FileNotFoundError(f"path: no file at {name!r}")
     try:
-        with safe_open(name, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path: {name!r} is no whole safetensors file ({error})") from error
-    if FORMAT not in metadata:
-        raise ValueError(f"path: {name!r} was not written by dsprune.save")
-    try:
-        header = json.loads(metadata[FORMAT])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"path: {name!r} has a broken header ({error})") from error
-    if not isinstance(header, Mapping) or header.get("format") != FORMAT:
+        tensors, header = read_tensors(name, FORMAT, ("version", VERSION))
+    except KeyError:
+        raise ValueError(f"path: {name!r} was not written by dsprune.save") from None
+    except ValueError as error:
+        raise ValueError(f"path: {name!r} has {error}") from error
+    if header.get("format") != FORMAT:
         raise ValueError(f"path: {name!r} has a header of another format")
-    if header.get("version") != VERSION:
-        raise ValueError(
-            f"path: {name!r} has version {header.get('version')!r}; this package reads version {VERSION}"
-        )
-    return dict(header), tensors
+    return header, tensors
+
+
+def _layouts(header: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, GroupLayout]:
+    """The layouts in a header; their sizes are the model's before anything is made of them. LookupError for a
+    layer that the model lacks.
+    """
+    layouts = {}
+    for name, value in header["layouts"].items():
+        conv = modules.get(name)
+        if not isinstance(conv, nn.Conv2d):
+            raise LookupError(f"model: has no Conv2d {name!r}")
+        for key in ("in_channels", "out_channels"):
+            own = getattr(conv, key)
+            if type(value[key]) is not int or value[key] != own:
+                raise ValueError(f"{key} {value[key]!r} for {name!r}, which has {own}")
+        groups = value["groups"]
+        if not isinstance(groups, list) or len(groups) > conv.out_channels:
+            raise ValueError(f"other than a list of at most {conv.out_channels} groups for {name!r}")
+        layouts[name] = GroupLayout.from_json(value)
+    return layouts
 
 
 def _examples(header: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
@@ -163,6 +177,8 @@ def _examples(header: Mapping[str, Any], device: torch.device) -> tuple[Any, ...
         shape = entry["shape"]
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"an input of the shape {shape!r}")
+        if math.prod(shape) > MOST_ELEMENTS:
+            raise ValueError(f"an input of the shape {shape!r}, more than {MOST_ELEMENTS} elements")
         if dtype.is_floating_point:
             out.append(torch.randn(shape, generator=generator).to(device=device, dtype=dtype))
         else:
@@ -188,31 +204,34 @@ def load(
             backend.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: truncated, of another format or version, with a header
-            that is broken, or not for this architecture or its precision; ``train`` or ``backend`` as for
-            ``pack``. TypeError: ``model`` is no module. PackError: the network does not compute what the
-            dense one does. ``model`` is left as it was.
+        FileNotFoundError: no such file. ValueError: truncated, damaged, of another format or version, with a
+            header that is broken or states other sizes than the model's, or not for this architecture or its
+            precision; ``train`` or ``backend`` as for ``pack``. TypeError: ``model`` is no module. PackError:
+            the network does not compute what the dense one does. ``model`` is left as it was.
     """
     inner = unwrap(model)
     header, tensors = _read(path)
     try:
-        layouts = {str(name): GroupLayout.from_json(value) for name, value in header["layouts"].items()}
+        layouts = _layouts(header, dict(inner.named_modules()))
         weights = next((p for p in inner.parameters()), None)
         inputs = _examples(header, weights.device if weights is not None else torch.device("cpu"))
-        saved_for_training = bool(header["train"])
+        saved_for_training = header["train"]
+        if not isinstance(saved_for_training, bool):
+            raise ValueError(f"train is {saved_for_training!r}")
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"path: {os.fspath(path)!r} has an incomplete header ({error!r})") from error
     except ValueError as error:
         raise ValueError(f"path: {os.fspath(path)!r} has a broken header ({error})") from error
-    modules = dict(inner.named_modules())
-    for name in layouts:
-        if not isinstance(modules.get(name), nn.Conv2d):
-            raise ValueError(f"model: has no Conv2d {name!r}, which the file has")
+    except LookupError as error:
+        raise ValueError(f"{error}, which {os.fspath(path)!r} has") from None
     masks = {name.removeprefix(MASK): tensors.pop(name) for name in list(tensors) if name.startswith(MASK)}
     state = PackedState(tensors, layouts, masks, dict(header.get("extra", {})))
     # The trial copy is packed first: where that fails, the caller's model has not been touched.
     trial = clean_copy(inner)
-    fill(trial, state, hold_all=True)
+    try:
+        fill(trial, state, hold_all=True)
+    except ValueError as error:
+        raise ValueError(f"{error} (path: {os.fspath(path)!r})") from error
     trial.train(inner.training)
     try:
         packed = pack(trial, inputs, train=saved_for_training if train is None else train, backend=backend)

@@ -35,6 +35,7 @@ ORDERS = ("exact", "first", "released")
 UPDATES = ("subgradient", "proximal")
 SCALES = ("paper", "released")
 _FORMAT = 1
+MOST_GROUPS = 4096
 _BETAS = (0.9, 0.999)
 _RELEASED_EPS = 1e-8
 
@@ -383,7 +384,7 @@ class GroupLearner:
             Its prunable convolutions must be trainable parameters on one device. With
             ``DistributedDataParallel`` give the wrapped model: its processes then learn the same groups.
         example_input: a tensor (N, C, H, W), or a tuple of positional arguments; only shapes matter.
-        groups: G, at least 1.
+        groups: G, 1 to 4096.
         strength: the penalty's weight against the loss, lambda; finite, at least 0. The penalty step at step
             t of T is as long as strength * lr * (t + 1) / T, where lr is the current learning rate of the
             weight's own parameter group; after T steps the ramp stays at 1.
@@ -439,6 +440,8 @@ class GroupLearner:
         self._random: _RandomState | None = None
         inputs = as_inputs(example_input)
         self._groups = _integer("groups", groups, 1)
+        if self._groups > MOST_GROUPS:
+            raise ValueError(f"groups: expected at most {MOST_GROUPS}, got {self._groups}")
         self._strength = _finite("strength", strength, positive=False)
         self._total_steps = _integer("total_steps", total_steps, 1)
         self._temperature = check_temperature(temperature)

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from .graph import unwrap
 from .recipes.checkpoint import (
     CheckpointError,
+    explained,
     join_state,
     read_checkpoint,
+    restore,
     split_state,
     write_checkpoint,
 )
@@ -68,6 +70,20 @@ def _set_generators(states: Mapping[str, Tensor]) -> None:
         device = torch.accelerator.current_accelerator()
         assert device is not None
         torch.get_device_module(device).set_rng_state(states["accelerator"])
+
+
+def _check_generators(states: Mapping[str, Tensor]) -> None:
+    """Raises something where the states are none; tried on generators that nobody uses."""
+    torch.Generator().set_state(states["torch"])
+    has, gauss = states["python.gauss"].tolist()
+    python_random.Random().setstate((3, tuple(states["python"].tolist()), gauss if has else None))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    cached = states["numpy.gauss"].item()
+    np.random.RandomState().set_state(
+        ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached)
+    )
+    if "accelerator" in states and states["accelerator"].dtype != torch.uint8:
+        raise ValueError(f"the accelerator's random state is {states['accelerator'].dtype}")
 
 
 def _gathered(state: Tensor, processes: int) -> list[Tensor]:
@@ -189,43 +205,51 @@ def load_training(
         ``meta`` as it was given.
 
     Raises:
-        CheckpointError (a ValueError): a file that is missing, damaged, no training checkpoint, with other
-            parts, or made by another number of processes. What an object's own ``load_state_dict`` raises.
+        CheckpointError (a ValueError), naming the file: one that is missing, damaged, no training checkpoint,
+            with other parts, made by another number of processes, or whose states do not fit the parts. All
+            parts and the random states are then as they were.
     """
     source = Path(path)
     tensors, content = read_checkpoint(source)
     if content.get("kind") != _KIND:
         raise CheckpointError(f"{source}: was not written by dsprune.save_training")
     rank, processes = _processes()
-    if random and content["processes"] != processes:
+    with explained(source):
+        states, saved_by, meta = content["parts"], content["processes"], content["meta"]
+        if not isinstance(states, dict) or not isinstance(meta, dict) or type(saved_by) is not int:
+            raise ValueError("a damaged header")
+    if random and saved_by != processes:
         raise CheckpointError(
-            f"{source}: made by {content['processes']} processes, this run has {processes}; give "
+            f"{source}: made by {saved_by} processes, this run has {processes}; give "
             "random=False to go on without their random states"
         )
     generators = {n for n, part in _check(parts).items() if isinstance(part, torch.Generator)}
     stored_generators = {
         n.removeprefix("generator.").rsplit("@", 1)[0] for n in tensors if n.startswith("generator.")
     }
-    stored, given = {*content["parts"], *stored_generators}, set(parts)
+    stored, given = {*states, *stored_generators}, set(parts)
     if stored != given or generators != stored_generators:
         raise CheckpointError(f"{source}: holds {sorted(stored)}, asked for {sorted(given)}")
     if random and f"random.torch@{rank}" not in tensors:
         raise CheckpointError(f"{source}: was saved without random states; give random=False")
-    for name, part in parts.items():
-        if isinstance(part, torch.Generator):
-            if content["processes"] == processes:
-                part.set_state(tensors[f"generator.{name}@{rank}"])
-            continue
-        state = join_state(content["parts"][name], tensors)
-        target = unwrap(part) if isinstance(part, nn.Module) else part
-        target.load_state_dict(state)
+    own = f"@{rank}"
+    with explained(source):
+        loaded = [
+            (unwrap(part) if isinstance(part, nn.Module) else part, join_state(states[name], tensors))
+            for name, part in parts.items()
+            if name not in generators
+        ]
+        drawn = [
+            (parts[name], tensors[f"generator.{name}{own}"]) for name in generators if saved_by == processes
+        ]
+        globals_ = {
+            name.removeprefix("random.").removesuffix(own): state
+            for name, state in tensors.items()
+            if name.startswith("random.") and name.endswith(own)
+        }
+        if random:
+            _check_generators(globals_)
+    restore(source, loaded, drawn)
     if random:
-        own = f"@{rank}"
-        _set_generators(
-            {
-                name.removeprefix("random.").removesuffix(own): state
-                for name, state in tensors.items()
-                if name.startswith("random.") and name.endswith(own)
-            }
-        )
-    return dict(content["meta"])
+        _set_generators(globals_)
+    return dict(meta)

@@ -39,6 +39,9 @@ class Timing:
     threads: int = 0
     inductor: bool = False
 
+    def __post_init__(self) -> None:
+        latency.check_seconds(self.seconds)
+
 
 def run_demo(
     out: Path,

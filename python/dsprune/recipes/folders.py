@@ -19,12 +19,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dsprune.files import regular_file
 from dsprune.recipes.data import CPU, ImageData, stratified_split
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_VALIDATION = 0.1
 IMAGENET_VALIDATION = 0.04
+MOST_BATCH = 1 << 28  # bytes of a CIFAR-10 batch
+MOST_PIXELS = 1 << 24  # of an image: the largest of ImageNet has 16.6 million
+PIXELS_PER_BYTE = 8 * 1032  # of a file: deflate's limit, at a bit a pixel
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
@@ -56,6 +61,13 @@ def _validated(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Ten
         raise DataError("a class with a single training image leaves none to validate on")
     validation, train = stratified_split(labels, (share,), seed, least=1)
     return train, validation
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name}: expected an int of at least {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def _limited(labels: torch.Tensor, limit: int) -> torch.Tensor:
@@ -123,7 +135,9 @@ class _ArrayOfBytes:
             content = content.encode("latin1")
         if not isinstance(content, bytes):
             raise pickle.UnpicklingError("an array without contents")
-        self.array = np.frombuffer(content, np.uint8).reshape(tuple(map(int, shape)))
+        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
+            raise pickle.UnpicklingError("an array whose shape is none")
+        self.array = np.frombuffer(content, np.uint8).reshape(shape)
 
 
 class _Kind:
@@ -146,9 +160,10 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-class _BatchUnpickler(pickle.Unpickler):
+class _BatchUnpickler(pickle._Unpickler):
     """Reads dictionaries of plain values and arrays of bytes; anything else a file names is refused, so that
-    reading it runs nothing that it brought along."""
+    reading it runs nothing that it brought along. In Python: the one in C takes memory for whatever sizes and
+    numbers a file states."""
 
     def find_class(self, module: str, name: str) -> Any:
         known: dict[tuple[str, str], Any] = {("_codecs", "encode"): _encode}
@@ -160,6 +175,12 @@ class _BatchUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return known[module, name]
 
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it asks for an object of another file")
+
+    def get_extension(self, code: int) -> None:
+        raise pickle.UnpicklingError("it asks for an extension")
+
 
 def _text(key: Any) -> Any:
     return key.decode("latin1") if isinstance(key, bytes) else key
@@ -167,7 +188,8 @@ def _text(key: Any) -> Any:
 
 def _read_python_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        content = _BatchUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        data = regular_file(path, MOST_BATCH).read_bytes()
+        content = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; CIFAR-10 has data_batch_1 to 5 and test_batch") from None
     except Exception as error:  # a damaged pickle fails in any way
@@ -184,15 +206,17 @@ def _read_python_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     data, labels = values["data"], values["labels"]
     if not isinstance(data, _ArrayOfBytes) or not hasattr(data, "array"):
         raise DataError(f"{path}: not a CIFAR-10 batch (its data are no array)")
-    if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
-        raise DataError(f"{path}: not a CIFAR-10 batch (its labels are no list of integers)")
+    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label <= 9 for label in labels):
+        raise DataError(f"{path}: expected labels 0 to 9, a list of integers")
     return data.array, np.array(labels, dtype=np.int64)
 
 
 def _read_binary_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        content = np.frombuffer(path.read_bytes(), np.uint8)
-    except FileNotFoundError:
+        content = np.frombuffer(regular_file(path, MOST_BATCH).read_bytes(), np.uint8)
+    except (OSError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError):
+            raise DataError(f"{path}: not a CIFAR-10 batch ({error})") from None
         raise DataError(
             f"{path}: no such file; CIFAR-10 has data_batch_1.bin to 5 and test_batch.bin"
         ) from None
@@ -229,6 +253,7 @@ def cifar10(folder: Path, *, limit: int = 0, split_seed: int = 0, device: torch.
     are pickles of plain values: they are read by an unpickler that knows nothing else. `limit`: images to
     take of each part. Raises DataError, naming the file.
     """
+    _check_whole("limit", limit, 0)
     place, binary = _cifar_folder(Path(folder))
     ending, read = (".bin", _read_binary_batch) if binary else ("", _read_python_batch)
 
@@ -268,10 +293,15 @@ def _decoded(path: Path) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        size = regular_file(path).stat().st_size
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > min(MOST_PIXELS, PIXELS_PER_BYTE * size):
+                raise ValueError(f"{image.width} x {image.height} pixels in {size} bytes")
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error})") from None
+    except Exception as error:  # a damaged image fails in any way
+        text = str(error).removeprefix(f"{path}: ") or type(error).__name__
+        raise DataError(f"{path}: not a readable image ({text})") from None
 
 
 def _bytes_of(image: Any) -> torch.Tensor:
@@ -392,10 +422,11 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[str], torch.Tens
     labels: list[int] = []
     for label, name in enumerate(classes):
         files = sorted(
-            str(file)
-            for file in (folder / name).rglob("*")
-            if file.suffix.lower() in IMAGE_ENDINGS and file.is_file()
+            str(file) for file in (folder / name).rglob("*") if file.suffix.lower() in IMAGE_ENDINGS
         )
+        for file in files:
+            if not Path(file).is_file():
+                raise DataError(f"{file}: is no regular file, as images are")
         if not files:
             raise DataError(
                 f"{folder / name}: no images; expected files ending in {', '.join(IMAGE_ENDINGS)}"
@@ -421,6 +452,8 @@ def imagenet(
     wrong: folders, classes that differ, classes without images, and the first image of a class where it
     cannot be read.
     """
+    for name, value, least in (("size", size, 1), ("limit", limit, 0), ("workers", workers, 0)):
+        _check_whole(name, value, least)
     root = Path(folder)
     if not root.is_dir():
         hint = "; unpack it first" if root.is_file() else ""

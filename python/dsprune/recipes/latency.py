@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
@@ -57,6 +58,12 @@ def dense_forms(
     return forms
 
 
+def check_seconds(seconds: float) -> None:
+    """Raises ValueError for a duration that is not above 0 and finite."""
+    if isinstance(seconds, bool) or not 0 < seconds < math.inf:
+        raise ValueError(f"seconds: expected more than 0 and less than infinity, got {seconds!r}")
+
+
 def interleaved_medians(
     calls: Mapping[str, Call], *, seconds: float = 0.5, warmup: int = 3
 ) -> dict[str, float]:
@@ -69,8 +76,7 @@ def interleaved_medians(
 
     Raises ValueError for `seconds` that are not above 0.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds: expected more than 0, got {seconds!r}")
+    check_seconds(seconds)
     # no_grad, not inference_mode: a compiled form was traced so, and all are to run alike.
     with torch.no_grad():
         bursts: dict[str, int] = {}

@@ -64,6 +64,7 @@ class Config:
     finetune: training.Finetune = field(default_factory=training.Finetune)
 
     def __post_init__(self) -> None:
+        training.check_types(self)
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"arch: expected one of {list(ARCHITECTURES)}, got {self.arch!r}")
         if self.arch == "cifar_resnet" and self.depth not in models.CIFAR_DEPTHS:
@@ -95,7 +96,7 @@ class Config:
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: Path) -> Config:
         """The settings in `content`; CheckpointError, naming `source`, where they are not ours."""
-        if content.get("format") != _FORMAT:
+        if type(content.get("format")) is not int or content["format"] != _FORMAT:
             raise CheckpointError(f"{source}: run format {content.get('format')!r}, expected {_FORMAT}")
         values = {key: value for key, value in content.items() if key != "format"}
         kinds = {
@@ -105,9 +106,13 @@ class Config:
             "finetune": training.Finetune,
         }
         try:
+            for given, kind in ((values, cls), *((values[name], kind) for name, kind in kinds.items())):
+                lacking = {entry.name for entry in dataclasses.fields(kind)} - given.keys()
+                if lacking:  # a default would be another run's
+                    raise ValueError(f"it lacks {sorted(lacking)[0]!r}")
             stages = {name: kind(**values.pop(name)) for name, kind in kinds.items()}
             return cls(**values, **stages)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{source}: not a run of this version ({error})") from None
 
 
@@ -160,6 +165,7 @@ class Run:
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: is not a folder")
         run = cls(path, config)
+        (path / "run.json").unlink(missing_ok=True)  # else a run cut off here would go on by the old settings
         run.forget("dense")
         write_json(path / "run.json", config.to_json())
         return run

@@ -7,7 +7,6 @@ Each takes a `Run` and leaves its result in the folder. Training stages go on fr
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -62,7 +61,6 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
     Raises CheckpointError, naming the file, where it is missing or damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -73,7 +71,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             raise
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # a damaged file fails in many ways
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
 
 
@@ -84,15 +82,14 @@ def packed_layouts(path: Path) -> dict[str, Any] | None:
 
     Raises CheckpointError, naming the file, where its header is damaged.
     """
-    from safetensors import safe_open
+    from dsprune import io
+    from dsprune.files import read_tensors
 
-    with safe_open(str(path), framework="pt") as file:
-        header = (file.metadata() or {}).get("dsprune-packed")
-    if header is None:
-        return None
     try:
-        return dict(json.loads(header)["layouts"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        return dict(read_tensors(path, io.FORMAT, ("version", io.VERSION))[1]["layouts"])
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, KeyError) and error.args == (io.FORMAT,):
+            return None
         raise CheckpointError(f"{path}: damaged header ({error})") from None
 
 

@@ -13,18 +13,21 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dsprune.learn import MOST_GROUPS
 from dsprune.recipes.checkpoint import (
     CheckpointError,
+    explained,
     flatten_optimizer,
+    join_optimizer,
     join_state,
     read_checkpoint,
-    restore_optimizer,
+    restore,
     split_state,
     write_checkpoint,
 )
@@ -53,7 +56,36 @@ class Silent:
         return None
 
 
+MOST = {"groups": MOST_GROUPS, "epochs": 100_000, "cycles": 10_000, "batch": 1 << 20}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if get_args(kind):
+        return any(_fits(value, one) for one in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind if kind in (int, bool) else isinstance(value, kind)
+
+
+def check_types(settings: Any) -> None:
+    """That a dataclass's fields hold what they are declared as, no float or bool for an int: else a TypeError
+    that names the field.
+    """
+    kinds = get_type_hints(type(settings))
+    for entry in dataclasses.fields(settings):
+        value, kind = getattr(settings, entry.name), kinds[entry.name]
+        if not _fits(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise TypeError(f"{entry.name}: expected {wanted}, got {value!r}")
+
+
 def _check(settings: Any, *, at_least: Mapping[str, float] = {}, above: Mapping[str, float] = {}) -> None:
+    check_types(settings)
+    for name, most in MOST.items():
+        if getattr(settings, name, 0) > most:
+            raise ValueError(f"{name}: expected at most {most}, got {getattr(settings, name)!r}")
     for name, bound in at_least.items():
         value = getattr(settings, name)
         if not math.isfinite(value) or value < bound:
@@ -80,7 +112,8 @@ class Pretrain:
     milestones: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON has lists
+        if isinstance(self.milestones, list):  # JSON has lists
+            object.__setattr__(self, "milestones", tuple(self.milestones))
         _check(
             self,
             at_least={"epochs": 1, "batch": 2, "momentum": 0, "weight_decay": 0, "warmup": 0},
@@ -126,6 +159,7 @@ class Prune:
     batch: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         if sum(v is not None for v in (self.flops, self.params, self.latency)) != 1:
             raise ValueError("prune: expected exactly one target: flops, params or latency")
         for name in ("flops", "params", "latency"):
@@ -251,6 +285,8 @@ class Loop:
         tensors, meta = read_checkpoint(path)
         if meta.get("stage") != self.stage:
             raise CheckpointError(f"{path}: a checkpoint of {meta.get('stage')!r}, expected {self.stage!r}")
+        if not isinstance(meta.get("settings"), dict):
+            raise CheckpointError(f"{path}: names no settings")
         if meta["settings"] != self.settings:
             changed = sorted(
                 key
@@ -260,15 +296,29 @@ class Loop:
             raise CheckpointError(
                 f"{path}: made with other settings ({', '.join(changed)}); start without resume"
             )
-        load_weights(self.model, part_of(tensors, "model."), path)
-        restore_optimizer(self.optimizer, part_of(tensors, "optimizer."), meta["optimizer"], "")
-        if self.learner is not None:
-            self.learner.load_state_dict(join_state(meta["learner"], tensors))
-        self.best = part_of(tensors, "best.")
-        self.epoch, self.history, self.within = meta["epoch"], meta["history"], meta["within"]
-        self.losses.copy_(tensors["losses"])
-        self.generator.set_state(tensors["random.data"])
-        torch.set_rng_state(tensors["random.torch"])
+        with explained(path):
+            parts: list[tuple[Any, Any]] = [
+                (self.model, part_of(tensors, "model.")),
+                (self.optimizer, join_optimizer(part_of(tensors, "optimizer."), meta["optimizer"])),
+            ]
+            if self.learner is not None:
+                parts.append((self.learner, join_state(meta["learner"], tensors)))
+            epoch, within, history = meta["epoch"], meta["within"], meta["history"]
+            for name, value in (("epoch", epoch), ("within", within)):
+                if type(value) is not int or value < 0:
+                    raise ValueError(f"{name} is {value!r}")
+            if not isinstance(history, list) or len(history) != epoch:
+                raise ValueError(f"a history of other than {epoch} epochs")
+            best, losses, data = part_of(tensors, "best."), tensors["losses"], tensors["random.data"]
+            if losses.shape != self.losses.shape or losses.dtype != self.losses.dtype:
+                raise ValueError(f"losses of {losses.dtype} {tuple(losses.shape)}")
+            if best:
+                own = self.model.state_dict()
+                if own.keys() != best.keys() or any(own[n].shape != best[n].shape for n in own):
+                    raise ValueError("the best network is of another make")
+        restore(path, parts, [(self.generator, data), (torch.default_generator, tensors["random.torch"])])
+        self.best, self.epoch, self.history, self.within = best, epoch, history, within
+        self.losses.copy_(losses)
 
 
 def part_of(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._library import NAMESPACE, define, library, register_derivatives
+from ._written import listen, storage_of
 from .program import Program
 
 __all__ = ["adaptive_avg_pool", "linear"]
@@ -50,7 +51,8 @@ def _linear_program(weight: Tensor, bias: Tensor | None) -> Program:
     known = _linears.get(weight)
     if known is None or known[0] != key or weight.is_inference():
         program = Program((weight.shape[1], 1, 1))
-        known = (key, program.build(program.linear(program.flatten(program.input), weight, bias)))
+        made = program.build(program.linear(program.flatten(program.input), weight, bias))
+        known = (key, made, [storage_of(tensor) for tensor in (weight, bias) if tensor is not None])
         if not weight.is_inference():  # such a one has no version: a change would go unseen
             _linears[weight] = known
     return known[1]
@@ -73,6 +75,14 @@ def _pool(x: Tensor, output_size: Sequence[int]) -> Tensor:
     _check("x", x, 4)
     return _pool_program(tuple(x.shape[1:]), tuple(output_size))(x)
 
+
+def _written(storages: set[int]) -> None:
+    for weight, known in list(_linears.items()):
+        if not storages.isdisjoint(known[2]):
+            _linears.pop(weight, None)
+
+
+listen(_written)
 
 # At the end of the process modules go away in any order, and programs want theirs.
 atexit.register(_pool_program.cache_clear)

@@ -15,15 +15,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import activations
+from .._kept import Kept
 from ..backends import native_module
 from ..layout import GroupLayout
 from .shapes import Pair, is_channels_last, output_size
-from .triton import _capturing, _Kept, _layout, _precision, prepared_weight, record
+from .triton import _capturing, _layout, _precision, prepared_weight, record
 
 __all__ = ["forget", "forward", "grad_input", "grad_weight"]
 
@@ -33,7 +35,7 @@ _TF32, _FLOAT32 = 2, 3
 # Blocks of threads a multiprocessor that hide each other's waiting: what registers and shared memory allow.
 _BLOCKS = 3
 
-_tables = _Kept(1024)
+_tables: Kept[Any, Any] = Kept(1024)
 
 
 def forget() -> None:

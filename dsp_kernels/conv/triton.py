@@ -13,28 +13,29 @@ afterwards, so that calls can be captured in a CUDA graph once they have run out
 
 The weight is laid out in tiles by a small kernel: at each call where its gradient is wanted, once for each of
 its versions where it is not (``requires_grad`` is off, or gradients are), and kept for the last few tables.
-What writes to a weight past its version counter (``weight.data``) is not seen then, until a call that wants
-its gradient comes between.
+An optimizer's step is seen, whether or not it counts as a version; what else writes past the version counter
+(``weight.data``) is not, until a call that wants the gradient comes between or
+:func:`dsp_kernels._written.written` is told.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .._kept import Kept
+from .._written import listen
 from ..layout import GroupLayout
 from ..plan import INT32_MAX, decode
 from . import launches, tiles
@@ -52,9 +53,6 @@ _WORKSPACE = 2**26  # elements of float32 that slices of the weight's gradient m
 _BLOCK = 1024
 _FORMS = 4  # laid out copies that are kept of one weight, each for a table of its own
 
-T = TypeVar("T")
-
-
 _forced: ContextVar[Launch | None] = ContextVar("dsp_kernels_launch", default=None)
 
 
@@ -70,51 +68,17 @@ def launching(launch: Launch | None) -> Iterator[None]:
 
 # ---- caches ----
 
-
-class _Kept:
-    """Values by key, the least recently used dropped first. Threads may make a value twice; one is kept."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._values: OrderedDict[Hashable, Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Any:
-        with self._lock:
-            value = self._values.get(key)
-            if value is not None:
-                self._values.move_to_end(key)
-            return value
-
-    def put(self, key: Hashable, value: T) -> T:
-        with self._lock:
-            self._values[key] = value
-            self._values.move_to_end(key)
-            while len(self._values) > self._limit:
-                self._values.popitem(last=False)
-        return value
-
-    def pop(self, key: Hashable) -> None:
-        with self._lock:
-            self._values.pop(key, None)
-
-    def drop(self, dead: Callable[[Any], bool]) -> None:
-        with self._lock:
-            for key in [key for key, value in self._values.items() if dead(value)]:
-                del self._values[key]
-
-    def clear(self) -> None:
-        with self._lock:
-            self._values.clear()
-
-    def __len__(self) -> int:
-        return len(self._values)
+_layouts: Kept[Any, Any] = Kept(1024)
+_launches: Kept[Any, Any] = Kept(4096)
+_tables: Kept[Any, Any] = Kept(1024)
+_weights: Kept[Any, Any] = Kept(1024)
 
 
-_layouts = _Kept(1024)
-_launches = _Kept(4096)
-_tables = _Kept(1024)
-_weights = _Kept(1024)
+def _written(storages: set[int]) -> None:
+    _weights.drop(lambda value: not storages.isdisjoint(p.storage.cdata for p in value))
+
+
+listen(_written)
 
 
 def forget() -> None:
@@ -331,7 +295,7 @@ def prepared_weight(weight: Tensor, table: Tensor, make: Callable[[], Tensor]) -
     key = (*where, weight.dtype)
     if weight.requires_grad:
         # Training. An update through ``.data`` leaves the version as it is, so what evaluation kept goes.
-        _weights.pop(key)
+        _weights.pop(key, None)
         return make()
     device = weight.device
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from dsp_kernels import tail
 from dsp_kernels.backends import choose
 
+from .compare import differs
 from .graph import _dynamic_shapes, _quiet, _widen_batch, as_inputs, aten, evaluating, unwrap
 from .inputs import noise_like, own_tensors, tensors_of
 from .io import target_file, write_atomically
@@ -464,18 +465,14 @@ def _compare_onnx(data: bytes, packed: PackedNetwork, inputs: tuple[Any, ...]) -
             f"check=False writes it unchecked ({reason})"
         ) from error
     for args in (inputs, noise_like(inputs)):
-        tensors = tensors_of(args)
+        arrays = tensors_of(args)
         feed = {
             node.name: tensor.detach().cpu().numpy()
-            for node, tensor in zip(session.get_inputs(), tensors, strict=True)
+            for node, tensor in zip(session.get_inputs(), arrays, strict=True)
         }
         with torch.no_grad(), evaluating(packed):
             expected = tensors_of(packed(*own_tensors(args)))
         for given, wanted in zip(session.run(None, feed), expected, strict=True):
-            out = torch.as_tensor(given)
-            bound = ONNX_TOLERANCE * max(1.0, float(wanted.abs().max()) if wanted.numel() else 1.0)
-            difference = float((out - wanted.cpu()).abs().max()) if wanted.numel() else 0.0
-            if not difference <= bound:
-                raise RuntimeError(
-                    f"ONNX Runtime's outputs differ by {difference:.3g}, where {bound:.3g} is accepted"
-                )
+            found = differs(wanted.cpu(), torch.as_tensor(given), ONNX_TOLERANCE)
+            if found is not None:
+                raise RuntimeError(f"ONNX Runtime's {found}")

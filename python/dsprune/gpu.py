@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -21,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dsp_kernels import GroupLayout, backends, cost
+from dsp_kernels._kept import Kept
 from dsp_kernels.conv import chain as chains
 from dsp_kernels.conv.triton import recording
 
@@ -759,8 +759,8 @@ class GraphCache:
     weights change, the least recently used first out.
 
     Used for plain inference: no gradients, no hooks on inner layers, no autocast, no tracer or dispatch mode
-    that wants to see every operator. Writing weights through ``.data`` goes unseen. ``reason`` says why the
-    last call had no graph. Callers on several threads and streams take turns on one graph's buffers.
+    that wants to see every operator. What is written unseen: see ``Watch``. ``reason`` says why the last call
+    had no graph. Callers on several threads and streams take turns on one graph's buffers.
     """
 
     def __init__(
@@ -777,7 +777,7 @@ class GraphCache:
         self.network, self.backend, self.kept, self.chain = network, backend, kept, chain
         self.capturer: Capturer = capturer or CudaCapturer()
         self.reason: str | None = None
-        self._graphs: OrderedDict[Any, tuple[Captured | None, str | None]] = OrderedDict()
+        self._graphs: Kept[Any, tuple[Captured | None, str | None]] = Kept(kept)
         self._lock = threading.RLock()
         self._watch = Watch(network)
 
@@ -824,13 +824,8 @@ class GraphCache:
         if refused is not None:
             return None, refused
         key = self._key(x)
-        if key in self._graphs:
-            self._graphs.move_to_end(key)
-        else:
-            self._graphs[key] = self._make(x)
-            if len(self._graphs) > self.kept:
-                self._graphs.popitem(last=False)
-        return self._graphs[key]
+        known: tuple[Captured | None, str | None] | None = self._graphs.get(key)
+        return known or self._graphs.put(key, self._make(x))
 
     def _make(self, x: torch.Tensor) -> tuple[Captured | None, str | None]:
         if not isinstance(self.network, fx.GraphModule):

@@ -15,7 +15,10 @@ from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
 from dsp_kernels import GroupLayout, available_backends
+from dsp_kernels._kept import Kept
+from dsp_kernels._written import written
 
+from .compare import differs, no_worse
 from .gpu import GraphCache
 from .graph import (
     ExportError,
@@ -39,6 +42,9 @@ from .watch import Watch
 EXTRA = "_extra_state"  # torch's key for what ``get_extra_state`` gives
 
 __all__ = ["PackError", "PackedNetwork", "PackedState", "pack", "unpack"]
+
+
+KEPT_VARIANTS = 8  # plans for other sizes; the least recently used goes first
 
 
 class PackError(RuntimeError):
@@ -183,7 +189,7 @@ class PackedNetwork(nn.Module):
         self._hidden: dict[str, nn.Module] = {"skeleton": skeleton}
         self._form = None if limits is None else form_of(inputs, {}, self._dtype())[0]
         # Planned again for other arguments, by these: the network and what it is good for.
-        self._variants: dict[Any, tuple[nn.Module, Limits]] = {}
+        self._variants: Kept[Any, tuple[nn.Module, Limits]] = Kept(KEPT_VARIANTS)
         self._caches: dict[nn.Module, Any] = {}
         # One tensor's shape and dtype, and the network that they fitted.
         self._fitting: tuple[Any, Any] = (None, None)
@@ -289,12 +295,44 @@ class PackedNetwork(nn.Module):
             if reference is not None:
                 network = network.to(device=reference.device, dtype=reference.dtype)
         self._variants[key] = network, graph.limits
+        kept = {self.network, *(planned for planned, _ in self._variants.values())}
+        self._caches = {planned: cache for planned, cache in self._caches.items() if planned in kept}
         return network
 
     def __getstate__(self) -> dict[str, Any]:
         # What was made of the rest is made again where it is needed.
-        made = {"_variants": {}, "_caches": {}, "_fitting": (None, None), "_watch": Watch(self.network)}
+        made = {
+            "_variants": Kept(KEPT_VARIANTS),
+            "_caches": {},
+            "_fitting": (None, None),
+            "_watch": Watch(self.network),
+        }
         return self.__dict__ | made
+
+    def refresh(self) -> None:
+        """Makes programs and CUDA graphs again at the next call.
+
+        Needed after weights were written in a way that torch does not count: through ``.data``,
+        ``vector_to_parameters`` (which goes through it), NumPy, DLPack, ``torch._fused_*`` called directly.
+        Seen without it: writes in place, ``load_state_dict``, new parameters and layers, the step of any
+        ``torch.optim.Optimizer``, fused ones included.
+        """
+        written(tensor for tensor in (*self.network.parameters(), *self.network.buffers()))
+        self._caches.clear()
+
+    def train(self, mode: bool = True) -> PackedNetwork:
+        """As ``nn.Module.train``; a fused network computes the same in either mode, and says so once."""
+        if mode and self.fused and not self._told:
+            self._told = True
+            warnings.warn(
+                "this packed network is fused for inference: BatchNorm is folded in, dropout is gone, and "
+                "train() changes nothing in it. To train, pack the dense network with pack(..., train=True).",
+                stacklevel=2,
+            )
+        super().train(mode)
+        return self
+
+    _told = False  # that train() changes nothing
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> PackedNetwork:
         whole = self._seal is not None and self._seal == _seal(self.network)
@@ -517,7 +555,6 @@ def _replace_sharing(
 
 
 PACKED_LAYERS = (PermutedGroupedConv2d, PackedConv2d, PackedBatchNorm2d)
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def _compare(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -548,20 +585,13 @@ def _differ(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> Non
     with torch.no_grad(), evaluating(dense), evaluating(packed), exact:
         for args in (inputs, noise_like(inputs)):
             expected, given = trial(dense, args), trial(packed, args)
-            if [e.shape for e in expected] != [g.shape for g in given]:
-                raise PackError(f"output shapes differ: {[tuple(g.shape) for g in given]}")
+            if len(expected) != len(given):
+                raise PackError(f"{len(given)} outputs for {len(expected)}")
+            finite = all(bool(v.isfinite().all()) for v in tensors_of(args))
             for e, g in zip(expected, given, strict=True):
-                if not e.is_floating_point() or e.numel() == 0:
-                    continue
-                finite = e.isfinite()
-                bound = TOLERANCE.get(e.dtype, 1e-4) * max(
-                    1.0, float(e[finite].abs().max()) if finite.any() else 1.0
-                )
-                difference = (e - g)[finite].abs().max() if finite.any() else torch.zeros(())
-                if not bool(difference <= bound):
-                    raise PackError(
-                        f"outputs differ by {float(difference):.3g}, where {bound:.3g} is accepted"
-                    )
+                reason = differs(e, g, finite_inputs=finite)
+                if reason is not None and not no_worse(dense, args, expected, given):
+                    raise PackError(reason)
 
 
 @torch.inference_mode(False)  # weights made in that mode could not tell a program when they are written

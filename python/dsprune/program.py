@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from dsp_kernels import backends
+from dsp_kernels._kept import Kept
 from dsp_kernels.program import Program, Value
 
 from .graph import aten
@@ -20,6 +20,7 @@ from .watch import Watch
 __all__ = ["ProgramCache", "to_program"]
 
 IDENTITY = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
+PLAIN = (torch.Tensor, nn.Parameter)
 KEPT_PROGRAMS = 8  # image sizes; the least recently used goes first
 
 
@@ -172,14 +173,14 @@ class ProgramCache:
     """The programs of one packed graph by image size, made when first needed, dropped when weights change.
 
     A program is used for plain inference: float32 on the CPU, no gradients, no hooks on inner layers, no
-    tracer or dispatch mode that wants to see every operator. Writing weights through ``.data`` goes unseen.
+    tracer or dispatch mode that wants to see every operator. What is written unseen: see ``Watch``.
     ``reason`` says why the last call had no program.
     """
 
     def __init__(self, network: nn.Module, backend: str | None) -> None:
         self.network, self.backend = network, backend
         self.reason: str | None = None
-        self._programs: OrderedDict[tuple[int, ...], tuple[Program | None, str | None]] = OrderedDict()
+        self._programs: Kept[tuple[int, ...], tuple[Program | None, str | None]] = Kept(KEPT_PROGRAMS)
         self._lock = threading.Lock()
         self._watch = Watch(network)
         self._place: tuple[int, int] | None = None
@@ -206,13 +207,8 @@ class ProgramCache:
         if refused is not None:
             return None, refused
         image = shape[1:]
-        if image in self._programs:
-            self._programs.move_to_end(image)
-        else:
-            self._programs[image] = self._make(tuple(image))
-            if len(self._programs) > KEPT_PROGRAMS:
-                self._programs.popitem(last=False)
-        return self._programs[image]
+        known: tuple[Program | None, str | None] | None = self._programs.get(image)
+        return known or self._programs.put(image, self._make(tuple(image)))
 
     def run(self, program: Program, x: torch.Tensor) -> Any:
         """The program's result in the form in which the network returns it."""
@@ -233,6 +229,9 @@ class ProgramCache:
     def _make(self, shape: tuple[int, ...]) -> tuple[Program | None, str | None]:
         if any(p.dtype is not torch.float32 for p in self.network.parameters()):
             return None, "weights are not float32"
+        other = [type(p).__name__ for p in self.network.parameters() if type(p) not in PLAIN]
+        if other:
+            return None, f"a weight is a {other[0]}"
         try:
             chosen = backends.choose(self.backend, "cpu", torch.float32)
         except ValueError as error:

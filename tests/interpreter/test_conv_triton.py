@@ -413,7 +413,7 @@ def test_same_bits_each_time() -> None:
 def test_calls_from_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's part: the interpreter itself runs one kernel at a time."""
     monkeypatch.setattr(room, "_kernels", Launches)
-    monkeypatch.setattr(room, "_tables", room._Kept(2))
+    monkeypatch.setattr(room, "_tables", room.Kept(2))
     x, weight = torch.randn(1, 5, 9, 9), torch.randn(LAYOUT.weight_numel(1))
     failed: list[BaseException] = []
 
@@ -537,7 +537,7 @@ def test_memory_that_is_used_again_is_not_mistaken_for_what_it_held() -> None:
 
 
 def test_tables_are_dropped_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_tables", room._Kept(3))
+    monkeypatch.setattr(room, "_tables", room.Kept(3))
     x, weight = torch.randn(1, 5, 9, 9), torch.randn(LAYOUT.weight_numel(1))
     for padding in range(4):
         permuted_grouped_conv2d(x, weight, LAYOUT, kernel_size=1, padding=padding, backend="triton")

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
 from .guards import Expression, evaluate, parse
@@ -318,6 +319,33 @@ def _ranges(program: torch.export.ExportedProgram, leaves: Sequence[Any]) -> tup
     return tuple(out)
 
 
+MOST_TERMS = 64  # of one symbolic size; plain networks have some four for each strided layer at most
+
+
+class _Budget(TorchFunctionMode):
+    """Gives an export up where symbolic sizes become long expressions.
+
+    "Same" padding computed from the size mentions it three times a layer: after n strided layers 3^n terms,
+    in each of which the tracer reasons, for assumptions that are as long.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[Any] = set()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            for size in value.shape if isinstance(value, torch.Tensor) else ():
+                if isinstance(size, torch.SymInt) and size.node.expr not in self._seen:
+                    self._seen.add(size.node.expr)
+                    if size.node.expr.count_ops() > MOST_TERMS:
+                        raise ExportError(f"a size of more than {MOST_TERMS} terms")
+        return out
+
+
 def _export(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.export.ExportedProgram, Limits]:
@@ -331,7 +359,8 @@ def _export(
         shapes = None if spatial is None else _dynamic_shapes(given, spatial)
         try:
             with _quiet(), torch.no_grad(), _no_autocast(), _watched(model) as changed:
-                program = torch.export.export(model, args, named, dynamic_shapes=shapes)
+                with _Budget():
+                    program = torch.export.export(model, args, named, dynamic_shapes=shapes)
                 if changed:
                     raise _Stateful(f"forward changes {changed[0]!r}, which a graph would not")
                 ranges = _ranges(program, tree_leaves((args, named)))

@@ -333,7 +333,7 @@ def plan(out: Path, found: dict[str, Any]) -> list[Phase]:
 
     races = [sanitizer(), "--tool", "racecheck", "--kernel-regex", "kns=conv2d", "--error-exitcode", "9"]
     return [
-        build(found["capability"], 60),
+        build(found["capability"], 100),
         step("ceilings", 30),
         step("structure", 150),
         tests(150, ("build", "ceilings")),
@@ -358,14 +358,14 @@ def tuning_plan(out: Path, found: dict[str, Any]) -> list[Phase]:
         "--table",
         str(out / "launch_table.json"),
     ]
-    return [build(found["capability"], 60), Phase("tune", command, 535)]
+    return [build(found["capability"], 100), Phase("tune", command, 535)]
 
 
 def others_plan(out: Path, found: dict[str, Any]) -> list[Phase]:
     """The third call: what the first had no time for."""
     ceilings = Phase("ceilings", _step("ceilings", out), 60)
     others = Phase("others", _step("others", out), 535, ("build", "ceilings"))
-    return [build(found["capability"], 60), ceilings, others]
+    return [build(found["capability"], 100), ceilings, others]
 
 
 # ---- the whole ----

@@ -148,6 +148,14 @@ py::tuple cuda_conv2d_sizes(Address table, int64_t table_numel) {
                         sizes.shared_bytes, sizes.multiply_adds);
 }
 
+// (status, what dsp_cuda_work holds, in its order)
+py::tuple cuda_conv2d_work(Address table, int64_t table_numel) {
+  dsp_cuda_work work{};
+  const int status = dsp_cuda_conv2d_work(at<const int32_t>(table), table_numel, &work);
+  return py::make_tuple(status, work.multiply_adds, work.effort, work.weights, work.blocks, work.most_splits,
+                        work.gathered, work.groups, work.halo_rows, work.phase_taps);
+}
+
 int cuda_conv2d_prepare(int32_t device, Address stream, Address table, int64_t table_numel,
                         Address device_table, Address weight, int64_t weight_numel, Address prepared,
                         int64_t prepared_bytes) {
@@ -344,6 +352,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("ph"), py::arg("pw"), py::arg("dh"), py::arg("dw"), py::arg("plan"), py::arg("plan_numel"),
         py::arg("fill"), py::arg("blocks_wanted"), py::arg("words"), py::arg("words_numel"));
   m.def("cuda_conv2d_sizes", &cuda_conv2d_sizes, py::arg("table"), py::arg("table_numel"));
+  m.def("cuda_conv2d_work", &cuda_conv2d_work, py::arg("table"), py::arg("table_numel"));
   m.def("cuda_conv2d_prepare", &cuda_conv2d_prepare, nogil, py::arg("device"), py::arg("stream"),
         py::arg("table"), py::arg("table_numel"), py::arg("device_table"), py::arg("weight"),
         py::arg("weight_numel"), py::arg("prepared"), py::arg("prepared_bytes"));

@@ -267,6 +267,21 @@ typedef struct dsp_cuda_sizes {
 /* Reads all of the table, and refuses one with anything out of place; the calls read its header alone. */
 DSP_API dsp_status dsp_cuda_conv2d_sizes(const int32_t* table, int64_t table_numel, dsp_cuda_sizes* sizes);
 
+typedef struct dsp_cuda_work {
+  int64_t multiply_adds; /* that the matrix instructions make, padding included */
+  double effort;         /* these, and on top the copies, in multiply-adds that take as long by the planner */
+  int64_t weights;       /* elements of the laid out weight */
+  int64_t blocks;        /* before sums are split */
+  int64_t most_splits;   /* into how many shares a sum can go */
+  int64_t gathered;      /* groups that are read channel by channel, of */
+  int64_t groups;        /* those that have filters */
+  int64_t halo_rows;     /* pixels that a block copies for */
+  int64_t phase_taps;    /* so many taps of its outputs */
+} dsp_cuda_work;
+/* What a table of operation 0 makes of the work, for a cost model. Reads all of it, as dsp_cuda_conv2d_sizes.
+ */
+DSP_API dsp_status dsp_cuda_conv2d_work(const int32_t* table, int64_t table_numel, dsp_cuda_work* work);
+
 typedef struct dsp_cuda_call {
   int32_t device;
   void* stream;         /* a cudaStream_t */

@@ -172,6 +172,27 @@ def test_work_of_the_cuda_kernels_is_what_their_tables_hold(
     assert mine.effort >= mine.multiply_adds
 
 
+def test_without_the_compiled_core_the_cuda_form_is_never_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda_work, "available_backends", lambda: {"native": "not built"})
+    cuda_work.cuda_work.cache_clear()
+    layout = GroupLayout(8, 8, [(range(8), range(8))])
+    conv = cost.Conv(layout, 1, (8, 8), (3, 3), padding=(1, 1))
+    try:
+        assert cost.estimate(conv, cost.device("H200"), HALF, "cuda").seconds == math.inf
+    finally:
+        cuda_work.cuda_work.cache_clear()
+
+
+def test_what_the_planner_refuses_is_a_value_error() -> None:
+    if (reason := backends.available_backends()["native"]) is not None:
+        pytest.skip(f"native backend: {reason}")
+    layout = GroupLayout(8, 8, [(range(8), range(8))])
+    with pytest.raises(ValueError, match="the CUDA convolution refused: batch is above"):
+        cuda_work.cuda_work(layout, 2, 1 << 30, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
+
+
 def test_terms_of_the_cuda_form_by_hand() -> None:
     """A group of 20 filters is multiplied as 24; nine taps share a halo of 10 x 18 pixels, copied once; a
     gather costs eight times as much.

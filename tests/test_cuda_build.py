@@ -179,6 +179,8 @@ def test_machine_code_multiplies_matrices_and_copies_16_bytes() -> None:
         for (kernel, instance), names in instructions(architecture).items():
             where = f"{kernel}<{instance}> on sm_{architecture}"
             assert not [n for n in names if n.startswith(("LDL", "STL"))], where
+            if kernel in ("conv2d_kernel", "conv2d_finish_kernel"):
+                assert any(re.match(r"STG?\.E\.128", n) for n in names), where
             if kernel not in ("conv2d_kernel", "conv2d_grad_weight_kernel"):
                 continue
             assert any(n.startswith("HMMA") for n in names) == (instance != "F32"), where

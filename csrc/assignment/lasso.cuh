@@ -188,7 +188,7 @@ DSP_DEVICE Pieces pieces_of(const Place& p, int64_t row, int count) {
   const int taps = static_cast<int>(l.taps);
   const int64_t row_step = l.channels * l.taps;
   if (l.tap_major != 0) {
-    const int64_t tap_step = DSP_FAULT(24, l.channels + 1, l.channels);
+    const int64_t tap_step = l.channels;
     return {count * taps, p.channels, p.width, taps, row_step, tap_step, row * row_step + p.tile.channel};
   }
   return {count, p.channels * taps, p.width * taps, 1, row_step, 0, row * row_step + p.tile.channel * taps};
@@ -208,7 +208,7 @@ DSP_DEVICE void stage(uint32_t to, const S* from, const Pieces& pieces, bool vec
     if (step > 1)
       device::copy_async16(target, source, true);
     else
-      device::store_shared(target, *source);
+      device::store_shared(target, device::load_written(source));
   }
 }
 
@@ -237,7 +237,7 @@ struct Batches {
   DSP_DEVICE void bring(int64_t row) const {
     if (row < p.end) {
       const Shared<A> shared = shared_of<A>(a);
-      const Pieces pieces = pieces_of(p, row, count(row) + DSP_FAULT(21, 1, 0));
+      const Pieces pieces = pieces_of(p, row, count(row));
       const bool vectors = p.layer.vectors != 0;
       const uint32_t slot = slot_of(row);
       stage(shared.weight + slot, address_of<const S>(a, p.tile.layer, kWeight), pieces, vectors);
@@ -252,7 +252,7 @@ struct Batches {
   }
   // Once all threads are done with a batch, the next one takes its place.
   DSP_DEVICE void next(int64_t row) const {
-    if (DSP_FAULT(29, false, true)) device::barrier();
+    device::barrier();
     if (!stored) bring(row + slots * size);
   }
   DSP_DEVICE void finish() const { device::wait_copies<0>(); }
@@ -268,8 +268,8 @@ struct Batches {
         const int r = p.team + i * p.teams;
         if (r >= filters || !p.live) continue;
         const int64_t at = p.layer.squares_at + (row + r) * p.layer.channels + p.channel;
-        s[i] = as<A>(a.squares)[at];
-        if (a.directed) t[i] = as<A>(a.products)[at];
+        s[i] = device::load_written(as<A>(a.squares) + at);
+        if (a.directed) t[i] = device::load_written(as<A>(a.products) + at);
       }
       return;
     }
@@ -279,7 +279,7 @@ struct Batches {
       device::wait_copies<1>();
     else
       device::wait_copies<3>();
-    if (DSP_FAULT(23, false, true)) device::barrier();
+    device::barrier();
     const Shared<A> shared = shared_of<A>(a);
     constexpr int kSize = static_cast<int>(sizeof(S));
     const uint32_t slot = slot_of(row);
@@ -375,7 +375,7 @@ DSP_DEVICE void move(const Arguments& a, const Place& p, int64_t row, int count,
   for (int i = 0; i < kPairs; ++i) {
     const A factor = A(1) - amount * sums[0][i];
     moved[i] = s[i] * factor * factor;
-    if (a.directed) t[i] -= amount * (s[i] * DSP_FAULT(30, A(1), factor) * sums[1][i]);
+    if (a.directed) t[i] -= amount * (s[i] * factor * sums[1][i]);
   }
 }
 
@@ -407,8 +407,8 @@ lasso_columns_kernel(const Arguments a) {
           const int r = p.team + i * p.teams;
           if (r >= count || !p.live) continue;
           const int64_t at = p.layer.squares_at + (row + r) * p.layer.channels + p.channel;
-          as<A>(a.squares)[at] = s[i];
-          if (a.directed) as<A>(a.products)[at] = t[i];
+          device::store_global(as<A>(a.squares) + at, s[i]);
+          if (a.directed) device::store_global(as<A>(a.products) + at, t[i]);
         }
       }
       if (a.mode == kMoved || a.mode == kMixed) {
@@ -436,11 +436,11 @@ lasso_columns_kernel(const Arguments a) {
     const int last = h.groups - group0 < kGroups ? static_cast<int>(h.groups - group0) : kGroups;
     for (int g = p.team; g < last && p.live; g += p.teams) {
       A sum = A(0);
-      for (int team = 0; team < DSP_FAULT(25, p.teams - 1, p.teams); ++team)
+      for (int team = 0; team < p.teams; ++team)
         sum += device::load_shared<A>(
             bytes((g * kThreads + team * p.width + p.column) * static_cast<int>(sizeof(A))));
-      as<A>(a.columns)[p.layer.columns_at + (p.tile.chunk * h.groups + group0 + g) * p.layer.channels +
-                       p.channel] = sum;
+      const int64_t at = (p.tile.chunk * h.groups + group0 + g) * p.layer.channels + p.channel;
+      device::store_global(as<A>(a.columns) + (p.layer.columns_at + at), sum);
     }
     device::barrier();
   }
@@ -484,13 +484,13 @@ lasso_norms_kernel(const Arguments a) {
   A norms = A(0), moves = A(0);
   for (int64_t c = device::thread(); c < l.channels; c += kThreads) {
     A sum = A(0);
-    for (int64_t chunk = 0; chunk < DSP_FAULT(22, l.chunks - 1, l.chunks); ++chunk)
-      sum += columns[chunk * h.groups * l.channels + c];
+    for (int64_t chunk = 0; chunk < l.chunks; ++chunk)
+      sum += device::load_written(columns + (chunk * h.groups * l.channels + c));
     if (a.mode == kMixed) {
       const A inverse = as<A>(a.inverses)[target + c];
       const A change = sum * inverse;
       moves += change;
-      as<A>(a.changes)[target + c] = -as<A>(a.ratios)[target + c] * change * inverse;
+      device::store_global(as<A>(a.changes) + (target + c), -as<A>(a.ratios)[target + c] * change * inverse);
       continue;
     }
     // A NaN is no dead norm, and comes through.
@@ -500,22 +500,23 @@ lasso_norms_kernel(const Arguments a) {
     norms += norm;
     if (a.mode == kProximal) {
       const A left = A(1) - amount_of<A>(a, layer) * size * inverse;
-      as<A>(a.ratios)[target + c] = dead || left < A(0) ? A(0) : left;
+      device::store_global(as<A>(a.ratios) + (target + c), dead || left < A(0) ? A(0) : left);
     } else {
-      as<A>(a.mode == kMoved ? a.moved : a.ratios)[target + c] = size * inverse;
+      device::store_global(as<A>(a.mode == kMoved ? a.moved : a.ratios) + (target + c), size * inverse);
     }
-    if (a.mode == kStep && a.directed) as<A>(a.inverses)[target + c] = inverse;
+    if (a.mode == kStep && a.directed) device::store_global(as<A>(a.inverses) + (target + c), inverse);
   }
   if (a.mode == kProximal) return;
   const int64_t own = layer * h.groups + group;
   const A total = block_sum(a.mode == kMixed ? moves : norms);
   if (device::thread() != 0) return;
   if (a.mode == kMixed) {
-    as<A>(a.scalars)[own] += total * q;
+    device::store_global(as<A>(a.scalars) + own, device::load_written(as<A>(a.scalars) + own) + total * q);
     return;
   }
-  as<A>(a.scalars)[own] = total * q;
-  if (a.mode == kNorm) as<A>(a.group_penalties)[own] = as<A>(a.scales)[layer] * size * total;
+  device::store_global(as<A>(a.scalars) + own, total * q);
+  if (a.mode == kNorm)
+    device::store_global(as<A>(a.group_penalties) + own, as<A>(a.scales)[layer] * size * total);
 }
 
 template <typename A>
@@ -526,13 +527,14 @@ lasso_total_kernel(const Arguments a) {
   if (layer >= h.layers) return;
   A sum = A(0);
   for (int64_t g = 0; g < h.groups; ++g) sum += as<A>(a.group_penalties)[layer * h.groups + g];
-  as<A>(a.penalties)[layer] = sum;
+  device::store_global(as<A>(a.penalties) + layer, sum);
 }
 
 // ---- sums over channels ----------------------------------------------------------------------------------
 
 template <typename A>
 DSP_DEVICE A warp_sum(A value) {
+  device::sync_warp();  // lanes had different numbers of terms
   DSP_UNROLL
   for (int lanes = 16; lanes > 0; lanes /= 2) value += device::shuffle_xor(value, lanes);
   return value;
@@ -558,8 +560,10 @@ DSP_DEVICE void add_channels(const Arguments& a, const Place& p, int64_t row, in
                device::load_shared<A>(pair_at<A>(shared.matrix, n, r, p.width, c));
     }
     sum = warp_sum(sum);
-    if (device::lane() == 0)
-      as<A>(a.rows)[p.layer.rows_at + (p.tile.block * h.groups + g) * p.layer.filters + row + r] = sum;
+    if (device::lane() == 0) {
+      const int64_t at = (p.tile.block * h.groups + g) * p.layer.filters + row + r;
+      device::store_global(as<A>(a.rows) + (p.layer.rows_at + at), sum);
+    }
   }
 }
 
@@ -656,7 +660,7 @@ lasso_apply_kernel(const Arguments a) {
       int tap = element - c * taps;
       const auto factor_at = [&] {
         const A value = device::load_shared<A>(pair_at<A>(shared.matrix, 1, r, p.width, c));
-        if (++tap == DSP_FAULT(28, taps + 1, taps)) {
+        if (++tap == taps) {
           tap = 0;
           ++c;
         }
@@ -668,12 +672,12 @@ lasso_apply_kernel(const Arguments a) {
         DSP_UNROLL
         for (int n = 0; n < Vector<S>::kLength; ++n)
           fresh.value[n] = E::store(A(E::load(old.value[n])) * factor_at());
-        *reinterpret_cast<Vector<S>*>(out + to) = fresh;
-        if (a.keep) *reinterpret_cast<Vector<S>*>(keep + to) = old;
+        device::store_global(reinterpret_cast<Vector<S>*>(out + to), fresh);
+        if (a.keep) device::store_global(reinterpret_cast<Vector<S>*>(keep + to), old);
       } else {
         const S old = device::load_shared<S>(from);
-        out[to] = E::store(A(E::load(old)) * factor_at());
-        if (a.keep) keep[to] = old;
+        device::store_global(out + to, static_cast<S>(E::store(A(E::load(old)) * factor_at())));
+        if (a.keep) device::store_global(keep + to, old);
       }
     }
     if (a.mode == kBackward) add_channels<A, 1>(a, p, row, count, ratios);
@@ -692,16 +696,16 @@ lasso_rows_kernel(const Arguments a) {
   const Layer& l = layer_of(a, tile.layer);
   const int64_t group = device::block_y();
   const int64_t o = tile.filter + device::thread();
-  if (o >= DSP_FAULT(27, l.filters + 1, l.filters)) return;
+  if (o >= l.filters) return;
   A sum = A(0);
   const A* rows = as<A>(a.rows) + l.rows_at + group * l.filters + o;
-  for (int64_t block = 0; block < DSP_FAULT(26, l.blocks - 1, l.blocks); ++block)
-    sum += rows[block * h.groups * l.filters];
+  for (int64_t block = 0; block < l.blocks; ++block)
+    sum += device::load_written(rows + block * h.groups * l.filters);
   const A log = as<A>(a.logs)[group * a.log_stride + l.filter_at + o];
   const A value = exponential(A(2) * log) * sum +
                   as<A>(a.scalars)[tile.layer * h.groups + group] * exponential(A(0.5) * log);
   const A factor = a.mode == kMoved ? as<A>(a.scales)[tile.layer] : amount_of<A>(a, tile.layer);
-  as<A>(a.log_out)[group * a.log_out_stride + l.filter_at + o] = factor * value;
+  device::store_global(as<A>(a.log_out) + (group * a.log_out_stride + l.filter_at + o), factor * value);
 }
 
 // ---- samples
@@ -736,7 +740,8 @@ sample_forward_kernel(const SampleArguments a) {
   A total = A(0);
   for (int64_t g = 0; g < a.groups; ++g) total += exponential(score(g) - largest);
   const A shift = logarithm(total);
-  for (int64_t g = 0; g < a.groups; ++g) as<A>(a.out)[g * a.count + at] = score(g) - largest - shift;
+  for (int64_t g = 0; g < a.groups; ++g)
+    device::store_global(as<A>(a.out) + (g * a.count + at), score(g) - largest - shift);
 }
 
 // (gradient - p sum over the groups of gradient) / temperature.
@@ -751,7 +756,7 @@ sample_backward_kernel(const SampleArguments a) {
   for (int64_t g = 0; g < a.groups; ++g) {
     const A gradient = as<A>(a.logits)[g * a.stride + at];
     const A p = exponential(as<A>(a.other)[g * a.other_stride + at]);
-    as<A>(a.out)[g * a.count + at] = (gradient - p * total) / temperature;
+    device::store_global(as<A>(a.out) + (g * a.count + at), (gradient - p * total) / temperature);
   }
 }
 

@@ -12,12 +12,12 @@ namespace dsp {
 namespace cuda {
 namespace {
 
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 // 16 bytes are read and written at a time.
-void check_buffer(const void* pointer, int64_t numel, int64_t expected, const char* name,
-                  bool aligned = true) {
+void check_buffer(const void* pointer, int64_t numel, int64_t expected, const char* name, bool of_16 = true) {
   check_tensor(pointer, numel, expected, name);
-  if (aligned && reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
-    fail(std::string(name) + " does not start at a multiple of 16 bytes");
+  if (of_16 && !aligned(pointer)) fail(std::string(name) + " does not start at a multiple of 16 bytes");
 }
 
 // What may be left out: null, without elements.
@@ -116,11 +116,13 @@ dsp_status dsp_cuda_conv2d_run(const dsp_cuda_call* call, const void* x, int64_t
     a.out = out;
     a.workspace = workspace;
     a.activation = activation;
+    a.wide = aligned(out) && aligned(residual) ? 1 : 0;
     with_precision(header.precision, [&](auto element) {
       using E = decltype(element);
       launch(conv2d_kernel<E>, header.blocks, header.splits, kThreads, header.shared_bytes, call->stream, a);
       if (header.splits > 1)
-        launch(conv2d_finish_kernel<typename E::Stored>, header.blocks, 1, kThreads, 0, call->stream, a);
+        launch(conv2d_finish_kernel<typename E::Stored>, header.blocks, 1, kThreads, kStagedBytes,
+               call->stream, a);
     });
   });
 }

@@ -18,6 +18,7 @@ struct ConvArguments {
   void* out;
   float* workspace;
   int32_t activation;
+  int32_t wide;  // 1: out and residual start at multiples of 16 bytes
 };
 
 DSP_DEVICE const TableHeader& header_of(const ConvArguments& a) {
@@ -57,6 +58,17 @@ DSP_DEVICE Box box_of(const TableClass& c, int tile) {
   return {image * c.tile_n, (row - image * c.tiles_h) * c.tile_h, (tile - row * c.tiles_w) * c.tile_w};
 }
 
+// The box of the next tile.
+DSP_DEVICE void next_box(const TableClass& c, Box& box) {
+  box.x += c.tile_w;
+  if (box.x < c.grid_w) return;
+  box.x = 0;
+  box.y += c.tile_h;
+  if (box.y < c.grid_h) return;
+  box.y = 0;
+  box.n += c.tile_n;
+}
+
 struct Pixel {
   int n, y, x;  // in the box
 };
@@ -73,7 +85,7 @@ DSP_DEVICE bool in_grid(const TableClass& c, const Box& box, const Pixel& p) {
 
 // The pixel's place in the tensor that is written.
 DSP_DEVICE int64_t out_pixel(const TableClass& c, const Box& box, const Pixel& p) {
-  const int y = (box.y + p.y) * c.out_step_h + c.out_offset_h + DSP_FAULT(12, c.out_step_h - 1, 0);
+  const int y = (box.y + p.y) * c.out_step_h + c.out_offset_h;
   const int x = (box.x + p.x) * c.out_step_w + c.out_offset_w;
   return (static_cast<int64_t>(box.n + p.n) * c.out_h + y) * c.out_w + x;
 }
@@ -92,7 +104,7 @@ DSP_DEVICE int64_t halo_pixel(const TableClass& c, const Box& box, int tap_h, in
       box.y * c.in_step_h + c.in_offset_h + tap_h * c.tap_step_h + (line - image * c.halo_h) * c.halo_step_h;
   const int x =
       box.x * c.in_step_w + c.in_offset_w + tap_w * c.tap_step_w + (row - line * c.halo_w) * c.halo_step_w;
-  if (n >= c.batch || y < 0 || y >= c.in_h || x < 0 || x >= c.in_w + DSP_FAULT(7, 1, 0)) return -1;
+  if (n >= c.batch || y < 0 || y >= c.in_h || x < 0 || x >= c.in_w) return -1;
   return (static_cast<int64_t>(n) * c.in_h + y) * c.in_w + x;
 }
 
@@ -114,7 +126,7 @@ DSP_DEVICE void fill_rows(const Store* tensor, int32_t channels, const TableChun
     const int unit = thread() % kUnits;
     if (unit >= units) return;
     const int32_t first = chunk.unit[unit];
-    for (int row = thread() / kUnits; row < rows - DSP_FAULT(2, 1, 0); row += kThreads / kUnits) {
+    for (int row = thread() / kUnits; row < rows; row += kThreads / kUnits) {
       const int64_t pixel = find(row);
       const bool valid = first >= 0 && pixel >= 0;
       copy_async16(to + place(row, unit), valid ? tensor + pixel * channels + first : tensor, valid);
@@ -129,7 +141,7 @@ DSP_DEVICE void fill_rows(const Store* tensor, int32_t channels, const TableChun
   for (int i = 0; i < kEach; ++i) channel[i] = chunk.channel[word * kEach + i];
   const uint32_t column = static_cast<uint32_t>(word % 4) * 4;
   DSP_UNROLL_2
-  for (int row = thread() / kWords; row < rows + DSP_FAULT(1, 1, 0); row += kThreads / kWords) {
+  for (int row = thread() / kWords; row < rows; row += kThreads / kWords) {
     const int64_t pixel = find(row);
     uint32_t bits = 0;
     for (int i = 0; i < kEach; ++i) {
@@ -176,12 +188,11 @@ DSP_DEVICE void multiply_tap(Sums& sums, const TableChunk& chunk, const int (&ro
                              uint32_t halo, uint32_t weights, int octets) {
   using namespace device;
   const uint32_t used = static_cast<uint32_t>(chunk.used);
-  const bool masked = chunk.full == 0 && DSP_FAULT(9, false, true);
+  const bool masked = chunk.full == 0;
   for (int step = 0; step < chunk.steps; ++step) {
     uint32_t a[kWarpBlocks][4];
     for (int i = 0; i < kWarpBlocks; ++i) {
-      load_matrix<4, false>(
-          a[i], halo + place(rows[i] + shift, step * 2 + DSP_FAULT(3, lane() >> 3 & 1, lane() >> 4)));
+      load_matrix<4, false>(a[i], halo + place(rows[i] + shift, step * 2 + (lane() >> 4)));
     }
     if (masked) {
       for (int half = 0; half < 2; ++half) {
@@ -228,7 +239,7 @@ DSP_DEVICE void add_tap(Sums& sums, const TableChunk& chunk, const int (&rows)[k
     for (int i = 0; i < kWarpBlocks; ++i) {
       for (int half = 0; half < 2; ++half) {
         a[i][half] = load_shared<Four>(halo + place(rows[i][half] + shift, unit));
-        if (chunk.full == 0 && DSP_FAULT(9, false, true)) {
+        if (chunk.full == 0) {
           for (int k = 0; k < 4; ++k)
             if ((used >> (unit * 4 + k) & 1) == 0) a[i][half].v[k] = 0.0f;
         }
@@ -278,45 +289,114 @@ DSP_DEVICE float activate(float value, int32_t activation) {
   return value;
 }
 
-// Adds bias and residual, applies the activation, and stores each filter to its channel.
+// Where four sums of a pixel lie in shared memory, of the kStaged that are there at a time. What a quarter of
+// a warp reads, and what half of one writes, touches all 32 banks once.
+DSP_DEVICE uint32_t staged_place(int pixel, int four) {
+  const int turn = (pixel << 1 & 6) | (pixel >> 2 & 1);
+  return static_cast<uint32_t>((pixel * kStaged + ((four ^ turn) << 2)) * 4);
+}
+
+struct Two {
+  alignas(8) float v[2];
+};
+
+// What is written, or read, 16 bytes at a time.
+template <typename Store>
+struct Unit {
+  static constexpr int kLength = 16 / static_cast<int>(sizeof(Store));
+  alignas(16) Store v[kLength];
+};
+
+// Puts the sums of up to four octets to shared memory, with their bias: rows of pixels, whole units of
+// filters.
+template <typename E>
+DSP_DEVICE void stage_sums(const ConvArguments& a, const Work& work, const Sums& sums, int first) {
+  using namespace device;
+  const int32_t* filters = a.table + work.item->filters_at;
+  const auto* bias = static_cast<const typename E::Store*>(a.bias);
+  DSP_UNROLL
+  for (int k = 0; k < kStaged / 8; ++k) {
+    const int octet = first + k;
+    if (octet >= work.item->octets) continue;
+    float added[2] = {0.0f, 0.0f};
+    if (bias != nullptr) {
+      for (int column = 0; column < 2; ++column) {
+        const int32_t filter = load_global(filters + octet * 8 + lane() % 4 * 2 + column);
+        if (filter >= 0) added[column] = E::load(load_global(bias + filter));
+      }
+    }
+    DSP_UNROLL
+    for (int i = 0; i < kWarpBlocks; ++i) {
+      DSP_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int pixel = warp() * 32 + i * 16 + half * 8 + lane() / 4;
+        const float* from = sums.at[i][octet] + half * 2;
+        store_shared(staged_place(pixel, k * 2 + lane() % 4 / 2) + static_cast<uint32_t>(lane() % 2 * 8),
+                     Two{{from[0] + added[0], from[1] + added[1]}});
+      }
+    }
+  }
+}
+
+// Adds bias and residual, applies the activation, and stores each filter to its channel: by way of shared
+// memory, in units of 16 bytes where the table has whole ones. A warp keeps to its own 32 pixels there.
 template <typename E>
 DSP_DEVICE void finish(const ConvArguments& a, const Work& work, const Sums& sums) {
   using namespace device;
   using Store = typename E::Store;
+  constexpr int kLength = Unit<Store>::kLength;
+  constexpr int kEach = kStaged / kLength;  // units of a pixel that are there at a time
   const TableClass& c = *work.c;
   const int64_t channels = header_of(a).out_channels;
   const int32_t* filters = a.table + work.item->filters_at;
-  const auto* bias = static_cast<const Store*>(a.bias);
+  const int32_t* units = a.table + work.item->units_at;
+  const int count = work.item->octets * 8 / kLength;
   const auto* residual = static_cast<const Store*>(a.residual);
   auto* out = static_cast<Store*>(a.out);
-  int64_t pixels[kWarpBlocks][2];
-  for (int i = 0; i < kWarpBlocks; ++i) {
-    for (int half = 0; half < 2; ++half) {
-      const Pixel p = pixel_of(c, warp() * 32 + i * 16 + half * 8 + lane() / 4);
-      pixels[i][half] = in_grid(c, work.box, p) ? out_pixel(c, work.box, p) * channels : -1;
-    }
+  int64_t pixels[4];
+  for (int i = 0; i < 4; ++i) {
+    const Pixel p = pixel_of(c, warp() * 32 + i * 8 + lane() % 8);
+    pixels[i] = in_grid(c, work.box, p) ? out_pixel(c, work.box, p) * channels : -1;
   }
+  barrier();  // nobody reads the halo and the weights any more
   DSP_UNROLL
-  for (int octet = 0; octet < kMaxOctets; ++octet) {
-    if (octet >= work.item->octets) continue;
+  for (int first = 0; first < kMaxOctets; first += kStaged / 8) {
+    if (first >= work.item->octets) continue;
+    stage_sums<E>(a, work, sums, first);
+    sync_warp();
     DSP_UNROLL
-    for (int column = 0; column < 2; ++column) {
-      const int32_t filter = load_global(filters + octet * 8 + lane() % 4 * 2 + column);
-      if (DSP_FAULT(6, filter < -1, filter < 0)) continue;
-      const float added = bias == nullptr ? 0.0f : E::load(load_global(bias + filter));
-      DSP_UNROLL
-      for (int i = 0; i < kWarpBlocks; ++i) {
-        DSP_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          if (pixels[i][half] < 0) continue;
-          const int64_t at = pixels[i][half] + filter;
-          float value = sums.at[i][octet][half * 2 + column] + added;
-          // Not by way of the read-only cache: the residual may be the output.
-          if (residual != nullptr) value += E::load(residual[at]);
-          out[at] = E::store(activate(value, a.activation));
+    for (int i = 0; i < kEach; ++i) {
+      const int column = i / 4 * 4 + lane() / 8;  // the unit, of those that are there
+      const int index = first * 8 / kLength + column;
+      if (index >= count || pixels[i % 4] < 0) continue;
+      const int pixel = warp() * 32 + i % 4 * 8 + lane() % 8;
+      Four values[kLength / 4];
+      for (int k = 0; k < kLength / 4; ++k)
+        values[k] = load_shared<Four>(staged_place(pixel, column * (kLength / 4) + k));
+      // The residual, which may be the output, goes not by way of the read-only cache.
+      const int32_t channel = a.wide != 0 ? load_global(units + index) : -1;
+      if (channel >= 0) {
+        const int64_t at = pixels[i % 4] + channel;
+        Unit<Store> result;
+        if (residual != nullptr) result = load_written(reinterpret_cast<const Unit<Store>*>(residual + at));
+        for (int k = 0; k < kLength; ++k) {
+          float value = values[k / 4].v[k % 4];
+          if (residual != nullptr) value += E::load(result.v[k]);
+          result.v[k] = E::store(activate(value, a.activation));
+        }
+        store_global(reinterpret_cast<Unit<Store>*>(out + at), result);
+      } else {
+        for (int k = 0; k < kLength; ++k) {
+          const int32_t filter = load_global(filters + index * kLength + k);
+          if (filter < 0) continue;
+          const int64_t at = pixels[i % 4] + filter;
+          float value = values[k / 4].v[k % 4];
+          if (residual != nullptr) value += E::load(load_written(residual + at));
+          store_global(out + at, E::store(activate(value, a.activation)));
         }
       }
     }
+    sync_warp();
   }
 }
 
@@ -326,6 +406,37 @@ DSP_DEVICE int64_t sums_place(const TableHeader& header, int split, int i, int o
   return (block * each + (i * header.octets + octet) * 4 + index) * kThreads + device::thread();
 }
 
+// A step of the sum: a tap of a phase. Counts up instead of dividing.
+struct Step {
+  int chunk;         // of the phase
+  int tap_h, tap_w;  // the phase's first tap
+  int y, x;          // the tap in the phase
+  int stage;         // where its weights are
+  int buffer;        // where its halo is
+
+  // The first step of a phase.
+  static DSP_DEVICE Step at(const TableClass& c, int chunks, int phase) {
+    const int group = phase / chunks;
+    const int across = c.taps_w / c.phase_w;
+    const int row = group / across;
+    return {phase - group * chunks, row * c.phase_h, (group - row * across) * c.phase_w, 0, 0, 0, 0};
+  }
+  DSP_DEVICE void advance(const TableClass& c, int chunks, int buffers) {
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    if (++x < c.phase_w) return;
+    x = 0;
+    if (++y < c.phase_h) return;
+    y = 0;
+    buffer = buffer + 1 == buffers ? 0 : buffer + 1;
+    if (++chunk < chunks) return;
+    chunk = 0;
+    tap_w += c.phase_w;
+    if (tap_w < c.taps_w) return;
+    tap_w = 0;
+    tap_h += c.phase_h;
+  }
+};
+
 // Forward, and the gradient of the input: 128 pixels of up to 64 filters. With several splits each block sums
 // some of the phases and leaves its sums in the workspace.
 template <typename E>
@@ -333,7 +444,6 @@ DSP_KERNEL(kThreads, 3)
 conv2d_kernel(ConvArguments a) {
   using namespace device;
   using Store = typename E::Store;
-  if (DSP_FAULT(10, thread() == 37, false)) return;
   const TableHeader& header = header_of(a);
   const Work work = work_of(a);
   const TableClass& c = *work.c;
@@ -342,54 +452,52 @@ conv2d_kernel(ConvArguments a) {
   const int octets = item.octets;
   const int chunks = item.n_chunks;
   const int taps = c.phase_h * c.phase_w;
-  const int groups_w = c.taps_w / c.phase_w;
-  const int phases = chunks * (c.taps_h / c.phase_h) * groups_w;
+  const int phases = chunks * (c.taps_h / c.phase_h) * (c.taps_w / c.phase_w);
   const int split = block_y();
   const int splits = blocks_y();
   const int first_phase = static_cast<int>(static_cast<int64_t>(phases) * split / splits);
   const int last_phase = static_cast<int>(static_cast<int64_t>(phases) * (split + 1) / splits);
+  const int steps = (last_phase - first_phase) * taps;
   const int halo_rows = c.tile_n * c.halo_h * c.halo_w;
   const int buffers = taps == 1 ? kStages : 2;
   const uint32_t weight_bytes = static_cast<uint32_t>(header.octets * 8 * kRowBytes);
   const uint32_t halo_bytes = static_cast<uint32_t>(halo_rows * kRowBytes);
-  const auto weight_stage = [&](int step) { return static_cast<uint32_t>(step % kStages) * weight_bytes; };
-  const auto halo_buffer = [&](int phase) {
-    return kStages * weight_bytes + static_cast<uint32_t>(phase % buffers) * halo_bytes;
+  const auto weights_of = [&](const Step& at) { return static_cast<uint32_t>(at.stage) * weight_bytes; };
+  const auto halo_of = [&](const Step& at) {
+    return kStages * weight_bytes + static_cast<uint32_t>(at.buffer) * halo_bytes;
   };
-  const auto chunk_of = [&](int phase) -> const TableChunk& {
-    return entry<TableChunk>(a, item.chunks_at, phase % chunks);
+  const auto chunk_of = [&](const Step& at) -> const TableChunk& {
+    return entry<TableChunk>(a, item.chunks_at, at.chunk);
   };
-  const char* laid_out = static_cast<const char*>(a.weight) + joined(item.weights) * kRowBytes;
+  const char* laid_out =
+      static_cast<const char*>(a.weight) +
+      (joined(item.weights) + static_cast<int64_t>(first_phase) * taps * octets * 8) * kRowBytes;
 
   // Starts the copies of a step: its weights, and with the first tap of a phase the halo.
-  const auto prefetch = [&](int phase, int tap) {
-    if (phase < last_phase) {
-      const TableChunk& chunk = chunk_of(phase);
-      const int step = phase * taps + tap;
-      const int unit = thread() % kUnits;
-      if (unit < chunk.steps * 2) {
-        const char* from = laid_out + (static_cast<int64_t>(step) * octets * 8) * kRowBytes + unit * 16;
-        const uint32_t to = weight_stage(step);
-        for (int row = thread() / kUnits; row < octets * 8; row += kThreads / kUnits)
-          copy_async16(to + place(row, unit), from + row * kRowBytes, true);
-      }
-      if (tap == 0) {
-        const int group = phase / chunks;
-        const int tap_h = group / groups_w * c.phase_h;
-        const int tap_w = group % groups_w * c.phase_w;
-        fill_rows(x, header.in_channels, chunk, halo_rows, halo_buffer(phase),
-                  [&](int row) { return halo_pixel(c, work.box, tap_h, tap_w, row); });
-      }
+  const auto prefetch = [&](const Step& at) {
+    const TableChunk& chunk = chunk_of(at);
+    const int unit = thread() % kUnits;
+    if (unit < chunk.steps * 2) {
+      const char* from = laid_out + unit * 16;
+      const uint32_t to = weights_of(at);
+      for (int row = thread() / kUnits; row < octets * 8; row += kThreads / kUnits)
+        copy_async16(to + place(row, unit), from + row * kRowBytes, true);
     }
-    commit_copies();
+    if (at.y == 0 && at.x == 0)
+      fill_rows(x, header.in_channels, chunk, halo_rows, halo_of(at),
+                [&](int row) { return halo_pixel(c, work.box, at.tap_h, at.tap_w, row); });
   };
 
   Sums sums;
   clear(sums);
 
-  // Pixels beyond the box read its first row; their sums are not stored.
+  // Pixels beyond the box read rows of its halo, which keep to their own banks where any row has all its
+  // taps; their sums are not stored.
   const int pixels = c.tile_n * c.tile_h * c.tile_w;
-  const auto row_of = [&](int index) { return index < pixels ? halo_row(c, pixel_of(c, index)) : 0; };
+  const bool spare = taps == 1 && halo_rows >= 8;
+  const auto row_of = [&](int index) {
+    return index < pixels ? halo_row(c, pixel_of(c, index)) : spare ? index % 8 : 0;
+  };
   int rows[kWarpBlocks];
   int sum_rows[kWarpBlocks][2];
   for (int i = 0; i < kWarpBlocks; ++i) {
@@ -403,37 +511,31 @@ conv2d_kernel(ConvArguments a) {
 
   // The copies run kStages - 1 steps ahead of the products; one loop for both, so that the code is there
   // once.
-  const int steps = (last_phase - first_phase) * taps;
-  int ahead_phase = first_phase;
-  int ahead_tap = 0;
-  int phase = first_phase;
-  int tap = 0;
+  Step now{};
+  Step ahead{};
+  if (steps > 0) now = ahead = Step::at(c, chunks, first_phase);
   DSP_UNROLL_1
   for (int step = 1 - kStages; step < steps; ++step) {
     if (step >= 0) {
-      if (DSP_FAULT(4, false, true)) wait_copies<kStages - 2>();
+      wait_copies<kStages - 2>();
       // All have the copies of this step, and nobody reads the buffers of the one before.
-      if (DSP_FAULT(5, tap == 0, true)) barrier();
+      barrier();
     }
-    prefetch(ahead_phase, ahead_tap);
-    if (++ahead_tap == taps) {
-      ahead_tap = 0;
-      ++ahead_phase;
+    if (step + kStages - 1 < steps) {
+      prefetch(ahead);
+      ahead.advance(c, chunks, buffers);
+      laid_out += octets * 8 * kRowBytes;
     }
+    commit_copies();
     if (step < 0) continue;
-    const int tap_h = tap / c.phase_w;
-    const int tap_w = tap - tap_h * c.phase_w;
-    const int shift = tap_h * c.row_tap_h * c.halo_w + tap_w * c.row_tap_w;
-    const uint32_t weights = weight_stage(phase * taps + tap);
+    sync_warp();  // its lanes copied different rows
+    const int shift = now.y * c.row_tap_h * c.halo_w + now.x * c.row_tap_w;
     if constexpr (E::kMatrix) {
-      multiply_tap<E>(sums, chunk_of(phase), rows, shift, halo_buffer(phase), weights, octets);
+      multiply_tap<E>(sums, chunk_of(now), rows, shift, halo_of(now), weights_of(now), octets);
     } else {
-      add_tap(sums, chunk_of(phase), sum_rows, shift, halo_buffer(phase), weights, octets);
+      add_tap(sums, chunk_of(now), sum_rows, shift, halo_of(now), weights_of(now), octets);
     }
-    if (++tap == taps) {
-      tap = 0;
-      ++phase;
-    }
+    now.advance(c, chunks, buffers);
   }
   wait_copies<0>();
 
@@ -446,7 +548,8 @@ conv2d_kernel(ConvArguments a) {
     DSP_UNROLL
     for (int octet = 0; octet < kMaxOctets; ++octet) {
       if (octet >= octets) continue;
-      for (int k = 0; k < 4; ++k) a.workspace[sums_place(header, split, i, octet, k)] = sums.at[i][octet][k];
+      for (int k = 0; k < 4; ++k)
+        store_global(a.workspace + sums_place(header, split, i, octet, k), sums.at[i][octet][k]);
     }
   }
 }
@@ -455,19 +558,20 @@ conv2d_kernel(ConvArguments a) {
 template <typename E>
 DSP_KERNEL(kThreads, 3)
 conv2d_finish_kernel(ConvArguments a) {
+  using device::load_written;
   const TableHeader& header = header_of(a);
   const Work work = work_of(a);
   Sums sums;
   clear(sums);
   DSP_UNROLL_1
-  for (int split = 0; split < header.splits - DSP_FAULT(8, 1, 0); ++split) {
+  for (int split = 0; split < header.splits; ++split) {
     DSP_UNROLL
     for (int i = 0; i < kWarpBlocks; ++i) {
       DSP_UNROLL
       for (int octet = 0; octet < kMaxOctets; ++octet) {
         if (octet >= work.item->octets) continue;
         for (int k = 0; k < 4; ++k)
-          sums.at[i][octet][k] += a.workspace[sums_place(header, split, i, octet, k)];
+          sums.at[i][octet][k] += load_written(a.workspace + sums_place(header, split, i, octet, k));
       }
     }
   }
@@ -480,10 +584,7 @@ template <typename Store>
 DSP_KERNEL(kThreads, 4)
 conv2d_prepare_kernel(ConvArguments a) {
   using namespace device;
-  constexpr int kEach = 16 / static_cast<int>(sizeof(Store));
-  struct Unit {
-    alignas(16) Store v[kEach];
-  };
+  constexpr int kEach = Unit<Store>::kLength;
   const TableHeader& header = header_of(a);
   const int64_t index = block_x();
   const TableItem& item = entry<TableItem>(a, header.items_at, index);
@@ -491,7 +592,7 @@ conv2d_prepare_kernel(ConvArguments a) {
   while (of + 1 < header.n_classes && entry<TableClass>(a, header.classes_at, of + 1).items_at <= index) ++of;
   const TableClass& c = entry<TableClass>(a, header.classes_at, of);
   const auto* weight = static_cast<const Store*>(a.weight);
-  auto* to = static_cast<Unit*>(a.out) + joined(item.weights) * kUnits;
+  auto* to = static_cast<Unit<Store>*>(a.out) + joined(item.weights) * kUnits;
   const int filters = item.octets * 8;
   const int taps = c.phase_h * c.phase_w;
   const int groups_w = c.taps_w / c.phase_w;
@@ -512,13 +613,13 @@ conv2d_prepare_kernel(ConvArguments a) {
     const int32_t* pairs = a.table + item.pairs_at +
                            (static_cast<int64_t>(chunk) * filters + filter) * (kRowBytes / sizeof(Store)) +
                            unit * kEach;
-    Unit values;
+    Unit<Store> values;
     for (int i = 0; i < kEach; ++i) {
       const int32_t pair = pairs[i];
       values.v[i] =
           pair < 0 ? Store{0} : load_global(weight + static_cast<int64_t>(pair) * header.taps + tap);
     }
-    to[row * kUnits + unit] = values;
+    store_global(to + (row * kUnits + unit), values);
   }
 }
 
@@ -566,9 +667,15 @@ conv2d_grad_weight_kernel(ConvArguments a) {
     store_shared(static_cast<uint32_t>(thread() / kUnits) * stage_bytes + place(halo_rows, thread() % kUnits),
                  Four{{0.0f, 0.0f, 0.0f, 0.0f}});
   }
-  const auto prefetch = [&](int tile) {
+  // Of each of this warp's taps: how far its halo row is from that of the first.
+  int shifts[Tile::kSlots];
+  for (int slot = 0; slot < Tile::kSlots; ++slot) {
+    const int tap = first_tap + slot * (kWarps / shares);
+    const int down = tap / item.taps_w;
+    shifts[slot] = down * c.row_tap_h * c.halo_w + (tap - down * item.taps_w) * c.row_tap_w;
+  }
+  const auto prefetch = [&](int tile, const Box& box) {
     if (tile < last_tile) {
-      const Box box = box_of(c, tile);
       const uint32_t stage = static_cast<uint32_t>(tile % kWeightStages) * stage_bytes;
       fill_rows(x, header.in_channels, columns, halo_rows, stage,
                 [&](int row) { return halo_pixel(c, box, item.tap_h, item.tap_w, row); });
@@ -586,13 +693,15 @@ conv2d_grad_weight_kernel(ConvArguments a) {
       for (int octet = 0; octet < Tile::kOctets; ++octet)
         for (int k = 0; k < 4; ++k) sums.at[slot][i][octet][k] = 0.0f;
 
+  Box ahead = box_of(c, first_tile);
+  Box box = ahead;
   DSP_UNROLL_1
   for (int tile = first_tile - 1; tile < last_tile; ++tile) {
-    prefetch(tile + 1);
+    prefetch(tile + 1, ahead);
+    next_box(c, ahead);
     if (tile < first_tile) continue;
     wait_copies<1>();
     barrier();
-    const Box box = box_of(c, tile);
     const uint32_t halo = static_cast<uint32_t>(tile % kWeightStages) * stage_bytes;
     const uint32_t out = halo + halo_bytes;
     const auto row_of = [&](int index) {
@@ -613,17 +722,12 @@ conv2d_grad_weight_kernel(ConvArguments a) {
         for (int slot = 0; slot < Tile::kSlots; ++slot) {
           const int tap = first_tap + slot * (kWarps / shares);
           if (tap >= taps) continue;
-          const int shift = tap / item.taps_w * c.row_tap_h * c.halo_w + tap % item.taps_w * c.row_tap_w;
-          const int from = row == halo_rows ? row : row + shift;
+          const int from = row == halo_rows ? row : row + shifts[slot];
           for (int i = 0; i < Tile::kBlocks; ++i) {
             if (i >= columns.steps) continue;
             uint32_t left[4];
             const uint32_t address = halo + place(from, i * 2 + (lane() >> 3 & 1));
-            if (DSP_FAULT(11, true, false)) {
-              load_matrix<4, false>(left, address);
-            } else {
-              load_matrix<4, true>(left, address);
-            }
+            load_matrix<4, true>(left, address);
             for (int pair = 0; pair < Tile::kOctets / 2; ++pair) {
               if (pair >= filters.steps) continue;
               const uint32_t low[2] = {b[pair][0], b[pair][1]};
@@ -648,10 +752,9 @@ conv2d_grad_weight_kernel(ConvArguments a) {
         for (int slot = 0; slot < Tile::kSlots; ++slot) {
           const int tap = first_tap + slot * (kWarps / shares);
           if (tap >= taps) continue;
-          const int shift = tap / item.taps_w * c.row_tap_h * c.halo_w + tap % item.taps_w * c.row_tap_w;
           uint32_t left[4];
           for (int k = 0; k < 4; ++k) {
-            const int row = rows[k / 2] == halo_rows ? halo_rows : rows[k / 2] + shift;
+            const int row = rows[k / 2] == halo_rows ? halo_rows : rows[k / 2] + shifts[slot];
             left[k] = k % 2 >= columns.steps
                           ? 0u
                           : load_shared<uint32_t>(halo + element_place<Store>(row, column + k % 2 * 8));
@@ -665,8 +768,7 @@ conv2d_grad_weight_kernel(ConvArguments a) {
           for (int slot = 0; slot < Tile::kSlots; ++slot) {
             const int tap = first_tap + slot * (kWarps / shares);
             if (tap >= taps) continue;
-            const int shift = tap / item.taps_w * c.row_tap_h * c.halo_w + tap % item.taps_w * c.row_tap_w;
-            const int from = row == halo_rows ? row : row + shift;
+            const int from = row == halo_rows ? row : row + shifts[slot];
             for (int half = 0; half < 2; ++half) {
               if (half >= columns.steps) continue;
               const float left = load_shared<float>(halo + element_place<float>(from, half * 8 + lane() / 4));
@@ -682,6 +784,7 @@ conv2d_grad_weight_kernel(ConvArguments a) {
         }
       }
     }
+    next_box(c, box);
     barrier();
   }
   wait_copies<0>();
@@ -696,8 +799,9 @@ conv2d_grad_weight_kernel(ConvArguments a) {
     for (int i = 0; i < Tile::kBlocks; ++i)
       for (int octet = 0; octet < Tile::kOctets; ++octet)
         for (int k = 0; k < 4; ++k)
-          to[(octet * 8 + lane() % 4 * 2 + k % 2) * Tile::kColumns + i * 16 + k / 2 * 8 + lane() / 4] =
-              sums.at[slot][i][octet][k];
+          store_global(
+              to + ((octet * 8 + lane() % 4 * 2 + k % 2) * Tile::kColumns + i * 16 + k / 2 * 8 + lane() / 4),
+              sums.at[slot][i][octet][k]);
   }
 }
 
@@ -721,9 +825,10 @@ conv2d_add_weight_kernel(ConvArguments a) {
     if (pair < 0) continue;
     const float* from = a.workspace + (block_x() * taps * kColumns * kColumns + at);
     float sum = 0.0f;
-    for (int64_t part = 0; part < parts; ++part) sum += from[part * each];
+    for (int64_t part = 0; part < parts; ++part) sum += load_written(from + part * each);
     const int kernel_tap = (item.tap_h + tap / item.taps_w) * c.taps_w + item.tap_w + tap % item.taps_w;
-    static_cast<Store*>(a.out)[static_cast<int64_t>(pair) * header.taps + kernel_tap] = E::store(sum);
+    store_global(static_cast<Store*>(a.out) + (static_cast<int64_t>(pair) * header.taps + kernel_tap),
+                 E::store(sum));
   }
 }
 

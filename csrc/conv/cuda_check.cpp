@@ -262,6 +262,13 @@ class Reader {
           need(!seen[static_cast<size_t>(filter)], place, "a filter, named twice,", filter);
           seen[static_cast<size_t>(filter)] = true;
         }
+        const int64_t unit = 16 / element_bytes(header_.precision);
+        room(item.units_at, int64_t{item.octets} * 8 / unit, place, "units_at");
+        for (int64_t u = 0; u < int64_t{item.octets} * 8 / unit; ++u) {
+          const int32_t first = words_[item.units_at + u];
+          need(first == whole_unit(header_, words_ + item.filters_at + u * unit), place, "a unit of filters",
+               first);
+        }
         need(wide(item.weights) == rows, place, "the first row of weights", wide(item.weights));
         if (known.insert({item.filters_at, item.octets, item.chunks_at, item.n_chunks, item.pairs_at}).second)
           check_piece(item, place);

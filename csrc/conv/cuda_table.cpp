@@ -97,7 +97,7 @@ std::vector<Chunk> cut(const std::vector<int32_t>& list, int32_t all, int32_t el
   const int64_t one_by_one = (static_cast<int64_t>(list.size()) + columns / 2 - 1) / (columns / 2);
   bool gather = all % unit != 0;
   if (fill == kGather) gather = true;
-  // A gathered byte costs about eight times a copied one, shared by the taps.
+  // A gathered byte costs about kGatherCost times a copied one, shared by the taps.
   if (fill == kAuto && !gather) gather = taps > 1 ? 2 * by_unit > 3 * one_by_one : by_unit > 3 * one_by_one;
 
   std::vector<Chunk> chunks;
@@ -187,6 +187,15 @@ Side side_of(const Axis& axis, int64_t tile, int64_t phase) {
   return {phase, (tile - 1) * row_step + (phase - 1) * row_tap + 1, step, row_step, row_tap};
 }
 
+constexpr int64_t kSetUp = 32;      // of a phase, in copies of a row
+constexpr int64_t kGatherCost = 8;  // a row that is copied channel by channel costs so many copied whole
+
+// Into how many shares a sum of so many chunks can go: at least four taps of a chunk for each.
+int64_t most_splits(const TableClass& c, int64_t chunks) {
+  const int64_t taps = int64_t{c.taps_h} * c.taps_w;
+  return std::min(chunks * (taps / (int64_t{c.phase_h} * c.phase_w)), chunks * taps / 4);
+}
+
 int32_t word(int64_t value) {
   if (value > std::numeric_limits<int32_t>::max() || value < std::numeric_limits<int32_t>::min())
     fail("the convolution is too large for the CUDA kernels: a table entry would be " +
@@ -194,10 +203,15 @@ int32_t word(int64_t value) {
   return static_cast<int32_t>(value);
 }
 
-// The box of pixels, and the taps that share its halo, with the least work: a product of all its pixels with
-// each tap, and a copy of each row of the halo.
-TableClass shape_class(Operation operation, const Axis& h, const Axis& w, int64_t batch, int64_t octets) {
-  TableClass best{};
+// A box of pixels and the taps that share its halo.
+struct BoxOf {
+  int64_t images, height, width;
+  Side y, x;
+};
+
+// The one with the least work: a product of all its pixels with each tap, and a copy of each row of the halo.
+BoxOf choose_box(Operation operation, const Axis& h, const Axis& w, int64_t batch, int64_t octets) {
+  BoxOf best{};
   double least = std::numeric_limits<double>::infinity();
   const int64_t options[3][2] = {{h.taps, w.taps}, {1, w.taps}, {1, 1}};
   for (const auto& phase : options) {
@@ -216,31 +230,36 @@ TableClass shape_class(Operation operation, const Axis& h, const Axis& w, int64_
                                static_cast<double>(divide_up(h.grid, th)) *
                                static_cast<double>(divide_up(w.grid, tw));
           const double rounds = static_cast<double>(h.taps * w.taps / taps);
-          const double work = tiles * rounds * static_cast<double>(taps * kTilePixels + rows + 32);
+          const double work = tiles * rounds * static_cast<double>(taps * kTilePixels + rows + kSetUp);
           if (work >= least) continue;
           least = work;
-          TableClass& c = best;
-          c.tile_n = word(tn);
-          c.tile_h = word(th);
-          c.tile_w = word(tw);
-          c.tiles_n = word(divide_up(batch, tn));
-          c.tiles_h = word(divide_up(h.grid, th));
-          c.tiles_w = word(divide_up(w.grid, tw));
-          c.phase_h = word(phase[0]);
-          c.phase_w = word(phase[1]);
-          c.halo_h = word(y.halo);
-          c.halo_w = word(x.halo);
-          c.halo_step_h = word(y.halo_step);
-          c.halo_step_w = word(x.halo_step);
-          c.row_step_h = word(y.row_step);
-          c.row_step_w = word(x.row_step);
-          c.row_tap_h = word(y.row_tap);
-          c.row_tap_w = word(x.row_tap);
+          best = {tn, th, tw, y, x};
         }
       }
     }
   }
-  TableClass& c = best;
+  return best;
+}
+
+// A class of output pixels with the box that it is cut into.
+TableClass shape_class(const BoxOf& box, const Axis& h, const Axis& w, int64_t batch) {
+  TableClass c{};
+  c.tile_n = word(box.images);
+  c.tile_h = word(box.height);
+  c.tile_w = word(box.width);
+  c.tiles_n = word(divide_up(batch, box.images));
+  c.tiles_h = word(divide_up(h.grid, box.height));
+  c.tiles_w = word(divide_up(w.grid, box.width));
+  c.phase_h = word(box.y.phase);
+  c.phase_w = word(box.x.phase);
+  c.halo_h = word(box.y.halo);
+  c.halo_w = word(box.x.halo);
+  c.halo_step_h = word(box.y.halo_step);
+  c.halo_step_w = word(box.x.halo_step);
+  c.row_step_h = word(box.y.row_step);
+  c.row_step_w = word(box.x.row_step);
+  c.row_tap_h = word(box.y.row_tap);
+  c.row_tap_w = word(box.x.row_tap);
   c.pixel_tiles = word(checked_mul(checked_mul(c.tiles_n, c.tiles_h, "blocks"), c.tiles_w, "blocks"));
   c.batch = word(batch);
   c.grid_h = word(h.grid);
@@ -312,10 +331,351 @@ int64_t work_of(Operation operation, const std::vector<int32_t>& words, const st
 
 // A set's rows (or, for the gradient of the weight, pieces of both lists) with their places in the table.
 struct Piece {
-  int32_t filters_at, octets, chunks_at, n_chunks, pairs_at, grad_chunk_at;
+  int32_t filters_at, octets, chunks_at, n_chunks, pairs_at, grad_chunk_at, units_at;
 };
 
+// The order in which a block has its rows, which are output channels: ascending, and where it adds little in
+// whole units of 16 bytes, so that they are stored so; -1 is nobody's place. A multiple of eight.
+std::vector<int32_t> arrange(const std::vector<int32_t>& rows, int32_t channels, int32_t unit) {
+  std::vector<int32_t> order(rows.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto channel = [&](int32_t i) { return rows[static_cast<size_t>(i)]; };
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return channel(a) < channel(b); });
+  std::vector<int32_t> by_unit;
+  for (const int32_t i : order) {
+    const auto place = static_cast<size_t>(channel(i) % unit);
+    const size_t last = by_unit.size();
+    const bool same = last > 0 && [&] {
+      for (size_t k = last - static_cast<size_t>(unit); k < last; ++k)
+        if (by_unit[k] >= 0) return channel(by_unit[k]) / unit == channel(i) / unit;
+      return false;
+    }();
+    if (!same) by_unit.resize(last + static_cast<size_t>(unit), -1);
+    by_unit[by_unit.size() - static_cast<size_t>(unit) + place] = i;
+  }
+  const auto octets = [](const std::vector<int32_t>& list) {
+    return divide_up(static_cast<int64_t>(list.size()), 8);
+  };
+  std::vector<int32_t>& chosen =
+      channels % unit == 0 && octets(by_unit) * 8 <= octets(order) * 9 ? by_unit : order;
+  chosen.resize(static_cast<size_t>(octets(chosen) * 8), -1);
+  return chosen;
+}
+
+// Makes a table, part by part, in the order of its words.
+class Writer {
+ public:
+  Writer(Operation operation, Precision precision, const ConvShape& s, const Plan& plan, Fill fill)
+      : operation_(operation),
+        element_(element_bytes(precision)),
+        columns_(kRowBytes / element_),
+        s_(s),
+        plan_(plan),
+        fill_(fill),
+        words_(sizeof(TableHeader) / sizeof(int32_t)) {
+    put_header(precision);
+  }
+
+  std::vector<int32_t> write(int32_t blocks_wanted) {
+    put_axes();
+    const std::vector<Set> sets = backward() ? atom_sets(plan_) : forward_sets(plan_);
+    for (const Set& set : sets) {
+      if (operation_ == kGradWeight) {
+        put_weight_pieces(set);
+      } else {
+        put_pieces(set);
+      }
+    }
+    if (operation_ != kGradWeight && header_.clear == 0) put_dead(sets);
+    for (const auto& [h, w] : axes_) put_class(h, w);
+    word(checked_mul(most_phases_, s_.taps(), "the sum"));
+    header_.blocks = word(blocks_);
+    split_wide(rows_, header_.prepared_rows);
+    split_wide(multiply_adds_, header_.multiply_adds);
+    if (blocks_ > 0) split_sums(blocks_wanted);
+    return close();
+  }
+
+ private:
+  bool backward() const { return operation_ == kGradInput; }
+  int32_t here() const { return word(static_cast<int64_t>(words_.size())); }
+
+  void put_header(Precision precision) {
+    header_.magic = kTableMagic;
+    header_.operation = operation_;
+    header_.precision = precision;
+    header_.in_channels = backward() ? plan_.out_channels() : plan_.in_channels();
+    header_.out_channels = backward() ? plan_.in_channels() : plan_.out_channels();
+    header_.taps = word(s_.taps());
+    header_.kernel_w = word(s_.kw);
+    split_wide(backward() ? s_.out_numel() : s_.in_numel(), header_.read_numel);
+    split_wide(backward() ? s_.in_numel() : s_.out_numel(), header_.written_numel);
+    split_wide(int64_t{plan_.pairs()} * s_.taps(), header_.weight_numel);
+    header_.splits = 1;
+    header_.partials = 1;
+  }
+
+  // The classes of output pixels.
+  void put_axes() {
+    batch_ = s_.batch;
+    bool holes = false;
+    if (s_.batch > 0) {
+      if (backward()) {
+        const auto rows = phases(s_.height, s_.out_h, s_.kh, s_.sh, s_.ph, s_.dh, holes);
+        const auto cols = phases(s_.width, s_.out_w, s_.kw, s_.sw, s_.pw, s_.dw, holes);
+        for (const Axis& h : rows)
+          for (const Axis& w : cols) axes_.emplace_back(h, w);
+      } else {
+        axes_.emplace_back(plain_axis(s_.height, s_.out_h, s_.kh, s_.sh, s_.ph, s_.dh),
+                           plain_axis(s_.width, s_.out_w, s_.kw, s_.sw, s_.pw, s_.dw));
+      }
+      // A pointwise convolution sees one long row of pixels.
+      const int64_t pixels = s_.batch * s_.in_plane();
+      if (s_.taps() == 1 && s_.sh == 1 && s_.sw == 1 && s_.ph == 0 && s_.pw == 0 && pixels <= kMostPixels) {
+        axes_.assign(1, {plain_axis(1, 1, 1, 1, 0, 1), plain_axis(pixels, pixels, 1, 1, 0, 1)});
+        batch_ = 1;
+      }
+    }
+    header_.clear = holes || (operation_ == kGradWeight && s_.batch == 0) ? 1 : 0;
+  }
+
+  int32_t put_chunks(const std::vector<Chunk>& chunks, size_t from, size_t to) {
+    const int32_t at = here();
+    for (size_t i = from; i < to; ++i) {
+      put(words_, chunks[i].words);
+      if (chunks[i].words.gather == 0) header_.vectors = 1;
+    }
+    return at;
+  }
+
+  void put_weight_pieces(const Set& set) {
+    const std::vector<Chunk> chunks = cut(set.columns, header_.in_channels, element_, s_.taps(), fill_);
+    const std::vector<Chunk> rows = cut(set.rows, header_.out_channels, element_, s_.taps(), fill_);
+    const auto wide_row = static_cast<int64_t>(set.columns.size());
+    for (size_t r = 0; r < rows.size(); ++r) {
+      for (size_t c = 0; c < chunks.size(); ++c) {
+        Piece piece{};
+        piece.chunks_at = put_chunks(chunks, c, c + 1);
+        piece.n_chunks = 1;
+        piece.grad_chunk_at = put_chunks(rows, r, r + 1);
+        piece.pairs_at = here();
+        for (int32_t f = 0; f < columns_; ++f) {
+          for (int32_t i = 0; i < columns_; ++i) {
+            const int64_t row = rows[r].position[f];
+            const int64_t column = chunks[c].position[i];
+            words_.push_back(row < 0 || column < 0 ? -1
+                                                   : set.pairs[static_cast<size_t>(row * wide_row + column)]);
+          }
+        }
+        pieces_.push_back(piece);
+      }
+    }
+  }
+
+  // Output channels of a piece, -1 where there is none, and the first of each unit that is whole.
+  void put_filters(Piece& piece, const std::vector<int32_t>& filters) {
+    piece.octets = word(static_cast<int64_t>(filters.size()) / 8);
+    piece.filters_at = here();
+    words_.insert(words_.end(), filters.begin(), filters.end());
+    piece.units_at = here();
+    const auto unit = static_cast<size_t>(16 / element_);
+    for (size_t i = 0; i < filters.size(); i += unit) words_.push_back(whole_unit(header_, &filters[i]));
+    header_.octets = std::max(header_.octets, piece.octets);
+  }
+
+  void put_pieces(const Set& set) {
+    const std::vector<Chunk> chunks = cut(set.columns, header_.in_channels, element_, s_.taps(), fill_);
+    const auto wide_row = static_cast<int64_t>(set.columns.size());
+    const int32_t chunks_at = put_chunks(chunks, 0, chunks.size());
+    const std::vector<int32_t> order = arrange(set.rows, header_.out_channels, 16 / element_);
+    const int64_t octets = static_cast<int64_t>(order.size()) / 8;
+    const int64_t tiles = divide_up(octets, kMaxOctets);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const std::vector<int32_t> rows(order.begin() + octets * tile / tiles * 8,
+                                      order.begin() + octets * (tile + 1) / tiles * 8);
+      Piece piece{};
+      piece.chunks_at = chunks_at;
+      piece.n_chunks = word(static_cast<int64_t>(chunks.size()));
+      std::vector<int32_t> filters;
+      for (const int32_t row : rows) filters.push_back(row < 0 ? -1 : set.rows[static_cast<size_t>(row)]);
+      put_filters(piece, filters);
+      piece.pairs_at = here();
+      for (const Chunk& chunk : chunks) {
+        for (const int64_t row : rows) {
+          for (int32_t i = 0; i < columns_; ++i) {
+            const int64_t column = chunk.position[i];
+            words_.push_back(row < 0 || column < 0 ? -1
+                                                   : set.pairs[static_cast<size_t>(row * wide_row + column)]);
+          }
+        }
+      }
+      pieces_.push_back(piece);
+    }
+  }
+
+  // Output channels that read nothing: pieces without a sum.
+  void put_dead(const std::vector<Set>& sets) {
+    std::vector<bool> written(static_cast<size_t>(header_.out_channels), false);
+    for (const Set& set : sets)
+      for (const int32_t row : set.rows) written[static_cast<size_t>(row)] = true;
+    std::vector<int32_t> dead;
+    for (int32_t i = 0; i < header_.out_channels; ++i)
+      if (!written[static_cast<size_t>(i)]) dead.push_back(i);
+    const std::vector<int32_t> order = arrange(dead, header_.out_channels, 16 / element_);
+    for (size_t first = 0; first < order.size(); first += kMaxOctets * 8) {
+      const size_t last = std::min(order.size(), first + kMaxOctets * 8);
+      std::vector<int32_t> filters;
+      for (size_t i = first; i < last; ++i)
+        filters.push_back(order[i] < 0 ? -1 : dead[static_cast<size_t>(order[i])]);
+      Piece piece{};
+      put_filters(piece, filters);
+      pieces_.push_back(piece);
+    }
+  }
+
+  // A class, and its items: what its blocks work on.
+  void put_class(const Axis& h, const Axis& w) {
+    const int64_t octets = std::max(header_.octets, 1);
+    TableClass c = shape_class(choose_box(operation_, h, w, batch_, octets), h, w, batch_);
+    const int64_t phase_taps = int64_t{c.phase_h} * c.phase_w;
+    const int64_t halo = int64_t{c.tile_n} * c.halo_h * c.halo_w;
+    const auto first_item = static_cast<int64_t>(items_.size());
+    header_.halo_rows = std::max(header_.halo_rows, word(halo));
+    header_.shared_bytes =
+        std::max(header_.shared_bytes, word(shared_of(operation_, halo, phase_taps, octets)));
+    for (const Piece& piece : pieces_) put_items(c, piece);
+    multiply_adds_ += work_of(operation_, words_, items_, first_item, c, columns_);
+    if (operation_ == kGradWeight) header_.partials = phase_taps >= 3 ? 1 : word(4 / phase_taps);
+    c.first_block = word(blocks_);
+    c.items_at = word(first_item);
+    c.n_items = word(static_cast<int64_t>(items_.size()) - first_item);
+    blocks_ +=
+        operation_ == kGradWeight ? int64_t{c.n_items} : checked_mul(c.pixel_tiles, c.n_items, "blocks");
+    word(blocks_);
+    classes_.push_back(c);
+  }
+
+  void put_items(const TableClass& c, const Piece& piece) {
+    TableItem item{};
+    item.filters_at = piece.filters_at;
+    item.octets = piece.octets;
+    item.chunks_at = piece.chunks_at;
+    item.n_chunks = piece.n_chunks;
+    item.pairs_at = piece.pairs_at;
+    item.grad_chunk_at = piece.grad_chunk_at;
+    item.units_at = piece.units_at;
+    item.taps_h = c.phase_h;
+    item.taps_w = c.phase_w;
+    if (operation_ == kGradWeight) {
+      for (int32_t ty = 0; ty < c.taps_h; ty += c.phase_h) {
+        for (int32_t tx = 0; tx < c.taps_w; tx += c.phase_w) {
+          item.tap_h = ty;
+          item.tap_w = tx;
+          items_.push_back(item);
+        }
+      }
+      return;
+    }
+    const int64_t taps = int64_t{c.taps_h} * c.taps_w;
+    split_wide(rows_, item.weights);
+    rows_ += checked_mul(checked_mul(piece.n_chunks, taps, "the weights"), piece.octets * 8, "the weights");
+    most_phases_ = std::max(most_phases_, piece.n_chunks * (taps / (int64_t{c.phase_h} * c.phase_w)));
+    most_splits_ = std::max(most_splits_, most_splits(c, piece.n_chunks));
+    items_.push_back(item);
+  }
+
+  // Into how many shares the sums go, and the memory for their parts.
+  void split_sums(int32_t blocks_wanted) {
+    const int64_t wanted = divide_up(blocks_wanted, blocks_);
+    if (operation_ == kGradWeight) {
+      const int64_t tiles = classes_[0].pixel_tiles;
+      // Never more than 64 boxes of pixels in one running sum.
+      header_.splits = word(std::min({tiles, std::max(wanted, divide_up(tiles, 64)), kMostSlices}));
+      const int64_t sums = int64_t{classes_[0].phase_h} * classes_[0].phase_w * columns_ * columns_;
+      split_wide(
+          checked_mul(checked_mul(int64_t{header_.splits} * header_.partials, blocks_, "the workspace"), sums,
+                      "the workspace"),
+          header_.workspace);
+      return;
+    }
+    header_.splits = word(std::min({wanted, most_splits_, kMostSplits}));
+    if (header_.splits > 1)
+      split_wide(
+          checked_mul(header_.splits * blocks_, int64_t{header_.octets} * 8 * kTilePixels, "the workspace"),
+          header_.workspace);
+  }
+
+  std::vector<int32_t> close() {
+    header_.n_classes = word(static_cast<int64_t>(classes_.size()));
+    header_.classes_at = here();
+    for (const TableClass& c : classes_) put(words_, c);
+    header_.n_items = word(static_cast<int64_t>(items_.size()));
+    header_.items_at = here();
+    for (const TableItem& item : items_) put(words_, item);
+    header_.words = here();
+    std::memcpy(words_.data(), &header_, sizeof(header_));
+    return std::move(words_);
+  }
+
+  const Operation operation_;
+  const int32_t element_, columns_;
+  const ConvShape& s_;
+  const Plan& plan_;
+  const Fill fill_;
+  TableHeader header_{};
+  std::vector<int32_t> words_;
+  std::vector<std::pair<Axis, Axis>> axes_;
+  int64_t batch_ = 0;
+  std::vector<Piece> pieces_;
+  std::vector<TableClass> classes_;
+  std::vector<TableItem> items_;
+  int64_t rows_ = 0, blocks_ = 0, most_phases_ = 1, most_splits_ = 1, multiply_adds_ = 0;
+};
+
+// What a forward convolution's table makes of the work, for a cost model.
+dsp_cuda_work work_in(const int32_t* words, const TableHeader& header) {
+  dsp_cuda_work work{};
+  work.multiply_adds = wide(header.multiply_adds);
+  work.weights = wide(header.prepared_rows) * (kRowBytes / element_bytes(header.precision));
+  work.blocks = header.blocks;
+  work.most_splits = 1;
+  work.phase_taps = 1;
+  if (header.n_classes == 0) return work;
+  const auto& c = *reinterpret_cast<const TableClass*>(words + header.classes_at);
+  const int64_t taps = int64_t{c.taps_h} * c.taps_w;
+  work.halo_rows = int64_t{c.tile_n} * c.halo_h * c.halo_w;
+  work.phase_taps = int64_t{c.phase_h} * c.phase_w;
+  const auto products = static_cast<double>(work.phase_taps * kTilePixels);
+  int32_t chunks_of_last = -1;
+  for (int32_t i = 0; i < header.n_items; ++i) {
+    const TableItem& item = reinterpret_cast<const TableItem*>(words + header.items_at)[i];
+    if (item.n_chunks == 0) continue;
+    const auto* chunks = reinterpret_cast<const TableChunk*>(words + item.chunks_at);
+    if (item.chunks_at != chunks_of_last) {
+      chunks_of_last = item.chunks_at;
+      ++work.groups;
+      work.gathered += chunks[0].gather;
+    }
+    int64_t depth = 0;
+    for (int32_t k = 0; k < item.n_chunks; ++k)
+      depth += chunks[k].steps * (kRowBytes / element_bytes(header.precision)) / 2;
+    const auto part = static_cast<double>(depth * item.octets * 8 * taps * c.pixel_tiles * kTilePixels);
+    const int64_t copies = work.halo_rows * (chunks[0].gather != 0 ? kGatherCost : 1) + kSetUp;
+    work.effort += part * (1.0 + static_cast<double>(copies) / products);
+    work.most_splits = std::max(work.most_splits, std::min(most_splits(c, item.n_chunks), kMostSplits));
+  }
+  return work;
+}
+
 }  // namespace
+
+int32_t whole_unit(const TableHeader& header, const int32_t* filters) {
+  const int32_t unit = 16 / element_bytes(header.precision);
+  if (header.out_channels % unit != 0 || filters[0] < 0 || filters[0] % unit != 0) return -1;
+  for (int32_t i = 1; i < unit; ++i)
+    if (filters[i] != filters[0] + i) return -1;
+  return filters[0];
+}
 
 std::vector<int32_t> make_table(Operation operation, Precision precision, const dsp_conv2d_shape* shape,
                                 const Plan& plan, Fill fill, int32_t blocks_wanted) {
@@ -330,222 +690,8 @@ std::vector<int32_t> make_table(Operation operation, Precision precision, const 
   small(s.height + 2 * s.ph, "the padded height");
   small(s.width + 2 * s.pw, "the padded width");
   small(s.batch, "batch");
-
-  const int32_t element = element_bytes(precision);
-  const int32_t columns = kRowBytes / element;
-  const bool backward = operation == kGradInput;
-  const int64_t taps = s.taps();
-  small(taps, "the number of taps");
-
-  TableHeader header{};
-  header.magic = kTableMagic;
-  header.operation = operation;
-  header.precision = precision;
-  header.in_channels = backward ? plan.out_channels() : plan.in_channels();
-  header.out_channels = backward ? plan.in_channels() : plan.out_channels();
-  header.taps = word(taps);
-  header.kernel_w = word(s.kw);
-  split_wide(backward ? s.out_numel() : s.in_numel(), header.read_numel);
-  split_wide(backward ? s.in_numel() : s.out_numel(), header.written_numel);
-  split_wide(int64_t{plan.pairs()} * taps, header.weight_numel);
-  header.splits = 1;
-  header.partials = 1;
-
-  // The classes of output pixels.
-  std::vector<std::pair<Axis, Axis>> axes;
-  int64_t batch = s.batch;
-  bool holes = false;
-  if (s.batch > 0) {
-    if (backward) {
-      const auto rows = phases(s.height, s.out_h, s.kh, s.sh, s.ph, s.dh, holes);
-      const auto cols = phases(s.width, s.out_w, s.kw, s.sw, s.pw, s.dw, holes);
-      for (const Axis& h : rows)
-        for (const Axis& w : cols) axes.emplace_back(h, w);
-    } else {
-      axes.emplace_back(plain_axis(s.height, s.out_h, s.kh, s.sh, s.ph, s.dh),
-                        plain_axis(s.width, s.out_w, s.kw, s.sw, s.pw, s.dw));
-    }
-    // A pointwise convolution sees one long row of pixels.
-    const int64_t pixels = s.batch * s.in_plane();
-    if (taps == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 && pixels <= kMostPixels) {
-      axes.assign(1, {plain_axis(1, 1, 1, 1, 0, 1), plain_axis(pixels, pixels, 1, 1, 0, 1)});
-      batch = 1;
-    }
-  }
-  header.clear = holes || (operation == kGradWeight && s.batch == 0) ? 1 : 0;
-
-  std::vector<int32_t> words(sizeof(TableHeader) / sizeof(int32_t));
-  std::vector<TableClass> classes;
-  std::vector<TableItem> items;
-
-  // What reads what, cut into pieces that a block can hold.
-  const std::vector<Set> sets = backward ? atom_sets(plan) : forward_sets(plan);
-  std::vector<Piece> pieces;
-  const auto put_chunks = [&](const std::vector<Chunk>& chunks, size_t from, size_t to) {
-    const int32_t at = word(static_cast<int64_t>(words.size()));
-    for (size_t i = from; i < to; ++i) {
-      put(words, chunks[i].words);
-      if (chunks[i].words.gather == 0) header.vectors = 1;
-    }
-    return at;
-  };
-  for (const Set& set : sets) {
-    const std::vector<Chunk> chunks = cut(set.columns, header.in_channels, element, taps, fill);
-    const int64_t wide_row = static_cast<int64_t>(set.columns.size());
-    if (operation == kGradWeight) {
-      const std::vector<Chunk> rows = cut(set.rows, header.out_channels, element, taps, fill);
-      for (size_t r = 0; r < rows.size(); ++r) {
-        for (size_t c = 0; c < chunks.size(); ++c) {
-          Piece piece{};
-          piece.chunks_at = put_chunks(chunks, c, c + 1);
-          piece.n_chunks = 1;
-          piece.grad_chunk_at = put_chunks(rows, r, r + 1);
-          piece.pairs_at = word(static_cast<int64_t>(words.size()));
-          for (int32_t f = 0; f < columns; ++f) {
-            for (int32_t i = 0; i < columns; ++i) {
-              const int64_t row = rows[r].position[f];
-              const int64_t column = chunks[c].position[i];
-              words.push_back(
-                  row < 0 || column < 0 ? -1 : set.pairs[static_cast<size_t>(row * wide_row + column)]);
-            }
-          }
-          pieces.push_back(piece);
-        }
-      }
-      continue;
-    }
-    const int32_t chunks_at = put_chunks(chunks, 0, chunks.size());
-    const int64_t octets = divide_up(static_cast<int64_t>(set.rows.size()), 8);
-    const int64_t tiles = divide_up(octets, kMaxOctets);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t first = octets * tile / tiles * 8;
-      const int64_t last = octets * (tile + 1) / tiles * 8;
-      Piece piece{};
-      piece.octets = word((last - first) / 8);
-      piece.chunks_at = chunks_at;
-      piece.n_chunks = word(static_cast<int64_t>(chunks.size()));
-      piece.filters_at = word(static_cast<int64_t>(words.size()));
-      const auto live = [&](int64_t row) { return row < static_cast<int64_t>(set.rows.size()); };
-      for (int64_t row = first; row < last; ++row)
-        words.push_back(live(row) ? set.rows[static_cast<size_t>(row)] : -1);
-      piece.pairs_at = word(static_cast<int64_t>(words.size()));
-      for (const Chunk& chunk : chunks) {
-        for (int64_t row = first; row < last; ++row) {
-          for (int32_t i = 0; i < columns; ++i) {
-            const int64_t column = chunk.position[i];
-            words.push_back(
-                !live(row) || column < 0 ? -1 : set.pairs[static_cast<size_t>(row * wide_row + column)]);
-          }
-        }
-      }
-      pieces.push_back(piece);
-      header.octets = std::max(header.octets, piece.octets);
-    }
-  }
-  // Output channels that read nothing: items without a sum.
-  if (operation != kGradWeight && header.clear == 0) {
-    std::vector<bool> written(static_cast<size_t>(header.out_channels), false);
-    for (const Set& set : sets)
-      for (const int32_t row : set.rows) written[static_cast<size_t>(row)] = true;
-    std::vector<int32_t> dead;
-    for (int32_t i = 0; i < header.out_channels; ++i)
-      if (!written[static_cast<size_t>(i)]) dead.push_back(i);
-    for (size_t first = 0; first < dead.size(); first += kMaxOctets * 8) {
-      const size_t last = std::min(dead.size(), first + kMaxOctets * 8);
-      Piece piece{};
-      piece.octets = word(divide_up(static_cast<int64_t>(last - first), 8));
-      piece.filters_at = word(static_cast<int64_t>(words.size()));
-      words.insert(words.end(), dead.begin() + static_cast<std::ptrdiff_t>(first),
-                   dead.begin() + static_cast<std::ptrdiff_t>(last));
-      words.resize(static_cast<size_t>(piece.filters_at + piece.octets * 8), -1);
-      pieces.push_back(piece);
-      header.octets = std::max(header.octets, piece.octets);
-    }
-  }
-
-  int64_t rows = 0;
-  int64_t blocks = 0;
-  int64_t most_phases = 1;
-  int64_t most_splits = 1;
-  int64_t multiply_adds = 0;
-  for (const auto& [h, w] : axes) {
-    TableClass c = shape_class(operation, h, w, batch, std::max(header.octets, 1));
-    const int64_t class_taps = int64_t{c.taps_h} * c.taps_w;
-    const int64_t phase_taps = int64_t{c.phase_h} * c.phase_w;
-    const int64_t halo = int64_t{c.tile_n} * c.halo_h * c.halo_w;
-    const int64_t first_item = static_cast<int64_t>(items.size());
-    header.halo_rows = std::max(header.halo_rows, word(halo));
-    header.shared_bytes = std::max(header.shared_bytes,
-                                   word(shared_of(operation, halo, phase_taps, std::max(header.octets, 1))));
-    for (const Piece& piece : pieces) {
-      TableItem item{};
-      item.filters_at = piece.filters_at;
-      item.octets = piece.octets;
-      item.chunks_at = piece.chunks_at;
-      item.n_chunks = piece.n_chunks;
-      item.pairs_at = piece.pairs_at;
-      item.grad_chunk_at = piece.grad_chunk_at;
-      item.taps_h = c.phase_h;
-      item.taps_w = c.phase_w;
-      if (operation == kGradWeight) {
-        for (int32_t ty = 0; ty < c.taps_h; ty += c.phase_h) {
-          for (int32_t tx = 0; tx < c.taps_w; tx += c.phase_w) {
-            item.tap_h = ty;
-            item.tap_w = tx;
-            items.push_back(item);
-          }
-        }
-        continue;
-      }
-      split_wide(rows, item.weights);
-      rows += checked_mul(checked_mul(piece.n_chunks, class_taps, "the weights"), piece.octets * 8,
-                          "the weights");
-      most_phases = std::max(most_phases, piece.n_chunks * (class_taps / phase_taps));
-      // Of one split: at least four taps of a chunk.
-      most_splits = std::max(
-          most_splits, std::min(piece.n_chunks * (class_taps / phase_taps), piece.n_chunks * class_taps / 4));
-      items.push_back(item);
-    }
-    multiply_adds += work_of(operation, words, items, first_item, c, columns);
-    if (operation == kGradWeight) header.partials = phase_taps >= 3 ? 1 : word(4 / phase_taps);
-    c.first_block = word(blocks);
-    c.items_at = word(first_item);
-    c.n_items = word(static_cast<int64_t>(items.size()) - first_item);
-    blocks += operation == kGradWeight ? int64_t{c.n_items} : checked_mul(c.pixel_tiles, c.n_items, "blocks");
-    word(blocks);
-    classes.push_back(c);
-  }
-  word(checked_mul(most_phases, taps, "the sum"));
-  header.blocks = word(blocks);
-  split_wide(rows, header.prepared_rows);
-  split_wide(multiply_adds, header.multiply_adds);
-  if (blocks > 0) {
-    const int64_t wanted = divide_up(blocks_wanted, blocks);
-    if (operation == kGradWeight) {
-      const int64_t tiles = classes[0].pixel_tiles;
-      // Never more than 64 boxes of pixels in one running sum.
-      header.splits = word(std::min({tiles, std::max(wanted, divide_up(tiles, 64)), kMostSlices}));
-      const int64_t sums = int64_t{classes[0].phase_h} * classes[0].phase_w * columns * columns;
-      split_wide(checked_mul(checked_mul(int64_t{header.splits} * header.partials, blocks, "the workspace"),
-                             sums, "the workspace"),
-                 header.workspace);
-    } else {
-      header.splits = word(std::min({wanted, most_splits, kMostSplits}));
-      if (header.splits > 1)
-        split_wide(
-            checked_mul(header.splits * blocks, int64_t{header.octets} * 8 * kTilePixels, "the workspace"),
-            header.workspace);
-    }
-  }
-  header.n_classes = word(static_cast<int64_t>(classes.size()));
-  header.classes_at = word(static_cast<int64_t>(words.size()));
-  for (const TableClass& c : classes) put(words, c);
-  header.n_items = word(static_cast<int64_t>(items.size()));
-  header.items_at = word(static_cast<int64_t>(words.size()));
-  for (const TableItem& item : items) put(words, item);
-  header.words = word(static_cast<int64_t>(words.size()));
-  std::memcpy(words.data(), &header, sizeof(header));
-  return words;
+  small(s.taps(), "the number of taps");
+  return Writer(operation, precision, s, plan, fill).write(blocks_wanted);
 }
 
 const TableHeader& read_table(const int32_t* words, int64_t numel) {
@@ -597,6 +743,17 @@ dsp_status dsp_cuda_conv2d_sizes(const int32_t* table, int64_t table_numel, dsp_
               header.splits,
               header.shared_bytes,
               wide(header.multiply_adds)};
+  });
+}
+
+dsp_status dsp_cuda_conv2d_work(const int32_t* table, int64_t table_numel, dsp_cuda_work* work) {
+  using namespace dsp::cuda;
+  return dsp::guard([&] {
+    dsp::require(work != nullptr, "work is null");
+    check_table(table, table_numel);
+    const TableHeader& header = read_table(table, table_numel);
+    if (header.operation != kForward) dsp::fail("table is for another operation");
+    *work = work_in(table, header);
   });
 }
 }

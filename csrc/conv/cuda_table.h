@@ -26,6 +26,8 @@ constexpr int32_t kStages = 3;
 constexpr int32_t kWeightStages = 2;  // of the kernel for the gradient of the weight
 constexpr int32_t kMaxTaps = 12;      // of a block of that kernel: three a warp
 constexpr int32_t kSharedBytes = 48 * 1024;
+constexpr int32_t kStaged = 32;  // filters whose sums are in shared memory at a time, before they are stored
+constexpr int32_t kStagedBytes = kTilePixels * kStaged * 4;
 constexpr int64_t kMostPixels = int64_t{1} << 29;  // a side, with padding: coordinates then fit 32 bits
 constexpr int64_t kMostRows = 1023;                // of a halo: see the magic numbers in TableClass
 constexpr int64_t kMostSplits = 16;
@@ -78,7 +80,7 @@ struct TableClass {
 };
 
 struct TableItem {
-  int32_t filters_at;  // output channels, octets * 8 of them, -1 beyond the last
+  int32_t filters_at;  // output channels, octets * 8 of them, or -1
   int32_t octets;
   int32_t chunks_at, n_chunks;
   int32_t pairs_at;      // n_chunks x (octets * 8) x columns: which weight, in (filter, channel) pairs, or -1
@@ -86,6 +88,7 @@ struct TableItem {
   int32_t tap_h, tap_w;  // the gradient of the weight: first tap of the block
   int32_t taps_h, taps_w;
   int32_t grad_chunk_at;  // and the chunk of output channels
+  int32_t units_at;       // of each 16 bytes of filters: the first channel where they are whole, or -1
 };
 
 struct TableChunk {
@@ -108,8 +111,13 @@ inline int32_t magic_of(int64_t divisor) { return static_cast<int32_t>((int64_t{
 // Bytes of shared memory of a block whose halo has so many rows, which serve so many taps.
 inline int64_t shared_of(int32_t operation, int64_t rows, int64_t taps, int64_t octets) {
   if (operation == kGradWeight) return kWeightStages * (rows + 1 + kTilePixels) * kRowBytes + kTilePixels * 4;
-  return (taps == 1 ? kStages : 2) * rows * kRowBytes + kStages * octets * 8 * kRowBytes;
+  const int64_t copies = (taps == 1 ? kStages : 2) * rows * kRowBytes + kStages * octets * 8 * kRowBytes;
+  return copies > kStagedBytes ? copies : kStagedBytes;
 }
+
+// The first channel of a unit of 16 bytes of an item's filters where it is whole, aligned and can be stored
+// so, or -1.
+int32_t whole_unit(const TableHeader& header, const int32_t* filters);
 
 // Throws Error where the shape is too large for the kernels, or not a shape at all. `blocks_wanted`: how many
 // blocks of threads keep the device busy; below it the sum is split. `fill` forces how channels are read.

@@ -13,15 +13,12 @@
 #define DSP_UNROLL
 #define DSP_UNROLL_1
 #define DSP_UNROLL_2
-// A deliberate fault, switched on by number in the emulation's own tests; no code elsewhere.
-#define DSP_FAULT(number, wrong, right) (::emulation::fault() == (number) ? (wrong) : (right))
 #else
 #define DSP_DEVICE __device__ __forceinline__
 #define DSP_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define DSP_UNROLL _Pragma("unroll")
 #define DSP_UNROLL_1 _Pragma("unroll 1")
 #define DSP_UNROLL_2 _Pragma("unroll 2")
-#define DSP_FAULT(number, wrong, right) (right)
 #endif
 
 namespace dsp {
@@ -35,6 +32,7 @@ DSP_DEVICE int block_y() { return emulation::block_y(); }
 DSP_DEVICE int64_t blocks_x() { return emulation::blocks_x(); }
 DSP_DEVICE int blocks_y() { return emulation::blocks_y(); }
 DSP_DEVICE void barrier() { emulation::barrier(); }
+DSP_DEVICE void sync_warp() { emulation::sync_warp(); }
 
 template <typename T>
 DSP_DEVICE T load_shared(uint32_t offset) {
@@ -48,7 +46,18 @@ DSP_DEVICE void store_shared(uint32_t offset, T value) {
 }
 template <typename T>
 DSP_DEVICE T load_global(const T* address) {
+  emulation::read_global(address, sizeof(T));
   return *address;
+}
+template <typename T>
+DSP_DEVICE T load_written(const T* address) {
+  emulation::read_global(address, sizeof(T));
+  return *address;
+}
+template <typename T>
+DSP_DEVICE void store_global(T* address, const T& value) {
+  emulation::write_global(address, sizeof(T));
+  *address = value;
 }
 
 template <int N, bool kTransposed>
@@ -98,6 +107,9 @@ DSP_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 DSP_DEVICE int64_t blocks_x() { return static_cast<int64_t>(gridDim.x); }
 DSP_DEVICE int blocks_y() { return static_cast<int>(gridDim.y); }
 DSP_DEVICE void barrier() { __syncthreads(); }
+// Brings the lanes of a warp together, and their memory: before a warp-wide instruction that follows code in
+// which they went apart, and between the stores and the loads of shared memory that a warp keeps to itself.
+DSP_DEVICE void sync_warp() { __syncwarp(); }
 
 template <typename T>
 DSP_DEVICE T load_shared(uint32_t offset) {
@@ -107,9 +119,19 @@ template <typename T>
 DSP_DEVICE void store_shared(uint32_t offset, T value) {
   *reinterpret_cast<T*>(shared_bytes + offset) = value;
 }
+// By way of the read-only cache where T is a number: what nobody writes in the same launch.
 template <typename T>
 DSP_DEVICE T load_global(const T* address) {
   return __ldg(address);
+}
+// What the same launch may write.
+template <typename T>
+DSP_DEVICE T load_written(const T* address) {
+  return *address;
+}
+template <typename T>
+DSP_DEVICE void store_global(T* address, const T& value) {
+  *address = value;
 }
 
 DSP_DEVICE uint32_t shared_address(uint32_t offset) {

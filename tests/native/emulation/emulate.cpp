@@ -2,7 +2,7 @@
 // AddressSanitizer and UBSan; every buffer has exactly the size that the interface asks for and starts as
 // NaN.
 //
-//   dsp_emulate [--seconds N] [--rounds N] [--seed N] [--fault N]
+//   dsp_emulate [--seconds N] [--rounds N] [--seed N]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -47,10 +47,14 @@ struct Buffer {
   Buffer(int64_t count, int64_t each) : numel(count), bytes(static_cast<size_t>(count * each)) {
     data = static_cast<char*>(std::malloc(std::max<size_t>(bytes, 1)));
     std::memset(data, 0xff, bytes);  // NaN in every precision
+    emulation::add_memory(data, bytes);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
+  ~Buffer() {
+    emulation::remove_memory(data);
+    std::free(data);
+  }
   int64_t numel;
   size_t bytes;
   char* data;
@@ -415,6 +419,8 @@ int64_t test_spoilt_tables(const Case& t, int64_t changes) {
 }
 
 void test_case(const Case& t, bool forward, bool backward) {
+  static bool early = false;
+  emulation::land_at_issue(early = !early);
   const dsp_conv2d_shape& s = t.shape;
   const std::vector<int32_t> plan = t.layout.plan();
   const int64_t oh = out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
@@ -449,6 +455,7 @@ void test_case(const Case& t, bool forward, bool backward) {
     for (int64_t i = 0; i < x.numel; ++i)
       if (!read[static_cast<size_t>(i % t.layout.in)]) x.set(i, std::numeric_limits<float>::infinity());
     const Table table(0, t.precision, s, plan, t.fill, t.blocks);
+    const int64_t conflicts = emulation::counts().conflicts;
     Tensor out(out_numel, t.precision);
     if (with_residual && chance(0.5)) {
       std::memcpy(out.data, residual.data, out.bytes);
@@ -458,6 +465,11 @@ void test_case(const Case& t, bool forward, bool backward) {
                 activation);
     }
     compare(out, expected, "forward");
+    // A pointwise convolution reads rows that follow one another: every bank once.
+    const bool pointwise =
+        s.kernel_h * s.kernel_w * s.stride_h * s.stride_w == 1 && s.padding_h + s.padding_w == 0;
+    check(!pointwise || s.batch * s.height * s.width < 8 || emulation::counts().conflicts == conflicts,
+          "bank conflicts in a pointwise convolution");
   }
   if (!backward) return;
 
@@ -522,6 +534,21 @@ void fixed_cases() {
   }
 }
 
+// Groups whose filters are whole units of 16 bytes, in any order, store nothing narrower.
+void test_wide_stores() {
+  Layout layout{32, 40, {}, {}};
+  layout.channels = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, {9, 10, 11, 12, 30, 31}};
+  layout.filters = {{7, 6, 5, 4, 3, 2, 1, 0, 24, 25, 26, 27, 28, 29, 30, 31},
+                    {8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}};
+  for (const Precision p : {kF16, kBf16, kTf32, kF32}) {
+    const emulation::Counts before = emulation::counts();
+    test_case({{2, 9, 8, 3, 3, 1, 1, 1, 1, 1, 1}, layout, p, kAuto, 1}, true, false);
+    const emulation::Counts& after = emulation::counts();
+    check(after.wide_stores > before.wide_stores && after.narrow_stores == before.narrow_stores,
+          "stores of fewer than 16 bytes");
+  }
+}
+
 int64_t parse(const char* text) { return std::strtoll(text, nullptr, 10); }
 
 }  // namespace
@@ -534,13 +561,13 @@ int main(int argc, char** argv) {
     if (name == "--seconds") seconds = parse(argv[i + 1]);
     if (name == "--rounds") rounds = parse(argv[i + 1]);
     if (name == "--seed") seed = static_cast<uint64_t>(parse(argv[i + 1]));
-    if (name == "--fault") emulation::set_fault(static_cast<int>(parse(argv[i + 1])));
   }
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
   current_seed = seed;
   engine.seed(seed);
   fixed_cases();
   test_refusals();
+  test_wide_stores();
   int64_t done = 0, refused = 0;
   while (done < rounds && std::chrono::steady_clock::now() < end) {
     current_seed = seed + static_cast<uint64_t>(done++);
@@ -551,12 +578,15 @@ int main(int argc, char** argv) {
   }
   const emulation::Counts& n = emulation::counts();
   check(n.multiplies > 0 && n.matrix_loads > 0 && n.async_copies > 0, "nothing was run");
+  // Rows of a halo that do not follow one another, or every second one, meet in their banks; weights never
+  // do.
+  check(n.conflicts * 4 <= n.matrices, "more than a quarter of the matrices have bank conflicts");
   std::printf(
       "emulate: %lld rounds, %lld spoilt tables refused, %lld blocks, %lld barriers, %lld matrix products, "
-      "%lld matrix loads, %lld "
-      "copies\n",
+      "%lld matrix loads, %lld copies, %lld conflicts of banks in %lld matrices\n",
       static_cast<long long>(done), static_cast<long long>(refused), static_cast<long long>(n.blocks),
       static_cast<long long>(n.barriers), static_cast<long long>(n.multiplies),
-      static_cast<long long>(n.matrix_loads), static_cast<long long>(n.async_copies));
+      static_cast<long long>(n.matrix_loads), static_cast<long long>(n.async_copies),
+      static_cast<long long>(n.conflicts), static_cast<long long>(n.matrices));
   return 0;
 }

@@ -2,7 +2,7 @@
 // with AddressSanitizer and UBSan; every buffer has exactly the size that the interface asks for and starts
 // as NaN.
 //
-//   dsp_emulate_lasso [--seconds N] [--rounds N] [--seed N] [--fault N]
+//   dsp_emulate_lasso [--seconds N] [--rounds N] [--seed N]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -53,6 +53,13 @@ struct Tensor {
     memory.reset(static_cast<char*>(std::malloc(std::max<size_t>(bytes + each * index(offset), 1))));
     data = memory.get() + each * index(offset);
     std::memset(data, 0xff, bytes);
+    emulation::add_memory(data, bytes);
+  }
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+  Tensor(Tensor&&) = default;
+  ~Tensor() {
+    if (memory != nullptr) emulation::remove_memory(data);
   }
   void set(int64_t i, double value) {
     const auto single = static_cast<float>(value);
@@ -554,7 +561,6 @@ int main(int argc, char** argv) {
     if (name == "--seconds") seconds = parse(argv[i + 1]);
     if (name == "--rounds") rounds = parse(argv[i + 1]);
     if (name == "--seed") seed = static_cast<uint64_t>(parse(argv[i + 1]));
-    if (name == "--fault") emulation::set_fault(static_cast<int>(parse(argv[i + 1])));
   }
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
   current_seed = seed;
@@ -565,6 +571,7 @@ int main(int argc, char** argv) {
   while (done < rounds && std::chrono::steady_clock::now() < end) {
     current_seed = seed + static_cast<uint64_t>(done++);
     engine.seed(current_seed);
+    emulation::land_at_issue(done % 2 == 0);
     random_round();
   }
   const emulation::Counts& n = emulation::counts();

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -24,6 +25,7 @@ namespace {
 
 constexpr size_t kStack = 64 * 1024;
 constexpr int kWarp = 32;
+constexpr uint16_t kSome = 0x8000;
 constexpr uint16_t kMany = 0xffff;
 
 // ---- fibers: a stack and where it was left ----------------------------------------------------------------
@@ -83,13 +85,14 @@ void make_context(Context& context, char* stack, void (*entry)()) {
 #endif
 
 enum State { kReady, kAtBarrier, kInWarp, kDone };
-enum Operation { kNothing, kLoadMatrix, kMultiply, kShuffle };
-const char* const kOperations[] = {"nothing", "load_matrix", "multiply", "shuffle"};
+enum Operation { kNothing, kLoadMatrix, kMultiply, kShuffle, kSync };
+const char* const kOperations[] = {"nothing", "load_matrix", "multiply", "shuffle", "sync_warp"};
 
 struct Copy {
   uint32_t to;
   const void* from;
   size_t bytes, valid;
+  char early[16];  // what the source held when the copy was issued
 };
 
 struct Fiber {
@@ -98,6 +101,8 @@ struct Fiber {
   void* fake_stack = nullptr;
   State state = kDone;
   Operation operation = kNothing;
+  // What it has done since its warp was last together: lanes that differ in it have gone apart.
+  uint64_t path = 0;
   // The arguments of the warp instruction that it waits in.
   int number = 0;
   bool transposed = false;
@@ -110,12 +115,15 @@ struct Fiber {
   std::vector<std::vector<Copy>> pending;  // committed groups under way
 };
 
-// One byte of shared memory. Moments are counted in barriers, over all blocks, so that nothing is reset.
+// One byte of shared memory. Moments are counted in barriers, and turns of a warp in its sync_warps, over all
+// blocks, so that nothing is reset.
 struct Byte {
   int64_t written = -1;  // when, or -1
   int64_t read = -1;
+  int64_t written_turn = 0;  // of the writer's warp
+  int64_t read_turn = 0;
   uint16_t writer = 0;
-  uint16_t reader = 0;
+  uint16_t reader = 0;     // a thread, or kSome and a warp, or kMany
   bool under_way = false;  // an asynchronous copy has not landed
 };
 
@@ -130,11 +138,12 @@ struct Block {
   std::vector<Byte> bytes;
   int threads = 0, current = 0, at_barrier = 0, done = 0;
   int64_t x = 0, y = 0, size_x = 0, size_y = 0;
-  int64_t moment = 0, start = 0;
+  int64_t moment = 0, start = 0, launch = 0;  // launch: the moment at which its first block began
+  int64_t turns[32] = {};                     // of each warp
 };
 Block block;
 Counts total{};
-int active_fault = 0;
+bool early_copies = false;
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void found(const char* format, ...) {
   std::fprintf(stderr, "emulation: block (%lld, %lld), thread %d: ", static_cast<long long>(block.x),
@@ -227,17 +236,33 @@ void check_place(uint32_t offset, size_t bytes, const char* what) {
           block.bytes.size());
 }
 
+int warp_of(uint16_t who) { return who == kMany ? -1 : (who & ~kSome) / (who >= kSome ? 1 : kWarp); }
+
+// Whether what `who` did in a turn of its warp is over for a thread: it was the thread itself, or another of
+// its warp before they last came together.
+bool ordered(uint16_t who, int64_t turn, uint16_t thread) {
+  const int warp = thread / kWarp;
+  return who == thread || (warp_of(who) == warp && turn < block.turns[warp]);
+}
+
+// `who` together with an earlier reader of the same moment.
+uint16_t together(uint16_t before, uint16_t who) {
+  if (before == who) return who;
+  const int warp = warp_of(who);
+  return warp >= 0 && warp_of(before) == warp ? static_cast<uint16_t>(kSome | warp) : kMany;
+}
+
 void note_read(uint32_t offset, size_t bytes, uint16_t reader) {
   check_place(offset, bytes, "a read");
   for (size_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = block.bytes[i];
     if (byte.under_way) found("reads shared byte %zu whose asynchronous copy has not landed", i);
     if (byte.written < block.start) found("reads shared byte %zu that nothing has written", i);
-    if (byte.written == block.moment && byte.writer != reader)
+    if (byte.written == block.moment && !ordered(byte.writer, byte.written_turn, reader))
       found("race: reads shared byte %zu, written by thread %u since the last barrier", i, byte.writer);
-    if (byte.read == block.moment && byte.reader != reader) byte.reader = kMany;
-    if (byte.read != block.moment) byte.reader = reader;
+    byte.reader = byte.read == block.moment ? together(byte.reader, reader) : reader;
     byte.read = block.moment;
+    byte.read_turn = block.turns[reader / kWarp];
   }
 }
 
@@ -246,21 +271,99 @@ void note_write(uint32_t offset, size_t bytes) {
   for (size_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = block.bytes[i];
     if (byte.under_way) found("writes shared byte %zu while an asynchronous copy to it is under way", i);
-    if (byte.read == block.moment && byte.reader != writer)
+    if (byte.read == block.moment && !ordered(byte.reader, byte.read_turn, writer))
       found("race: writes shared byte %zu, read by another thread since the last barrier", i);
-    if (byte.written == block.moment && byte.writer != writer)
+    if (byte.written == block.moment && !ordered(byte.writer, byte.written_turn, writer))
       found("race: writes shared byte %zu, written by thread %u since the last barrier", i, byte.writer);
     byte.written = block.moment;
     byte.writer = writer;
+    byte.written_turn = block.turns[writer / kWarp];
   }
 }
+
+// What a thread does goes into its path: kinds of operations, in their order.
+void step(int kind) {
+  Fiber& me = self();
+  me.path = (me.path ^ static_cast<uint64_t>(kind + 1)) * 0x100000001b3u;
+}
+enum { kLoadShared, kStoreShared, kReadGlobal, kWriteGlobal, kCopyAsync };
+
+// ---- global memory ----------------------------------------------------------------------------------------
+
+constexpr size_t kGrain = 2;  // bytes: the smallest element
+
+struct Cell {
+  int64_t written, read, read_elsewhere;  // the last moments; read_elsewhere: by a block before the last one
+  uint16_t writer, reader;
+};
+
+struct Memory {
+  size_t bytes = 0;
+  std::unique_ptr<Cell[], decltype(&std::free)> cells{nullptr, &std::free};
+};
+std::map<uintptr_t, Memory> memories;
+
+// The memory that holds [from, from + bytes), and the first cell; null where none was named.
+Cell* cells_of(const void* from, size_t bytes, const char* what) {
+  const auto at = reinterpret_cast<uintptr_t>(from);
+  if (at % bytes != 0) found("%s a global address that is not aligned to its %zu bytes", what, bytes);
+  if (memories.empty()) return nullptr;
+  auto next = memories.upper_bound(at);
+  if (next == memories.begin()) found("%s global memory out of bounds: %zu bytes", what, bytes);
+  --next;
+  Memory& memory = next->second;
+  if (at + bytes > next->first + memory.bytes)
+    found("%s global memory out of bounds: %zu bytes at %zu of %zu", what, bytes,
+          static_cast<size_t>(at - next->first), memory.bytes);
+  // Zeros: moments begin at one.
+  if (memory.cells == nullptr)
+    memory.cells.reset(static_cast<Cell*>(std::calloc(memory.bytes / kGrain + 1, sizeof(Cell))));
+  return memory.cells.get() + (at - next->first) / kGrain;
+}
+
+void note_global_read(const void* from, size_t bytes) {
+  Cell* cell = cells_of(from, bytes, "reads");
+  if (cell == nullptr) return;
+  const auto reader = static_cast<uint16_t>(block.current);
+  for (size_t i = 0; i < (bytes + kGrain - 1) / kGrain; ++i, ++cell) {
+    if (cell->written >= block.launch && cell->written < block.start)
+      found("race: reads global memory that another block has written");
+    if (cell->written == block.moment && cell->writer != reader)
+      found("race: reads global memory, written by thread %u since the last barrier", cell->writer);
+    if (cell->read < block.start) cell->read_elsewhere = cell->read;
+    cell->reader = cell->read == block.moment && cell->reader != reader ? kMany : reader;
+    cell->read = block.moment;
+  }
+}
+
+void note_global_write(const void* to, size_t bytes) {
+  Cell* cell = cells_of(to, bytes, "writes");
+  if (cell == nullptr) return;
+  const auto writer = static_cast<uint16_t>(block.current);
+  for (size_t i = 0; i < (bytes + kGrain - 1) / kGrain; ++i, ++cell) {
+    if (cell->written >= block.launch && cell->written < block.start)
+      found("race: writes global memory that another block has written");
+    if (cell->written == block.moment && cell->writer != writer)
+      found("race: writes global memory, written by thread %u since the last barrier", cell->writer);
+    const int64_t elsewhere = cell->read < block.start ? cell->read : cell->read_elsewhere;
+    if (elsewhere >= block.launch) found("race: writes global memory that another block has read");
+    if (cell->read == block.moment && cell->reader != writer)
+      found("race: writes global memory, read by another thread since the last barrier");
+    cell->written = block.moment;
+    cell->writer = writer;
+  }
+}
+
+// ---- asynchronous copies ----------------------------------------------------------------------------------
 
 void land(std::vector<Copy>& group) {
   for (const Copy& copy : group) {
     for (size_t i = copy.to; i < copy.to + copy.bytes; ++i) block.bytes[i].under_way = false;
     note_write(copy.to, copy.bytes);
     std::memset(block.shared.get() + copy.to, 0, copy.bytes);
-    if (copy.valid > 0) std::memcpy(block.shared.get() + copy.to, copy.from, copy.valid);
+    if (copy.valid == 0) continue;
+    if (!early_copies) note_global_read(copy.from, copy.valid);
+    std::memcpy(block.shared.get() + copy.to, early_copies ? copy.early : copy.from, copy.valid);
   }
 }
 
@@ -309,16 +412,39 @@ void multiply_warp(Fiber* const* lanes) {
   }
 }
 
+// How often a matrix's rows of 16 bytes have to wait for one another: 32 banks of 4 bytes give eight rows at
+// once where no two different ones lie in the same four banks.
+int conflicts_of(Fiber* const* rows) {
+  int most = 1;
+  for (int i = 0; i < 8; ++i) {
+    int same = 1;
+    for (int k = 0; k < i; ++k) {
+      bool counted = rows[k]->offset == rows[i]->offset;
+      for (int j = 0; j < k && !counted; ++j) counted = rows[j]->offset == rows[k]->offset;
+      if (rows[k]->offset == rows[i]->offset) {
+        same = 0;  // the same row: one read for both
+        break;
+      }
+      if (!counted && rows[k]->offset / 16 % 8 == rows[i]->offset / 16 % 8) ++same;
+    }
+    most = std::max(most, same);
+  }
+  return most - 1;
+}
+
 // PTX ISA, "Warp-level matrix load instruction: ldmatrix".
 void load_matrix_warp(Fiber* const* lanes) {
   const int count = lanes[0]->number;
   for (int m = 0; m < count; ++m) {
     uint8_t rows[8][16];
+    const int first = block.current / kWarp * kWarp;
     for (int r = 0; r < 8; ++r) {
       const uint32_t offset = lanes[m * 8 + r]->offset;
-      note_read(offset, 16, kMany);
+      note_read(offset, 16, static_cast<uint16_t>(first + m * 8 + r));
       std::memcpy(rows[r], block.shared.get() + offset, 16);
     }
+    ++total.matrices;
+    total.conflicts += conflicts_of(lanes + m * 8);
     for (int l = 0; l < kWarp; ++l) {
       uint32_t bits;
       if (lanes[0]->transposed) {
@@ -356,6 +482,9 @@ void in_warp(Operation operation) {
         lanes[l]->transposed != me.transposed)
       found("divergence: this lane is in %s, lane %d in another %s", kOperations[operation], l,
             kOperations[lanes[l]->operation]);
+    if (operation != kSync && lanes[l]->path != me.path)
+      found("divergence: before %s, lane %d has gone another way than this one since their warp was together",
+            kOperations[operation], l);
   }
   if (!all) {
     pause();
@@ -364,13 +493,18 @@ void in_warp(Operation operation) {
   if (operation == kLoadMatrix) load_matrix_warp(lanes);
   if (operation == kMultiply) multiply_warp(lanes);
   if (operation == kShuffle) shuffle_warp(lanes);
-  for (Fiber* lane : lanes) lane->state = kReady;
+  if (operation == kSync) ++block.turns[block.current / kWarp];
+  for (Fiber* lane : lanes) {
+    lane->state = kReady;
+    lane->path = 0;
+  }
 }
 
 }  // namespace
 
-int fault() { return active_fault; }
-void set_fault(int number) { active_fault = number; }
+void land_at_issue(bool early) { early_copies = early; }
+void add_memory(const void* from, size_t bytes) { memories[reinterpret_cast<uintptr_t>(from)].bytes = bytes; }
+void remove_memory(const void* from) { memories.erase(reinterpret_cast<uintptr_t>(from)); }
 const Counts& counts() { return total; }
 
 int thread() { return block.current; }
@@ -391,15 +525,36 @@ void barrier() {
   for (auto& fiber : block.fibers) {
     if (fiber->state != kAtBarrier) stuck();
     fiber->state = kReady;
+    fiber->path = 0;
   }
 }
 
+void sync_warp() {
+  Fiber& me = self();
+  me.number = 0;
+  me.transposed = false;
+  in_warp(kSync);
+}
+
+void read_global(const void* from, size_t bytes) {
+  step(kReadGlobal);
+  note_global_read(from, bytes);
+}
+
+void write_global(const void* to, size_t bytes) {
+  step(kWriteGlobal);
+  ++(bytes < 16 ? total.narrow_stores : total.wide_stores);
+  note_global_write(to, bytes);
+}
+
 void load_shared(void* to, uint32_t offset, size_t bytes) {
+  step(kLoadShared);
   note_read(offset, bytes, static_cast<uint16_t>(block.current));
   std::memcpy(to, block.shared.get() + offset, bytes);
 }
 
 void store_shared(uint32_t offset, const void* from, size_t bytes) {
+  step(kStoreShared);
   check_place(offset, bytes, "a write");
   note_write(offset, bytes);
   std::memcpy(block.shared.get() + offset, from, bytes);
@@ -438,6 +593,7 @@ uint32_t shuffle_xor(uint32_t value, int lanes) {
 }
 
 void copy_async(uint32_t offset, const void* from, size_t bytes, size_t valid) {
+  step(kCopyAsync);
   check_place(offset, bytes, "an asynchronous copy");
   if (valid > 0 && reinterpret_cast<uintptr_t>(from) % bytes != 0)
     found("an asynchronous copy of %zu bytes reads a global address that is not aligned", bytes);
@@ -449,16 +605,21 @@ void copy_async(uint32_t offset, const void* from, size_t bytes, size_t valid) {
   for (size_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = block.bytes[i];
     if (byte.under_way) found("two asynchronous copies to shared byte %zu are under way", i);
-    if (byte.read == block.moment && byte.reader != writer)
+    if (byte.read == block.moment && !ordered(byte.reader, byte.read_turn, writer))
       found("race: an asynchronous copy to shared byte %zu, read by another thread since the last barrier",
             i);
-    if (byte.written == block.moment && byte.writer != writer)
+    if (byte.written == block.moment && !ordered(byte.writer, byte.written_turn, writer))
       found("race: an asynchronous copy to shared byte %zu, written by thread %u since the last barrier", i,
             byte.writer);
     byte.under_way = true;
   }
   ++total.async_copies;
-  self().open.push_back({offset, from, bytes, valid});
+  Copy copy{offset, from, bytes, valid, {}};
+  if (early_copies && valid > 0) {
+    note_global_read(from, valid);
+    std::memcpy(copy.early, from, valid);
+  }
+  self().open.push_back(copy);
 }
 
 void commit_copies() {
@@ -528,7 +689,14 @@ void run_grid(int64_t blocks_x, int blocks_y, int threads, size_t shared_bytes,
     block.fibers.push_back(std::move(fiber));
   }
   if (block.fibers.size() > static_cast<size_t>(threads)) block.fibers.resize(static_cast<size_t>(threads));
+  if (shared_bytes > kMostShared) {
+    std::fprintf(stderr,
+                 "emulation: a launch wants %zu bytes of shared memory: more than %zu without the opt-in\n",
+                 shared_bytes, kMostShared);
+    std::_Exit(3);
+  }
   ++total.launches;
+  block.launch = block.moment + 1;
   block.threads = threads;
   block.shared.reset(new char[shared_bytes]);
   block.bytes.assign(shared_bytes, Byte{});
@@ -537,7 +705,10 @@ void run_grid(int64_t blocks_x, int blocks_y, int threads, size_t shared_bytes,
   block.size_y = blocks_y;
   for (block.y = 0; block.y < blocks_y; ++block.y) {
     for (block.x = 0; block.x < blocks_x; ++block.x) {
-      for (auto& fiber : block.fibers) fiber->state = kReady;
+      for (auto& fiber : block.fibers) {
+        fiber->state = kReady;
+        fiber->path = 0;
+      }
       block.done = block.at_barrier = 0;
       block.start = ++block.moment;
       ++total.blocks;

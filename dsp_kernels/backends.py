@@ -1,13 +1,15 @@
 """Which implementation runs, and why the others do not.
 
 The choice is made by argument, then by the environment variable ``DSP_KERNELS_BACKEND``, then by rule: the
-first of native, triton, reference that can run. :func:`can_run` is the one check behind both the choice and
-the error text.
+first of :data:`BACKENDS` that can run and offers itself. :func:`can_run` is the one check behind both the
+choice and the error text. A backend is one object here and a module of its name in each family of operators
+(:func:`implementation`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import logging
@@ -19,14 +21,21 @@ import torch
 
 from . import activations
 
-__all__ = ["ENVIRONMENT", "NAMES", "available_backends", "can_run", "choose", "native_module"]
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT",
+    "NAMES",
+    "Backend",
+    "available_backends",
+    "can_run",
+    "choose",
+    "implementation",
+    "native_module",
+]
 
 ENVIRONMENT = "DSP_KERNELS_BACKEND"
-NAMES = ("reference", "native", "triton", "cuda")
 
 _ABI_VERSION = 7
-# "cuda" runs where it is asked for, until it has been measured against "triton" on a device.
-_RULE = ("native", "triton", "reference")
 _GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CAPABILITY = (8, 0)
 _BUILD_INFO = Path(__file__).with_name("_build_info.json")
@@ -147,49 +156,104 @@ def _cuda_build_reason(module: ModuleType) -> str | None:
     return None if status == 0 else str(module.last_error())
 
 
-def _available(name: str) -> str | None:
-    if name == "native":
+class Backend:
+    """One way to run operators; the reference, which always can, unless a method says otherwise."""
+
+    name = "reference"
+    dtypes: tuple[torch.dtype, ...] | None = None  # None: all
+
+    def available(self) -> str | None:
+        """Why it cannot be used on this machine, or None."""
+        return None
+
+    def devices(self) -> tuple[str, ...] | None:
+        """The types of device that it runs on; None: all."""
+        return None
+
+    def takes(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """Why it does not run a call on such tensors, or None."""
+        devices = self.devices()
+        if devices is not None and device_type not in devices:
+            return f"runs on {devices[0]}, not on {device_type}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"takes {', '.join(map(str, self.dtypes))}, not {dtype}"
+        return None
+
+    def offers(self) -> str | None:
+        """Why it waits to be asked for by name, or None where the rule may choose it."""
+        return None
+
+
+class _Native(Backend):
+    name = "native"
+    dtypes = (torch.float32,)
+
+    def available(self) -> str | None:
         return _load_native()[1]
-    if name == "triton":
-        if not interpreted():
-            reason = _device_reason()
-            if reason is not None:
-                return reason
-        return _triton_reason()
-    if name == "cuda":
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu",)
+
+
+class _Triton(Backend):
+    name = "triton"
+    dtypes = _GPU_DTYPES
+
+    def available(self) -> str | None:
+        reason = None if interpreted() else _device_reason()
+        return reason or _triton_reason()
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cuda", "cpu") if interpreted() else ("cuda",)
+
+    def offers(self) -> str | None:
+        return "interpreted kernels run only where they are asked for" if interpreted() else None
+
+
+class _Cuda(Backend):
+    name = "cuda"
+    dtypes = _GPU_DTYPES
+
+    def available(self) -> str | None:
         module, reason = _load_native()
         if module is None:
             return reason
         return _device_reason() or _cuda_build_reason(module)
-    return None
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cuda",)
+
+    def offers(self) -> str | None:
+        return "runs only where it is asked for, until it has been measured against triton on a device"
+
+
+# In the order in which the rule tries them.
+BACKENDS: tuple[Backend, ...] = (_Native(), _Triton(), _Cuda(), Backend())
+_BY_NAME = {backend.name: backend for backend in (BACKENDS[-1], *BACKENDS[:-1])}
+NAMES = tuple(_BY_NAME)
+
+
+@functools.cache
+def implementation(family: str, name: str) -> ModuleType:
+    """The module in which a backend runs a family of operators ("conv", "assignment"), imported when it is
+    first used.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in _BY_NAME:
+        raise ValueError(_unknown("backend", name))
+    return importlib.import_module(f"dsp_kernels.{family}.{name}")
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can be used here and else the reason why not."""
-    return {name: _available(name) for name in NAMES}
+    return {name: backend.available() for name, backend in _BY_NAME.items()}
 
 
 def can_run(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """None if backend ``name`` runs a convolution of ``dtype`` on ``device_type``, else why not."""
-    reason = _available(name)
-    if reason is not None:
-        return reason
-    if name == "native":
-        if device_type != "cpu":
-            return f"runs on cpu, not on {device_type}"
-        if dtype != torch.float32:
-            return f"takes torch.float32, not {dtype}"
-    if name == "triton":
-        if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
-            return f"runs on cuda, not on {device_type}"
-        if dtype not in _GPU_DTYPES:
-            return f"takes {', '.join(map(str, _GPU_DTYPES))}, not {dtype}"
-    if name == "cuda":
-        if device_type != "cuda":
-            return f"runs on cuda, not on {device_type}"
-        if dtype not in _GPU_DTYPES:
-            return f"takes {', '.join(map(str, _GPU_DTYPES))}, not {dtype}"
-    return None
+    backend = _BY_NAME[name]
+    return backend.available() or backend.takes(device_type, dtype)
 
 
 def _log_once(name: str, reason: str, level: int) -> None:
@@ -199,15 +263,13 @@ def _log_once(name: str, reason: str, level: int) -> None:
 
 
 def _by_rule(device_type: str, dtype: torch.dtype, tried: str | None) -> str:
-    for name in _RULE:
-        if name == tried:
+    for backend in BACKENDS:
+        if backend.name == tried:
             continue
-        reason = can_run(name, device_type, dtype)
-        if reason is None and name == "triton" and interpreted():
-            reason = "interpreted kernels run only where they are asked for"
+        reason = can_run(backend.name, device_type, dtype) or backend.offers()
         if reason is None:
-            return name
-        _log_once(name, reason, logging.INFO)
+            return backend.name
+        _log_once(backend.name, reason, logging.INFO)
     return "reference"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import activations
 from .backends import native_module
+from .geometry import pair
 from .layout import GroupLayout
 
 __all__ = ["Program", "Value"]
@@ -34,15 +35,6 @@ _TAKES = {
 }
 
 
-def _pair(name: str, value: IntPair) -> tuple[int, int]:
-    items = (value, value) if isinstance(value, int) else tuple(value)
-    if len(items) == 1:
-        items = (items[0], items[0])
-    if len(items) != 2 or not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
-    return items[0], items[1]
-
-
 def _window(
     kernel_size: IntPair, stride: IntPair, padding: IntPair, dilation: IntPair | None = None
 ) -> dict[str, Any]:
@@ -52,7 +44,8 @@ def _window(
     for name, value in given.items():
         if value is not None:
             stem = name.removesuffix("_size")
-            fields[f"{stem}_h"], fields[f"{stem}_w"] = _pair(name, value)
+            least = 0 if stem == "padding" else 1
+            fields[f"{stem}_h"], fields[f"{stem}_w"] = pair(name, value, least, expand=True)
     return fields
 
 
@@ -187,7 +180,7 @@ class Program:
         Raises: see :class:`Program`.
         """
         self._value("x", x)
-        kernel = _pair("kernel_size", kernel_size)
+        kernel = pair("kernel_size", kernel_size, 1, expand=True)
         if weight.dim() != 1 or weight.numel() != layout.weight_numel(kernel):
             raise ValueError(
                 f"weight must be 1-D with {layout.weight_numel(kernel)} elements, got {tuple(weight.shape)}"
@@ -314,7 +307,7 @@ class Program:
 
         Raises: see :class:`Program`.
         """
-        out_h, out_w = _pair("output_size", output_size)
+        out_h, out_w = pair("output_size", output_size, 1, expand=True)
         return self.step("adaptive_avg_pool", x=self._value("x", x), out_h=out_h, out_w=out_w)
 
     def add(self, a: Value, b: Value, *, activation: str | None = None) -> Value:

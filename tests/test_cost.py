@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import dsprune
 from dsp_kernels import GroupLayout, backends, cost
 from dsp_kernels.conv import cuda, cuda_work, tiles
-from dsp_kernels.plan import gray_order, runs
+from dsp_kernels.layout import gray_order, runs
 from dsprune import gpu
 from dsprune.models import cifar_resnet, resnet50
 

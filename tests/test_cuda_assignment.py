@@ -18,7 +18,7 @@ from test_assignment import hard_logs, layers, leaves, relative
 from torch import Tensor
 
 from dsp_kernels import available_backends, group_lasso, sample_groups
-from dsp_kernels.assignment import LassoTable, cuda, reference, rooms
+from dsp_kernels.assignment import LassoTable, choice, cuda, reference
 from dsp_kernels.assignment.op import standard_gumbel
 from dsp_kernels.backends import choose
 
@@ -129,7 +129,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "native_module", lambda: core)
         patch.setattr(cuda, "_stream", lambda device: (0, 0))
-        patch.setattr(rooms, "choose", lambda wish, *rest: "cuda" if wish == "cuda" else choose(wish, *rest))
+        patch.setattr(choice, "choose", lambda wish, *rest: "cuda" if wish == "cuda" else choose(wish, *rest))
         cuda.forget()
         yield core
         cuda.forget()
@@ -386,7 +386,7 @@ def test_bad_arguments_are_refused_by_name(emulated: Emulated, monkeypatch: pyte
 def test_the_backend_is_refused_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if available_backends()["cuda"] is None:
         pytest.skip("there is a CUDA device")
-    monkeypatch.setattr(rooms, "choose", choose)
+    monkeypatch.setattr(choice, "choose", choose)
     with pytest.raises(ValueError, match="backend 'cuda' cannot run here"):
-        rooms.backend_for("cuda", "cpu", torch.float64)
-    assert rooms.backend_for(None, "cpu", torch.float32) != "cuda"
+        choice.backend_for("cuda", "cpu", torch.float64)
+    assert choice.backend_for(None, "cpu", torch.float32) != "cuda"

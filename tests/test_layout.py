@@ -225,7 +225,7 @@ def test_pack_refuses_by_name(weight: Any, error: type[Exception], says: str) ->
         (torch.ones(98), 3, ValueError, r"packed must be 1-D with 99 elements \(11 pairs, kernel 3x3\)"),
         (torch.ones(99, 1), 3, ValueError, "packed must be 1-D with 99 elements"),
         (None, 3, TypeError, "packed must be a tensor, got NoneType"),
-        (torch.ones(99), 0, ValueError, "kernel_size must be at least 1, got 0"),
+        (torch.ones(99), 0, ValueError, "kernel_size must be an int or two ints of at least 1, got 0"),
         (torch.ones(99), (3, 3, 3), ValueError, "kernel_size must be an int or two ints"),
         (torch.ones(99), "33", TypeError, "kernel_size must be an int"),
     ],

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsp_kernels import GroupLayout
-from dsp_kernels.plan import MAGIC, decode, encode, gray_order, read_header, runs
+from dsp_kernels.layout import MAGIC, decode, encode, gray_order, read_header, runs
 
 EXAMPLE = GroupLayout(5, 6, [([4, 0, 2], [1, 5]), ([3], []), ([1], [0])])
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dsp_kernels import GroupLayout
 from dsp_kernels.conv import tiles
-from dsp_kernels.plan import gray_order, runs
+from dsp_kernels.layout import gray_order, runs
 
 # Stretches of the nine layers for G groups: (G, as released, ordered).
 RUNS = [(2, 94, 18), (3, 147, 35), (4, 198, 52)]

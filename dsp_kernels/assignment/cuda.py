@@ -262,7 +262,7 @@ def group_lasso_hessian(
     scales: Sequence[float],
 ) -> list[Tensor]:
     """See :func:`dsp_kernels.assignment.reference.group_lasso_hessian`; made by Triton where that runs."""
-    from .rooms import room
+    from .choice import room
 
     triton = can_run("triton", weights[0].device.type, torch.float32) is None
     out: list[Tensor] = room("triton" if triton else "reference").group_lasso_hessian(

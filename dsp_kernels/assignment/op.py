@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._library import define, library, register_derivatives
 from . import reference
-from .rooms import backend_for, room
+from .choice import backend_for, room
 
 __all__ = ["FORMS", "group_lasso", "sample_groups"]
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from . import native
+from .choice import backend_for, room
 from .native import Operation
 from .op import check_scales
 from .reference import accumulation_dtype, lasso_terms, spread, square_sum, tap_product
-from .rooms import backend_for, room
 
 __all__ = ["LassoTable"]
 

@@ -7,7 +7,7 @@ of each are calls of the other two, so any order of differentiation stays inside
 
 from __future__ import annotations
 
-import operator
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +17,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import activations
 from .._library import NAMESPACE, define, library, register_derivatives, transforming
-from ..backends import choose
+from ..backends import choose, implementation
+from ..geometry import pair
 from ..layout import GroupLayout
-from . import cuda, native, reference, triton
+from . import reference
 from .shapes import Pair, empty_output, output_size
 
-__all__ = ["conv2d_from_plan", "permuted_grouped_conv2d"]
+__all__ = [
+    "conv2d_from_plan",
+    "forward_op",
+    "grad_input_op",
+    "grad_weight_op",
+    "permuted_grouped_conv2d",
+    "room",
+]
 
 FORWARD = "permuted_grouped_conv2d"
 GRAD_INPUT = "permuted_grouped_conv2d_grad_input"
@@ -30,7 +38,6 @@ GRAD_WEIGHT = "permuted_grouped_conv2d_grad_weight"
 
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_ROOMS = {"reference": reference, "native": native, "triton": triton, "cuda": cuda}
 
 define(
     f"{FORWARD}(Tensor x, Tensor weight, Tensor plan, Tensor? bias, Tensor? residual, SymInt out_channels, "
@@ -46,16 +53,12 @@ define(
 )
 
 _ops = torch.ops.dsp_kernels
-_forward_op = _ops.permuted_grouped_conv2d.default
-_grad_input_op = _ops.permuted_grouped_conv2d_grad_input.default
-_grad_weight_op = _ops.permuted_grouped_conv2d_grad_weight.default
+forward_op = _ops.permuted_grouped_conv2d.default
+grad_input_op = _ops.permuted_grouped_conv2d_grad_input.default
+grad_weight_op = _ops.permuted_grouped_conv2d_grad_weight.default
 
 
-def _room(backend: str) -> Any:
-    room = _ROOMS.get(backend)
-    if room is None:
-        raise ValueError(f"backend must be one of {', '.join(_ROOMS)}, got {backend!r}")
-    return room
+room = functools.partial(implementation, "conv")
 
 
 def _forward(
@@ -72,7 +75,7 @@ def _forward(
     activation: str,
     backend: str,
 ) -> Tensor:
-    return _room(backend).forward(
+    return room(backend).forward(
         x, weight, plan, bias, residual, out_channels, kernel_size, stride, padding, dilation, activation
     )
 
@@ -88,7 +91,7 @@ def _grad_input(
     dilation: Pair,
     backend: str,
 ) -> Tensor:
-    return _room(backend).grad_input(grad, weight, plan, input_size, kernel_size, stride, padding, dilation)
+    return room(backend).grad_input(grad, weight, plan, input_size, kernel_size, stride, padding, dilation)
 
 
 def _grad_weight(
@@ -102,7 +105,7 @@ def _grad_weight(
     dilation: Pair,
     backend: str,
 ) -> Tensor:
-    return _room(backend).grad_weight(grad, x, plan, weight_numel, kernel_size, stride, padding, dilation)
+    return room(backend).grad_weight(grad, x, plan, weight_numel, kernel_size, stride, padding, dilation)
 
 
 for _key in ("CPU", "CUDA"):
@@ -161,9 +164,9 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad = activations.find(ctx.activation).gradient(grad, output)
     grad_x = grad_w = grad_b = grad_r = None
     if needs[0]:
-        grad_x = _grad_input_op(grad, weight, plan, x.shape, *ctx.geometry, ctx.backend)
+        grad_x = grad_input_op(grad, weight, plan, x.shape, *ctx.geometry, ctx.backend)
     if needs[1]:
-        grad_w = _grad_weight_op(grad, x, plan, weight.numel(), *ctx.geometry, ctx.backend)
+        grad_w = grad_weight_op(grad, x, plan, weight.numel(), *ctx.geometry, ctx.backend)
     if needs[3]:
         grad_b = grad.sum((0, 2, 3))
     if needs[4]:
@@ -182,11 +185,11 @@ def _grad_input_backward(ctx: Any, direction: Tensor) -> tuple[Any, ...]:
     grad, weight, plan = ctx.saved_tensors
     of_grad = of_weight = None
     if ctx.needs_input_grad[0]:
-        of_grad = _forward_op(
+        of_grad = forward_op(
             direction, weight, plan, None, None, grad.shape[1], *ctx.geometry, "none", ctx.backend
         )
     if ctx.needs_input_grad[1]:
-        of_weight = _grad_weight_op(grad, direction, plan, weight.numel(), *ctx.geometry, ctx.backend)
+        of_weight = grad_weight_op(grad, direction, plan, weight.numel(), *ctx.geometry, ctx.backend)
     return of_grad, of_weight, None, None, None, None, None, None, None
 
 
@@ -201,11 +204,11 @@ def _grad_weight_backward(ctx: Any, direction: Tensor) -> tuple[Any, ...]:
     grad, x, plan = ctx.saved_tensors
     of_grad = of_x = None
     if ctx.needs_input_grad[0]:
-        of_grad = _forward_op(
+        of_grad = forward_op(
             x, direction, plan, None, None, grad.shape[1], *ctx.geometry, "none", ctx.backend
         )
     if ctx.needs_input_grad[1]:
-        of_x = _grad_input_op(grad, direction, plan, x.shape, *ctx.geometry, ctx.backend)
+        of_x = grad_input_op(grad, direction, plan, x.shape, *ctx.geometry, ctx.backend)
     return of_grad, of_x, None, None, None, None, None, None, None
 
 
@@ -263,30 +266,6 @@ def _grad_weight_flops(
 ) -> int:
     batch, _, height, width = grad_shape
     return 2 * weight_numel * batch * height * width
-
-
-def _pair(name: str, value: object, least: int) -> tuple[int, int]:
-    """An int or two ints, each at least ``least``, as a tuple."""
-    if type(value) is tuple and len(value) == 2:
-        first, second = value
-    elif isinstance(value, int):
-        first = second = value
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        if len(value) != 2:
-            raise ValueError(f"{name} must be an int or two ints of at least {least}, got {value!r}")
-        first, second = value
-    else:
-        first = second = value
-    if type(first) is not int or type(second) is not int:
-        if isinstance(first, bool) or isinstance(second, bool):
-            raise TypeError(f"{name} must be an int or two ints of at least {least}, got {value!r}")
-        try:
-            first, second = operator.index(first), operator.index(second)
-        except TypeError:
-            raise TypeError(f"{name} must be an int or two ints of at least {least}, got {value!r}") from None
-    if first < least or second < least:
-        raise ValueError(f"{name} must be an int or two ints of at least {least}, got {value!r}")
-    return first, second
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -369,10 +348,10 @@ def conv2d_from_plan(
     _check_same("weight", weight, x)
     if plan.dtype != torch.int32 or plan.dim() != 1:
         raise ValueError(f"plan must be a 1-D int32 tensor, got {plan.dtype} of shape {tuple(plan.shape)}")
-    kernel = _pair("kernel_size", kernel_size, 1)
-    steps = _pair("stride", stride, 1)
-    pads = _pair("padding", padding, 0)
-    spread = _pair("dilation", dilation, 1)
+    kernel = pair("kernel_size", kernel_size, 1)
+    steps = pair("stride", stride, 1)
+    pads = pair("padding", padding, 0)
+    spread = pair("dilation", dilation, 1)
     act = activations.find(activation)
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
@@ -391,7 +370,7 @@ def conv2d_from_plan(
         weight = weight.detach()
     # One whose derivative needs what it was given stands behind the convolution in training.
     behind = act.keeps == "input" and torch.is_grad_enabled()
-    out = _forward_op(
+    out = forward_op(
         x,
         weight,
         plan,
@@ -448,7 +427,7 @@ def permuted_grouped_conv2d(
         raise ValueError(
             f"x must have {layout.in_channels} channels (layout.in_channels), got shape {tuple(x.shape)}"
         )
-    kernel = _pair("kernel_size", kernel_size, 1)
+    kernel = pair("kernel_size", kernel_size, 1)
     expected = layout.pairs * kernel[0] * kernel[1]
     if weight.dim() == 1 and weight.shape[0] != expected:
         raise ValueError(

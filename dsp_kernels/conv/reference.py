@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import activations
 from .._library import transforming
-from ..plan import PlanHeader, read_header
+from ..layout import PlanHeader, read_header
 from .shapes import Pair, empty_output, is_channels_last, output_size
 
 __all__ = ["forward", "grad_input", "grad_weight"]

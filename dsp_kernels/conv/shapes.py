@@ -7,24 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..geometry import output_size
+
+__all__ = ["Pair", "empty_output", "is_channels_last", "output_size"]
+
 Pair = Sequence[int]
-
-
-def output_size(
-    shape: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
-) -> tuple[int, int]:
-    """(height, width) of the convolution of a (batch, channels, height, width) input.
-
-    Raises ValueError where there would be no output pixel.
-    """
-    height = (shape[2] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
-    width = (shape[3] + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-    if height < 1 or width < 1:
-        raise ValueError(
-            f"x of {shape[2]}x{shape[3]} pixels is too small for kernel_size={tuple(kernel)}, "
-            f"padding={tuple(padding)}, dilation={tuple(dilation)}: the output would be {height}x{width}"
-        )
-    return height, width
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -45,8 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layout import GroupLayout
-from ..plan import INT32_MAX, runs
+from ..layout import INT32_MAX, GroupLayout, runs
 from .shapes import Pair
 
 __all__ = [

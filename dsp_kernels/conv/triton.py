@@ -36,8 +36,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._kept import Kept
 from .._written import listen
-from ..layout import GroupLayout
-from ..plan import INT32_MAX, decode
+from ..layout import INT32_MAX, GroupLayout, decode
 from . import launches, tiles
 from .launches import Launch
 from .shapes import Pair, empty_output, output_size

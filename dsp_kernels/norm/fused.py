@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .. import backends
 from .._library import NAMESPACE, define, library, register_derivatives, transforming
+from ..conv import native as conv_native
 from ..conv import op as conv
 from ..conv.shapes import Pair, empty_output, output_size
+from ..geometry import pair
 from . import native, reference
 
 __all__ = ["conv2d_batch_norm_act"]
@@ -48,7 +50,7 @@ def _convolve(
     x: Tensor, weight: Tensor, plan: Tensor, out_channels: int, geometry: tuple[Pair, ...]
 ) -> Tensor:
     backend = backends.choose(None, x.device.type, x.dtype)
-    return conv._forward_op(x, weight, plan, None, None, out_channels, *geometry, "none", backend)
+    return conv.forward_op(x, weight, plan, None, None, out_channels, *geometry, "none", backend)
 
 
 def _forward(
@@ -71,7 +73,7 @@ def _forward(
     if not _native(x):
         inner = _convolve(x, weight, plan, out_channels, geometry)
         return (inner, *reference.forward(inner, norm_weight, norm_bias, residual, eps, activation))
-    inner = conv.native.forward(x, weight, plan, None, None, out_channels, *geometry, "none")
+    inner = conv_native.forward(x, weight, plan, None, None, out_channels, *geometry, "none")
     return (inner, *native.forward(inner, norm_weight, norm_bias, residual, eps, activation, blank))
 
 
@@ -98,13 +100,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     geometry = (kernel_size, stride, padding, dilation)
     if _native(x):
-        room: Any = conv.native
+        room: Any = conv_native
         seen = y if residual and activation != "none" else None
         of_inner, of_residual, of_norm_weight, of_norm_bias = native.backward(
             grad, inner, seen, norm_weight, norm_bias, mean, variance, eps, activation, residual, blank
         )
     else:
-        room = conv._room(backends.choose(None, x.device.type, x.dtype))
+        room = conv.room(backends.choose(None, x.device.type, x.dtype))
         of_inner, of_residual, of_norm_weight, of_norm_bias = reference.backward(
             grad, inner, y, norm_weight, eps, activation
         )
@@ -179,8 +181,8 @@ def _gradient(ctx: Any, _inner: Tensor, grad: Tensor, *_: object) -> tuple[Any, 
             grad, inner, y, norm_weight, eps, activation
         )
         backend = backends.choose(None, x.device.type, x.dtype)
-        of_x = conv._grad_input_op(of_inner, weight, plan, x.shape, *geometry, backend)
-        of_weight = conv._grad_weight_op(of_inner, x, plan, weight.numel(), *geometry, backend)
+        of_x = conv.grad_input_op(of_inner, weight, plan, x.shape, *geometry, backend)
+        of_weight = conv.grad_weight_op(of_inner, x, plan, weight.numel(), *geometry, backend)
     else:
         of_x, of_weight, of_norm_weight, of_norm_bias, of_residual = _backward_op(
             grad,
@@ -285,10 +287,10 @@ def conv2d_batch_norm_act(
     if out_channels < 1:
         raise ValueError(f"out_channels must be an int of at least 1, got {out_channels}")
     geometry = (
-        conv._pair("kernel_size", kernel_size, 1),
-        conv._pair("stride", stride, 1),
-        conv._pair("padding", padding, 0),
-        conv._pair("dilation", dilation, 1),
+        pair("kernel_size", kernel_size, 1),
+        pair("stride", stride, 1),
+        pair("padding", padding, 0),
+        pair("dilation", dilation, 1),
     )
     shape = (x.shape[0], out_channels, *output_size(x.shape, *geometry))
     if shape[0] * shape[2] * shape[3] < 2:

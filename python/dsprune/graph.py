@@ -23,6 +23,8 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
+from dsp_kernels.geometry import Geometry, pair
+
 from .guards import Expression, evaluate, parse
 from .inputs import Signature, describe, own_tensors, tensors_of
 from .masks import copies_of_results, settle, settle_parametrizations
@@ -487,13 +489,6 @@ def _attribute(module: nn.Module, path: str) -> Any:
     return value
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return (value, value)
-    values = tuple(int(v) for v in value)
-    return (values[0], values[-1])
-
-
 def arguments(node: fx.Node, defaults: Sequence[Any]) -> list[Any]:
     """Positional arguments of an ATen call, filled up from its keywords and ``defaults``."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
@@ -532,12 +527,9 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
             if any(isinstance(v, fx.Node) for v in tree_leaves((stride, padding, dilation))):
                 continue  # computed from the input's size: left to torch
             w = tensors[weight_name]
-            kernel, dilation = (int(w.shape[2]), int(w.shape[3])), _pair(dilation)
-            if isinstance(padding, str):
-                total = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
-                if padding == "same" and any(t % 2 for t in total):
-                    continue  # asymmetric padding: left to torch
-                padding = [0, 0] if padding == "valid" else [t // 2 for t in total]
+            geometry = Geometry.of((int(w.shape[2]), int(w.shape[3])), stride, padding, dilation)
+            if geometry.padding is None:
+                continue  # asymmetric padding: left to torch
             sites.append(
                 Site(
                     node,
@@ -548,10 +540,10 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
                     x,
                     out_channels=int(w.shape[0]),
                     in_channels=int(w.shape[1]) * groups,
-                    kernel_size=kernel,
-                    stride=_pair(stride),
-                    padding=_pair(padding),
-                    dilation=dilation,
+                    kernel_size=geometry.kernel,
+                    stride=geometry.stride,
+                    padding=geometry.padding,
+                    dilation=geometry.dilation,
                     groups=int(groups),
                     output_size=(shape[2], shape[3]),
                     positions=shape[2] * shape[3],
@@ -660,7 +652,7 @@ def _hooked_infos(model: nn.Module, inputs: tuple[Any, ...]) -> list[ConvInfo]:
     def watch(name: str, conv: nn.Conv2d) -> None:
         def hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
             h, w = int(output.shape[-2]), int(output.shape[-1])
-            kernel = _pair(conv.kernel_size)
+            kernel = pair("kernel_size", conv.kernel_size, 1, expand=True)
             macs = conv.weight.shape[0] * conv.weight.shape[1] * kernel[0] * kernel[1] * h * w
             known = seen.get(name)
             seen[name] = ConvInfo(

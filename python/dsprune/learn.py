@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.optim import optimizer as optimizer_module
 
 from dsp_kernels.assignment import LassoTable, sample_groups
+from dsp_kernels.assignment.choice import room
 from dsp_kernels.assignment.op import FORMS, check_form, check_temperature, standard_gumbel
 from dsp_kernels.assignment.reference import harden, sample_groups_backward, spread, square_sum, tap_product
-from dsp_kernels.assignment.rooms import room
 
 from .graph import as_inputs, prunable_convs, unwrap
 from .inputs import own_tensors

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from dsp_kernels import GroupLayout
-from dsp_kernels.plan import gray_order
+from dsp_kernels.layout import gray_order
 
 from .graph import NetworkGraph, Site, aten, shape_of
 from .liveness import BATCH_NORM, BINARY, POOLS, REDUCTIONS, UNARY, Liveness, analyse

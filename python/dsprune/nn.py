@@ -11,19 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsp_kernels import GroupLayout
+from dsp_kernels import GroupLayout, activations
 from dsp_kernels.backends import NAMES, choose
 from dsp_kernels.conv import conv2d_from_plan
+from dsp_kernels.geometry import Geometry
 from dsp_kernels.norm import batch_norm_act, conv2d_batch_norm_act
 
 __all__ = ["PackedBatchNorm2d", "PackedConv2d", "PermutedGroupedConv2d", "conv_norm_act", "norm_act"]
-
-
-def _two(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < least for v in pair):
-        raise ValueError(f"{name}: expected an int or two ints of at least {least}, got {value!r}")
-    return (pair[0], pair[1])
 
 
 def _check_backend(backend: object) -> None:
@@ -78,8 +72,7 @@ class PermutedGroupedConv2d(nn.Module):
         super().__init__()
         if not isinstance(layout, GroupLayout):
             raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
-        if activation not in (None, "relu", "relu6"):
-            raise ValueError(f"activation: expected None, 'relu' or 'relu6', got {activation!r}")
+        activations.find(activation)
         _check_backend(backend)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
@@ -89,22 +82,17 @@ class PermutedGroupedConv2d(nn.Module):
             )
         self.layout = layout
         self.in_channels, self.out_channels = layout.in_channels, layout.out_channels
-        self.kernel_size = _two("kernel_size", kernel_size, 1)
-        self.stride = _two("stride", stride, 1)
-        self.dilation = _two("dilation", dilation, 1)
-        self.padding: str | tuple[int, int]
-        if isinstance(padding, str):
-            if padding not in ("same", "valid"):
-                raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
-            if padding == "same" and self.stride != (1, 1):
-                raise ValueError(f"padding: 'same' needs stride 1, got {self.stride}")
-            self.padding = padding
-        else:
-            self.padding = _two("padding", padding, 0)
+        geometry = Geometry.of(kernel_size, stride, padding, dilation)
+        self.kernel_size, self.stride, self.dilation = geometry.kernel, geometry.stride, geometry.dilation
+        self.padding = padding if isinstance(padding, str) else (geometry.pads[0][0], geometry.pads[1][0])
         self.padding_mode, self.groups, self.transposed = padding_mode, 1, False
         self.activation, self.backend = activation, backend
         # What runs: zero padding inside the kernel where it is symmetric, F.pad before it otherwise.
-        self._inner_padding, self._outer_padding = self._split_padding()
+        inside = padding_mode == "zeros" and geometry.padding is not None
+        (top, bottom), (left, right) = geometry.pads
+        outer = (left, right, top, bottom)
+        self._inner_padding = (top, left) if inside else (0, 0)
+        self._outer_padding = None if inside or not any(outer) else outer
         self.weight = nn.Parameter(
             torch.empty(layout.weight_numel(self.kernel_size), device=device, dtype=dtype)
         )
@@ -119,21 +107,6 @@ class PermutedGroupedConv2d(nn.Module):
             blank[list(filters)] = 0
         self.register_buffer("blank", blank if bool(blank.any()) else None, persistent=False)
         self.reset_parameters()
-
-    def _split_padding(self) -> tuple[tuple[int, int], tuple[int, int, int, int] | None]:
-        if self.padding == "valid":
-            return (0, 0), None
-        if self.padding == "same":
-            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
-        else:
-            assert isinstance(self.padding, tuple)
-            top = bottom = self.padding[0]
-            left = right = self.padding[1]
-        if self.padding_mode == "zeros" and top == bottom and left == right:
-            return (top, left), None
-        outer = (left, right, top, bottom)
-        return (0, 0), outer if any(outer) else None
 
     def reset_parameters(self) -> None:
         """Kaiming-uniform weights with each group's own fan-in, as ``nn.Conv2d`` has for its one."""

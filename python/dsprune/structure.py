@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from dsp_kernels import GroupLayout
+from dsp_kernels.geometry import Geometry
 
 from . import latency as timing
 from .counting import one_image
@@ -423,25 +424,17 @@ def _layer_shape(
     conv = counter.model.get_submodule(info.name) if info.name else counter.model
     assert isinstance(conv, nn.Conv2d)
     batch = next(int(v.shape[0]) for v in inputs if isinstance(v, torch.Tensor))
-    if isinstance(conv.padding, str):
-        pads = [d * (k - 1) // 2 if conv.padding == "same" else 0
-                for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]  # fmt: skip
-    else:
-        pads = list(conv.padding)
-    size = [
-        max(1, (out - 1) * s + d * (k - 1) + 1 - 2 * p)
-        for out, s, d, k, p in zip(
-            info.output_size, conv.stride, conv.dilation, conv.kernel_size, pads, strict=True
-        )
-    ]
+    given = Geometry.of(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    padding = (given.pads[0][0], given.pads[1][0])
+    geometry = Geometry.of(given.kernel, given.stride, padding, given.dilation)
     return timing.LayerShape(
         conv.in_channels,
         conv.out_channels,
-        (batch, size[0], size[1]),
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        (pads[0], pads[1]),
-        (conv.dilation[0], conv.dilation[1]),
+        (batch, *geometry.input_size(*info.output_size)),
+        geometry.kernel,
+        geometry.stride,
+        padding,
+        geometry.dilation,
         tuple(sorted(int((member == group).sum()) for group in range(int(member.max()) + 1))),
     )
 

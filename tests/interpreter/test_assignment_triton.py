@@ -14,8 +14,8 @@ from torch import nn
 
 from dsp_kernels import group_lasso, sample_groups
 from dsp_kernels.assignment import LassoTable, reference
+from dsp_kernels.assignment.choice import backend_for
 from dsp_kernels.assignment.op import standard_gumbel
-from dsp_kernels.assignment.rooms import backend_for
 from dsprune import GroupLearner
 
 OPS = torch.ops.dsp_kernels
@@ -476,7 +476,7 @@ def test_a_table_of_several_dtypes_takes_the_reference():
 
 
 def test_interpreted_kernels_read_host_memory_only(monkeypatch):
-    monkeypatch.setattr("dsp_kernels.assignment.rooms.choose", lambda *arguments: "triton")
+    monkeypatch.setattr("dsp_kernels.assignment.choice.choose", lambda *arguments: "triton")
     assert backend_for(None, "cuda", torch.float32) == "reference"
     with pytest.raises(ValueError, match="interpreter reads host memory only"):
         backend_for("triton", "cuda", torch.float32)

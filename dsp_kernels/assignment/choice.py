@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+import functools
 
 import torch
 
-from ..backends import choose, interpreted
+from ..backends import choose, implementation, interpreted
 
 __all__ = ["backend_for", "room"]
 
@@ -34,6 +33,4 @@ def backend_for(backend: str | None, device_type: str, dtype: torch.dtype) -> st
 backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def room(backend: str) -> ModuleType:
-    """The module of a backend. Triton's is imported where it is first used."""
-    return importlib.import_module(f"dsp_kernels.assignment.{backend}")
+room = functools.partial(implementation, "assignment")

@@ -60,6 +60,7 @@ def rewritten(file: Path, change: Any) -> None:
     with safe_open(file, framework="pt") as stored:
         tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
         header = json.loads(stored.metadata()["dsprune-packed"])
+        del header["sha256"]
     change(header)
     file.write_bytes(tensors_to_bytes(tensors, "dsprune-packed", header))
 

@@ -63,9 +63,9 @@ def regular_file(path: str | os.PathLike[str], at_most: int | None = None) -> Pa
     return file
 
 
-def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+def _digest(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of the JSON and of every tensor with its name, dtype and shape."""
-    total = hashlib.sha256(text.encode())
+    total = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -74,14 +74,16 @@ def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def tensors_to_bytes(tensors: Mapping[str, torch.Tensor], key: str, content: Mapping[str, Any]) -> bytes:
-    """A safetensors file with ``content`` as JSON under ``key`` of its metadata, and a SHA-256 over both.
+    """A safetensors file with ``content`` as JSON under ``key`` of its metadata, a SHA-256 over both in it.
 
     Tensors that share memory (tied weights) are written once a name. ValueError for numbers in ``content``
     that are not finite.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(content, sort_keys=True, allow_nan=False)
-    return serialize(plain, {key: text, _DIGEST: _digest(text, plain)})
+    again = json.loads(json.dumps(content, allow_nan=False))  # as it will be read: its keys are text
+    # One entry of metadata: of several, safetensors writes the order as it comes.
+    stored = {**again, _DIGEST: _digest(again, plain)}
+    return serialize(plain, {key: json.dumps(stored, sort_keys=True)})
 
 
 def read_tensors(
@@ -110,6 +112,6 @@ def read_tensors(
     given = content.get(version[0])
     if type(given) is not int or given != version[1]:
         raise ValueError(f"{version[0]} {given!r}; this package reads {version[0]} {version[1]}")
-    if metadata.get(_DIGEST) != _digest(metadata[key], tensors):
+    if content.pop(_DIGEST, None) != _digest(content, tensors):
         raise ValueError("damaged contents (their SHA-256 is another than when the file was written)")
     return tensors, content

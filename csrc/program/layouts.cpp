@@ -127,7 +127,7 @@ class Engines {
     for (const auto& step : steps) {
       const ConvStep* conv = step->conv();
       for (int lanes = 0; conv != nullptr && lanes < 2; ++lanes)
-        cost_[lanes][index(conv->result)] = conv->cycles(lanes != 0);
+        cost_[lanes][index(conv->result)] = conv->engine_cycles(lanes != 0);
     }
   }
 
@@ -172,6 +172,7 @@ class Engines {
     for (const auto& step : steps_) {
       const ConvStep* conv = step->conv();
       if (conv == nullptr) {
+        sum += step->cycles(values_, layout(step->result));
         for (size_t j = 0; j < step->inputs.size(); ++j) {
           const int64_t id = step->inputs[j];
           const bool differs = step->alike() && layout(id) != layout(step->result);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "core/pages.h"
 #include "core/status.h"
 #include "core/thread_pool.h"
 #include "program/layouts.h"
@@ -22,12 +23,22 @@ Program::Program(const int64_t* words, int64_t words_numel, const float* floats,
     if (ConvStep* conv = step->conv()) conv->lay_out(values_);
     scratch_floats_ = std::max(scratch_floats_, step->scratch_floats());
   }
+  place_weights();
   first_pair_ = choose_pairs(steps_, &values_);
   assign_memory();
 }
 
 Program::~Program() {
   for (float* arena : free_arenas_) std::free(arena);
+}
+
+void Program::place_weights() {
+  const auto rounded = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+  int64_t floats = 0;
+  for (const auto& step : steps_) floats += rounded(step->place_weights(nullptr));
+  weights_.reset(static_cast<float*>(take_pages(static_cast<size_t>(floats + 16) * sizeof(float))));
+  float* to = weights_.get();
+  for (const auto& step : steps_) to += rounded(step->place_weights(to));
 }
 
 // Padded values share memory only with values of the same layout, because their zeros are written once, when

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -10,6 +11,10 @@
 #include "program/step.h"
 
 namespace dsp {
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
 
 class Program {
  public:
@@ -24,6 +29,7 @@ class Program {
   dsp_program_memory memory() const;
 
  private:
+  void place_weights();
   void assign_memory();
   float* take_arena();
   void give_arena(float* arena);
@@ -31,6 +37,7 @@ class Program {
 
   std::vector<Value> values_;
   std::vector<std::unique_ptr<Step>> steps_;
+  std::unique_ptr<float, Free> weights_;  // of all steps, in the order in which they run
   int64_t output_ = 0;
   size_t first_pair_ = 0;  // the first step for which images wait for one another
   int64_t second_ = 0;     // from a value of the first image to that of the second

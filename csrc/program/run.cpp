@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 
+#include "core/pages.h"
 #include "core/thread_pool.h"
 #include "program/program.h"
 #include "program/steps/conv.h"
@@ -21,12 +22,14 @@ float* Program::take_arena() {
     free_arenas_.reserve(static_cast<size_t>(arenas_) + 1);
     ++arenas_;
   }
-  const size_t bytes = (static_cast<size_t>(arena_floats_) * sizeof(float) + 4095) / 4096 * 4096 + 4096;
-  float* arena = static_cast<float*>(std::aligned_alloc(4096, bytes));
-  if (arena == nullptr) {
+  const size_t bytes = static_cast<size_t>(arena_floats_) * sizeof(float) + 4096;
+  float* arena = nullptr;
+  try {
+    arena = static_cast<float*>(take_pages(bytes));
+  } catch (...) {
     std::lock_guard<std::mutex> lock(mutex_);
     --arenas_;
-    throw std::bad_alloc();
+    throw;
   }
   std::memset(arena, 0, bytes);
   return arena;

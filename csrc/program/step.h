@@ -1,6 +1,7 @@
 // What every step of a program is. The kinds are in steps.def and steps/, one file each.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -52,7 +53,11 @@ class Step {
   // What it keeps: weights, biases, tables.
   virtual int64_t bytes() const { return 0; }
   virtual int64_t scratch_floats() const { return 0; }
+  // How many floats its prepared weights are; they move to `to`, unless that is null, and are read there.
+  virtual int64_t place_weights(float* to);
   virtual const Activation& activation() const;
+  // About what it takes with its values planar, or with channels last, in cycles, where these differ much.
+  virtual double cycles(const std::vector<Value>& values, Layout layout) const;
   virtual void run(const Place& at, int threads) const = 0;
   virtual ConvStep* conv() { return nullptr; }
 };
@@ -70,6 +75,24 @@ class ChannelStep : public Step {
   // How many there are, and what all of them take, in multiply-adds or so.
   virtual int64_t count(const Place& at) const { return at.value(result).channels; }
   virtual int64_t work(const Place& at) const { return at.value(result).numel(); }
+};
+
+// Weights that a step makes, and that move once to where those of all steps are.
+class Weights {
+ public:
+  std::vector<float> made;
+  const float* data() const { return placed_ == nullptr ? made.data() : placed_; }
+  int64_t count() const { return placed_ == nullptr ? static_cast<int64_t>(made.size()) : count_; }
+  void place(float* to) {
+    count_ = count();
+    std::copy(made.begin(), made.end(), to);
+    made = {};
+    placed_ = to;
+  }
+
+ private:
+  const float* placed_ = nullptr;
+  int64_t count_ = 0;
 };
 
 inline int64_t bytes_of(const std::vector<float>& values) {

@@ -13,6 +13,10 @@ class AvgPoolStep final : public ChannelStep {
 
   Shape shape(const Source& source) override { return pooled_shape(source.shape(f_.x), f_, 1, 1); }
 
+  double cycles(const std::vector<Value>& values, Layout layout) const override {
+    return pooling_cycles(values[static_cast<size_t>(result)], f_.kernel_h * f_.kernel_w, layout);
+  }
+
  protected:
   int64_t work(const Place& at) const override {
     return at.value(result).numel() * f_.kernel_h * f_.kernel_w;

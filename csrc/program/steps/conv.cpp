@@ -29,19 +29,25 @@ Shape ConvStep::shape(const Source& source) {
   if (f.residual >= 0 && !(source.shape(f.residual) == made))
     fail("program: a convolution's residual has another shape than its output");
   const int64_t numel = plan.pairs() * shape_.taps();
-  weights_ = source.take(f.weight_at, numel, "weight");
+  weights_.made = source.take(f.weight_at, numel, "weight");
   if (f.bias_at >= 0) bias_ = source.take(f.bias_at, made.channels, "bias");
   return made;
 }
 
 int64_t ConvStep::bytes() const {
-  int64_t sum = bytes_of(weights_) + lane_conv_.table_bytes() + bytes_of(bias_) + layout_.table_bytes() +
+  int64_t sum = weights_.count() * static_cast<int64_t>(sizeof(float)) + lane_conv_.table_bytes() +
+                bytes_of(bias_) + layout_.table_bytes() +
                 static_cast<int64_t>(fields_.plan.size() * sizeof(int32_t));
   for (const TileSet* sets : {whole_, last_, of_pairs_}) {
     for (int log = 0; log <= kMaxRowsLog; ++log)
       sum += static_cast<int64_t>(sets[log].tiles.size() * sizeof(Tile));
   }
   return sum;
+}
+
+int64_t ConvStep::place_weights(float* to) {
+  if (to != nullptr) weights_.place(to);
+  return weights_.count();
 }
 
 int64_t ConvStep::scratch_floats() const {
@@ -68,7 +74,7 @@ bool ConvStep::can_run_in_lanes(const std::vector<Value>& values) const {
 }
 
 // As measured (bench/native/engines.cpp): shares of a core's two multiply-adds a cycle.
-double ConvStep::cycles(bool lanes) const {
+double ConvStep::engine_cycles(bool lanes) const {
   const Plan plan = Plan::trusted(fields_.plan.data());
   const double pixels = static_cast<double>(shape_.out_plane());
   const double taps = static_cast<double>(shape_.taps());
@@ -125,9 +131,9 @@ void ConvStep::lay_out(const std::vector<Value>& values) {
     lay_out_lanes(values);
     return;
   }
-  const std::vector<float> packed = std::move(weights_);
-  weights_.resize(packed.size());
-  prepare_weights(plan, s.kh, s.kw, packed.data(), weights_.data());
+  const std::vector<float> packed = std::move(weights_.made);
+  weights_.made.resize(packed.size());
+  prepare_weights(plan, s.kh, s.kw, packed.data(), weights_.made.data());
   layout_.set_blocks(plan, s);
   layout_.set_bias(bias_.empty() ? nullptr : bias_.data());
   if (layout_.blocks.empty()) return;
@@ -156,9 +162,9 @@ void ConvStep::lay_out_lanes(const std::vector<Value>& values) {
   lane_conv_.set_bias(bias_.empty() ? nullptr : bias_.data());
   if (!lane_conv_.set_views(plan, view(inputs.front()), view(result), adds() ? view(residual()) : View{}))
     fail("program: a convolution's values are too large");
-  const std::vector<float> packed = std::move(weights_);
-  weights_.resize(static_cast<size_t>(lane_conv_.weight_floats()));
-  lane_conv_.prepare(plan, packed.data(), weights_.data());
+  const std::vector<float> packed = std::move(weights_.made);
+  weights_.made.resize(static_cast<size_t>(lane_conv_.weight_floats()));
+  lane_conv_.prepare(plan, packed.data(), weights_.made.data());
 }
 
 bool ConvStep::choose_pairs(const std::vector<Value>& values) {

@@ -17,6 +17,7 @@ class ConvStep final : public Step {
 
   Shape shape(const Source& source) override;
   int64_t bytes() const override;
+  int64_t place_weights(float* to) override;
   int64_t scratch_floats() const override;
   bool alike() const override { return false; }
   bool reads(size_t input, Layout layout) const override;
@@ -34,7 +35,7 @@ class ConvStep final : public Step {
   void set_lanes(bool lanes) { lanes_ = lanes; }
   bool lanes() const { return lanes_; }
   bool can_run_in_lanes(const std::vector<Value>& values) const;
-  double cycles(bool lanes) const;
+  double engine_cycles(bool lanes) const;
   void lay_out(const std::vector<Value>& values);
 
   // Lays out for two images at once where that pays.
@@ -64,7 +65,8 @@ class ConvStep final : public Step {
   void share_strips(const Tensors& t, int threads) const;
 
   Fields<DSP_OP_CONV> fields_;
-  std::vector<float> weights_, bias_;  // packed, until it is laid out
+  Weights weights_;  // packed, until it is laid out
+  std::vector<float> bias_;
   ConvShape shape_{};
   ConvLayout layout_;
   TileSet whole_[kMaxRowsLog + 1];

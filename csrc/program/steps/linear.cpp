@@ -13,17 +13,24 @@ class LinearStep final : public ChannelStep {
     const Shape& x = source.shape(fields_.x);
     if (x.height != 1 || x.width != 1) fail("program: linear needs a flat input");
     features_ = x.channels;
-    weight_ = source.take(fields_.weight_at, checked_mul(fields_.features, features_, "weight"), "weight");
+    weight_.made =
+        source.take(fields_.weight_at, checked_mul(fields_.features, features_, "weight"), "weight");
     if (fields_.bias_at >= 0) bias_ = source.take(fields_.bias_at, fields_.features, "bias");
     return {fields_.features, 1, 1};
   }
-  int64_t bytes() const override { return bytes_of(weight_) + bytes_of(bias_); }
+  int64_t bytes() const override {
+    return weight_.count() * static_cast<int64_t>(sizeof(float)) + bytes_of(bias_);
+  }
+  int64_t place_weights(float* to) override {
+    if (to != nullptr) weight_.place(to);
+    return weight_.count();
+  }
   const Activation& activation() const override { return fields_.activation; }
 
   bool alike() const override { return false; }
 
  protected:
-  int64_t work(const Place&) const override { return static_cast<int64_t>(weight_.size()); }
+  int64_t work(const Place&) const override { return weight_.count(); }
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {
     // Channels of flat values lie next to each other.
     kernels().linear(at.rows(result).base + begin, at.const_rows(inputs[0]).base,
@@ -36,7 +43,8 @@ class LinearStep final : public ChannelStep {
  private:
   Fields<DSP_OP_LINEAR> fields_;
   int64_t features_ = 0;
-  std::vector<float> weight_, bias_;
+  Weights weight_;
+  std::vector<float> bias_;
 };
 
 }  // namespace

@@ -19,6 +19,10 @@ class MaxPoolStep final : public ChannelStep {
     return pooled_shape(source.shape(f_.x), f_, f_.dilation_h, f_.dilation_w);
   }
 
+  double cycles(const std::vector<Value>& values, Layout layout) const override {
+    return pooling_cycles(values[static_cast<size_t>(result)], f_.kernel_h * f_.kernel_w, layout);
+  }
+
  protected:
   int64_t work(const Place& at) const override {
     return at.value(result).numel() * f_.kernel_h * f_.kernel_w;

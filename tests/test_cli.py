@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -23,6 +24,7 @@ from dsprune import cli
 from dsprune.recipes import checkpoint, runs, stages, training
 from dsprune.recipes.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from dsprune.recipes.data import ImageData, Split, batch_count, batches, digits, load_data, shifted
+from dsprune.recipes.oneshot import read_data
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARN = ["--size", "8", "--batch", "64", "--pretrain-epochs", "2", "--epochs", "2", "--groups", "2"]
@@ -85,7 +87,7 @@ def test_help_lists_the_commands() -> None:
 
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "learn", "prune", "finetune", "pack", "show", "bench"):
+    for command in ("demo", "learn", "prune", "finetune", "oneshot", "pack", "show", "bench"):
         assert command in result.output
         assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
 
@@ -94,7 +96,7 @@ BAD = {
     "depth": (["learn", "--run", "{new}", "--depth", "21"], "depth: expected one of [20, 32, 44, 56, 110]"),
     "data": (
         ["learn", "--run", "{new}", "--data", "mnist"],
-        "data: expected one of ['digits', 'cifar10', 'imagenet']",
+        "data: expected one of ['digits', 'cifar10', 'fashion-mnist', 'imagenet']",
     ),
     "size": (["learn", "--run", "{new}", "--size", "4"], "size: expected 8 to 512"),
     "seed": (["learn", "--run", "{new}", "--seed", "-1"], "seed: expected 0"),
@@ -116,6 +118,22 @@ BAD = {
     "show text": (["show", "{file}"], "not a readable safetensors file"),
     "bench": (["bench", "--run", "{new}"], "no such run folder"),
     "bench seconds": (["bench", "--run", "{new}", "--seconds", "0"], "seconds: expected more than 0"),
+    "oneshot": (["oneshot", "{new}", "--flops", "0.5"], "data: expected --data for a file of weights"),
+    "oneshot no target": (["oneshot", "{file}", "--data", "digits"], "expected exactly one of --flops"),
+    "oneshot file": (
+        ["oneshot", "{file}", "--data", "digits", "--flops", "0.5"],
+        "not a readable safetensors",
+    ),
+    "oneshot data": (
+        ["oneshot", "{file}", "--data", "mnist", "--flops", "0.5"],
+        "data: expected digits, SET:DIR",
+    ),
+    "oneshot set": (["oneshot", "{file}", "--data", "mnist:x", "--flops", "0.5"], "data: expected one of"),
+    "oneshot npy": (["oneshot", "{file}", "--data", "{file}.npy", "--flops", "0.5"], "no such file"),
+    "oneshot images": (
+        ["oneshot", "{file}", "--data", "digits", "--flops", "0.5", "--images", "0"],
+        "images: expected at least 1",
+    ),
     "demo seeds": (["demo", "--out", "{new}", "--seeds", "0"], "seeds: expected 1 to 1000"),
     "demo flops": (["demo", "--out", "{new}", "--flops", "1.5"], "flops: expected the fraction"),
 }
@@ -286,6 +304,58 @@ def test_learning_from_given_weights(
     wrong = ["learn", "--run", str(tmp_path / "b"), *LEARN, "--depth", "32", "--weights", str(plain)]
     assert cli.main(wrong) == 1
     assert "plain.safetensors: does not fit the network: lacks" in capsys.readouterr().err
+
+
+def test_one_shot_from_a_run_and_from_a_file(
+    learned: Path, small_data: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(learned, tmp_path / "run")
+    common = ["--flops", "0.3", "--images", "100", "--groups", "2"]
+    assert cli.main(["oneshot", str(run), *common]) == 0
+    said = capsys.readouterr().out
+    scores = [line for line in said.splitlines() if "validation accuracy" in line]
+    assert [line.split(":")[0] for line in scores] == ["dense", "cut", "reconstructed", "packed"]
+    assert scores[2].split()[-1] == scores[3].split()[-1] and "100 images, took" in said
+    # The same from a file of weights and an array of the same images: the same bits.
+    dense = runs.Run.open(run).file("dense")
+    data = few()
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:100].sort().values
+    np.save(tmp_path / "x.npy", data.train.images[order].numpy())  # type: ignore
+    out = tmp_path / "more" / "small.safetensors"
+    arguments = ["oneshot", str(dense), "--data", str(tmp_path / "x.npy"), *common, "--out", str(out)]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "dense: same answer as dense 100.00%, relative error 0.000" in said
+    assert load_bits(out) == load_bits(run / "oneshot.safetensors")
+    capsys.readouterr()
+    assert cli.main([*arguments[:1], str(out), *arguments[2:]]) == 1
+    assert "is packed already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (np.zeros((2, 3)), "expected images \\(N, C, H, W\\), got shape \\(2, 3\\)"),
+        (np.zeros((0, 1, 4, 4)), "expected images"),
+        (np.full((1, 1, 4, 4), np.nan), "expected finite numbers"),
+        (np.zeros((1, 1, 4, 4), np.complex64), "expected numbers, got complex64"),
+        (np.array([[[[{}]]]], object), "not a readable .npy file"),
+    ],
+)
+def test_arrays_that_are_no_inputs(content: np.ndarray, text: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", content, allow_pickle=True)
+    with pytest.raises(ValueError, match=text) as error:
+        read_data(str(tmp_path / "x.npy"))
+    assert str(tmp_path / "x.npy") in str(error.value)
+
+
+def test_an_array_that_is_cut_off(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((4, 1, 8, 8), np.float32))
+    whole = (tmp_path / "x.npy").read_bytes()
+    for size in (0, 5, 60, len(whole) - 1):
+        (tmp_path / "x.npy").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a readable"):
+            read_data(str(tmp_path / "x.npy"))
 
 
 def test_show_the_authors_networks(

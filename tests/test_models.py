@@ -128,6 +128,18 @@ def test_bad_counts(name: str, value: object, error: type[Exception]) -> None:
             build(**{name: value})
 
 
+def test_widths() -> None:
+    narrow = cifar_resnet(20, 10, 1, widths=(5, 9, 12))
+    shapes = [tuple(narrow.get_submodule(f"stage{i}.0.conv_a").weight.shape[:2]) for i in (1, 2, 3)]  # type: ignore
+    assert shapes == [(5, 5), (9, 5), (12, 9)]
+    assert narrow(torch.zeros(2, 1, 9, 9)).shape == (2, 10)
+    for widths, error in (((16, 32), ValueError), ((16, 0, 8), ValueError), ((1, 2, 3.0), TypeError)):
+        with pytest.raises(error, match="widths"):
+            cifar_resnet(20, widths=widths)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="widths"):
+        cifar_resnet(20, widths="123")  # type: ignore[arg-type]
+
+
 def test_same_seed_same_weights() -> None:
     torch.manual_seed(3)
     first = cifar_resnet(20).state_dict()

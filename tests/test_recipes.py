@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import gzip
 import importlib.util
 import json
 import os
@@ -10,6 +12,7 @@ import pickle
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -188,6 +191,91 @@ def test_the_tree_is_read_as_it_is(tree: Path) -> None:
     assert not torch.equal(again[0][0], found[0][0])
 
 
+def idx(sizes: tuple[int, ...], content: bytes, magic: bytes = b"\0\0\x08") -> bytes:
+    return gzip.compress(magic + bytes([len(sizes)]) + struct.pack(f">{len(sizes)}I", *sizes) + content)
+
+
+def write_fashion(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Fashion-MNIST's four files with 200 and 30 images."""
+    folder.mkdir(parents=True)
+    generator, content = np.random.default_rng(0), {}
+    for name, count in (("train", 200), ("t10k", 30)):
+        images = generator.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(idx((count, 28, 28), images.tobytes()))
+        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(idx((count,), labels.tobytes()))
+        content[name] = images, labels
+    return content
+
+
+def test_fashion_is_read_as_it_is(tmp_path: Path) -> None:
+    content = write_fashion(tmp_path / "data")
+    data = load_data("fashion-mnist", None, tmp_path / "data")
+    assert (data.name, data.classes, data.channels, data.size) == ("fashion-mnist", 10, 1, 28)
+    assert (len(data.train), len(data.validation), len(data.test)) == (180, 20, 30)
+    assert data.validation.labels.bincount().tolist() == [2] * 10
+    assert data.test.labels.tolist() == content["t10k"][1].tolist()
+    images = torch.cat(list(data.test.batches(7, torch.device("cpu"))))
+    expected = (torch.from_numpy(content["t10k"][0])[:, None].double() / 255 - 0.2860) / 0.3530
+    torch.testing.assert_close(images.double(), expected, rtol=1e-5, atol=1e-5)
+    held = torch.cat([data.train.images, data.validation.images]).flatten(1).numpy()  # type: ignore
+    assert sorted(map(bytes, held)) == sorted(map(bytes, content["train"][0].reshape(200, -1)))
+    few = load_data("fashion-mnist", 28, tmp_path / "data", limit=20, workers=1)
+    assert (len(few.train), len(few.validation), len(few.test)) == (20, 20, 20)
+    with pytest.raises(ValueError, match="size: Fashion-MNIST has images of 28 pixels, got 32"):
+        load_data("fashion-mnist", 32, tmp_path / "data")
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+FULL = b"\0" * 784 * 3
+FASHION = {
+    "missing": (IMAGES, None, "no such file"),
+    "no gzip": (IMAGES, b"\0\0\x08\x03" + FULL, "not a readable gzip file"),
+    "cut off": (IMAGES, idx((3, 28, 28), FULL)[:-20], "not a readable gzip file"),
+    "bits": (IMAGES, idx((3, 28, 28), bytes(range(251)) * 10)[:60] + b"zz" * 30, "not a readable gzip file"),
+    "empty": (IMAGES, b"", "not an IDX file of 28 x 28 images (it begins with nothing)"),
+    "labels for images": (IMAGES, idx((3,), b"abc"), "not an IDX file of 28 x 28 images"),
+    "floats": (IMAGES, idx((3, 28, 28), FULL, b"\0\0\x0d"), "not an IDX file of 28 x 28 images"),
+    "no sizes": (IMAGES, gzip.compress(b"\0\0\x08\x03\0\0"), "ends within its header"),
+    "a bomb": (IMAGES, idx((2**32 - 1, 28, 28), FULL), "sizes 4294967295 x 28 x 28, expected 1 to 60000"),
+    "another size": (IMAGES, idx((3, 32, 32), FULL), "sizes 3 x 32 x 32"),
+    "none": (IMAGES, idx((0, 28, 28), b""), "sizes 0 x 28 x 28"),
+    "few bytes": (IMAGES, idx((4, 28, 28), FULL), "fewer bytes than the 4 28 x 28 images"),
+    "more bytes": (IMAGES, idx((2, 28, 28), FULL), "more bytes than the 2 28 x 28 images"),
+    "count": (LABELS, idx((199,), bytes(199)), "199 labels for 200 images"),
+    "label": (LABELS, idx((200,), bytes(199) + b"\x0a"), "expected labels 0 to 9, got 10"),
+}
+
+
+@pytest.mark.parametrize("case", FASHION)
+def test_what_is_wrong_with_fashion(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, content, text = FASHION[case]
+    write_fashion(tmp_path / "data")
+    file = tmp_path / "data" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    run = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *TRIAL]
+    assert cli.main(["recipe", "fashion-mnist", *run]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"dsprune: {file}: ") and text in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
+    """A header of 3 TB, and 400 MB of zeros behind a small one: neither is read."""
+    import tracemalloc
+
+    write_fashion(tmp_path / "data")
+    for sizes in ((2**32 - 1, 28, 28), (3, 28, 28)):
+        (tmp_path / "data" / IMAGES).write_bytes(idx(sizes, bytes(1 << 22)))
+        tracemalloc.start()
+        with pytest.raises(DataError, match=IMAGES):
+            folders.fashion_mnist(tmp_path / "data")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+
+
 # ---- what is wrong with a folder ----
 
 
@@ -320,6 +408,7 @@ BAD = {
     "groups": (["cifar10", "--groups", "5"], "groups: expected one of [2, 3, 4], or a target"),
     "arch": (["imagenet", "--arch", "vgg16"], "arch: expected one of ['resnet18', 'resnet50']"),
     "imagenet groups": (["imagenet", "--groups", "4"], "groups: expected one of [2]"),
+    "fashion depth": (["fashion-mnist", "--depth", "21"], "depth: expected one of [20, 32"),
     "scale": (["cifar10", "--epochs-scale", "0"], "epochs-scale: expected more than 0"),
     "flops": (["cifar10", "--flops", "1.5"], "flops: expected the fraction"),
     "limit": (["cifar10", "--limit", "-1"], "limit: expected at least 0"),
@@ -346,6 +435,7 @@ def test_bad_options(case: str, cifar: Path, tmp_path: Path, capsys: pytest.Capt
     [
         (["cifar10"], "cifar10-resnet20-g4"),
         (["cifar10", "--depth", "56", "--groups", "3"], "cifar10-resnet56-g3"),
+        (["fashion-mnist", "--groups", "2"], "fashion-mnist-resnet20-g2"),
         (["imagenet", "--arch", "resnet18"], "imagenet-resnet18-g2"),
     ],
 )
@@ -383,6 +473,10 @@ def test_the_settings_are_the_published_ones() -> None:
     assert recipe.published("imagenet", "ResNet-50", 2, 0.81) == (75.45, 80.03, 66.00)
     assert recipe.published("cifar10", "ResNet-20", 5) is None
     assert not recipe._as_published(recipe.cifar10_config(Path("d"), epochs_scale=0.5))
+    fashion = recipe.fashion_config(Path("d"), groups=2, flops=0.8)
+    assert recipe._as_published(fashion) and fashion.prune == training.Prune(0.8)
+    assert not recipe._as_published(dataclasses.replace(fashion, limit=100))
+    assert recipe.published("fashion-mnist", "ResNet-20", 4) is None
     assert not recipe._as_published(recipe.cifar10_config(Path("d"), limit=100))
 
 

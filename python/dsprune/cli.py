@@ -311,6 +311,110 @@ def finetune(
     _say_accuracy(here, images, "finetuned")
 
 
+class Importance(StrEnum):
+    """How `oneshot` weighs what it may remove."""
+
+    magnitude = "magnitude"
+    activation = "activation"
+
+
+@app.command()
+def oneshot(
+    model: Annotated[
+        Path, typer.Argument(help="Trained weights (safetensors), or a run folder.", show_default=False)
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, SET:DIR (cifar10, fashion-mnist or imagenet), or a FILE.npy of inputs "
+            "(N, C, H, W). [that of the run folder]",
+            show_default=False,
+        ),
+    ] = None,
+    flops: Annotated[float | None, typer.Option(help="Fraction of the FLOPs to remove, 0 to 1.")] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Fraction of the parameters to remove, 0 to 1.")
+    ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the dense network's time to take, measured here, 0 to 1."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images in a batch, for --latency.")] = 1,
+    groups: Annotated[int, typer.Option(help="Groups of filters in each layer; 1: channel pruning.")] = 2,
+    images: Annotated[int, typer.Option(help="Training images to calibrate on.")] = 512,
+    importance: Annotated[Importance, typer.Option(help="What counts as important.")] = Importance.activation,
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct/--no-reconstruct", help="Least squares after the cut.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The packed network. [oneshot.safetensors beside MODEL]")
+    ] = None,
+    arch: ArchOption = None,
+    depth: Annotated[int, typer.Option(help="Depth of cifar_resnet, for weights.")] = 20,
+    threads: ThreadsOption = None,
+) -> None:
+    """Prune a trained network without training: group, cut, least squares on a few images, pack."""
+    import dsprune
+    from dsprune.recipes.data import ImageData
+    from dsprune.recipes.latency import random_images
+    from dsprune.recipes.oneshot import BATCH, agreement, chosen, one_shot, read_data
+    from dsprune.recipes.runs import Run
+    from dsprune.recipes.training import evaluate
+
+    _threads(threads)
+    start = time.perf_counter()
+    target = _given(flops=flops, params=params, latency=latency)
+    if len(target) != 1:
+        raise ValueError(f"expected exactly one of --flops, --params and --latency, got {len(target)}")
+    for name, value in (("images", images), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    folder = model if model.is_dir() else model.parent
+    if model.is_dir():
+        here = Run.open(model)
+        here.need("dense", "learn")
+        source = here.data() if data is None else read_data(data, here.config.size)
+        network = here.read("dense", here.data())[0]
+    elif data is None:
+        raise ValueError("data: expected --data for a file of weights")
+    else:
+        source = read_data(data)
+        size = source.size if isinstance(source, ImageData) else min(source.images.shape[2:])
+        network = _file_source(model, arch.value if arch else "cifar_resnet", depth, size).model
+        if _is_packed(network):
+            raise ValueError(f"{model}: is packed already; expected the weights of a dense network")
+    if isinstance(source, ImageData):
+        batches = list(chosen(source.train, images, seed))
+    else:
+        batches = list(source.images[:images].split(BATCH))
+    example = batches[0][:1]
+    if latency is not None:
+        example = random_images(batch, *example.shape[1:3])
+    made = one_shot(
+        network, example, batches, groups=groups, importance=importance.value, reconstruct=reconstruct,
+        seed=seed, **target,
+    )  # fmt: skip
+    packed = dsprune.pack(made.masked, batches[0][:1]).eval()
+    path = out or folder / "oneshot.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dsprune.save(packed, path)
+    print(dsprune.summary(packed, batches[0][:1]))
+    if made.structure.latency is not None:
+        typer.echo(str(made.structure.latency))
+    rows = {"dense": network, "cut": made.cut, "reconstructed": made.masked, "packed": packed}
+    if not reconstruct:
+        rows.pop("reconstructed")
+    for name, stage in rows.items():
+        if isinstance(source, ImageData):
+            typer.echo(f"{name}: validation accuracy {evaluate(stage, source.validation).accuracy:.2f}%")
+        else:
+            same, error = agreement(stage, network, batches)
+            typer.echo(f"{name}: same answer as dense {same:.2f}%, relative error {error:.3f}")
+    count = sum(len(part) for part in batches)
+    typer.echo(f"{path}: {count} images, took {time.perf_counter() - start:.0f} s")
+
+
 @app.command()
 def pack(run: RunOption, threads: ThreadsOption = None) -> None:
     """Pack the pruned network into a fast one, and save it."""
@@ -699,6 +803,37 @@ def recipe_cifar10(
 
     out = out or Path(f"outputs/cifar10-resnet{depth}-g{groups}")
     config = cifar10_config(
+        data, depth=depth, groups=groups, flops=flops, epochs_scale=epochs_scale,
+        **_machine(out, resume, seed, limit, device, threads),
+    )  # fmt: skip
+    _run_recipe(out, config, weights, 0, seconds, inductor, resume, force)
+
+
+@recipes.command("fashion-mnist")
+def recipe_fashion_mnist(
+    data: DataFolder,
+    out: OutFolder = None,
+    depth: Annotated[int, typer.Option(help="Depth of the ResNet: 20, 32, 44, 56, 110.")] = 20,
+    groups: Annotated[int, typer.Option(help="Groups of filters in each layer.")] = 4,
+    flops: Annotated[
+        float | None, typer.Option("--flops", help="Fraction of the network's FLOPs to remove. [0.6]")
+    ] = None,
+    weights: WeightsOption = None,
+    seed: RunSeedOption = 0,
+    epochs_scale: ScaleOption = 1.0,
+    limit: LimitOption = 0,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    seconds: SecondsOption = 1.0,
+    inductor: InductorOption = False,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+) -> None:
+    """A CIFAR ResNet on Fashion-MNIST (its four gzipped IDX files), at settings of ours."""
+    from dsprune.recipes.recipe import fashion_config
+
+    out = out or Path(f"outputs/fashion-mnist-resnet{depth}-g{groups}")
+    config = fashion_config(
         data, depth=depth, groups=groups, flops=flops, epochs_scale=epochs_scale,
         **_machine(out, resume, seed, limit, device, threads),
     )  # fmt: skip

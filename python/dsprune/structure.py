@@ -23,6 +23,7 @@ from torch.nn.utils import prune
 from dsp_kernels import GroupLayout
 from dsp_kernels.geometry import Geometry
 
+from . import calibration
 from . import latency as timing
 from .counting import one_image
 from .graph import (
@@ -280,7 +281,9 @@ def find_structure(
     latency: float | None = None,
     count: str = "network",
     exclude: Sequence[str] = (),
-    importance: Mapping[str, torch.Tensor] | None = None,
+    importance: str | Mapping[str, torch.Tensor] = "magnitude",
+    batches: Any = None,
+    closure: calibration.Closure | None = None,
     against: str = "eager",
     cache: bool | str | os.PathLike[str] = True,
 ) -> Structure:
@@ -304,8 +307,13 @@ def find_structure(
             ``example_input``.
         count: ``"network"`` counts the whole network, ``"prunable"`` the prunable convolutions only.
         exclude: names of convolutions to leave dense.
-        importance: convolution name -> (O, I) importance of each product of a filter and a channel, not
-            negative, in place of the sum of W² over the taps; convolutions that it lacks keep that.
+        importance: of each product of a filter and a channel. ``"magnitude"``: the sum of W² over the taps.
+            ``"activation"``: that times the mean of x² of the channel over ``batches``. ``"taylor"``: the
+            mean over ``batches`` of (Σ_taps W ∂loss/∂W)². Or convolution name -> (O, I) importances of your
+            own, not negative; convolutions that these lack keep the sum of W².
+        batches: for ``"activation"`` an iterable of inputs, as ``example_input``; for ``"taylor"`` of
+            whatever ``closure`` takes. The model runs on them in evaluation mode.
+        closure: for ``"taylor"``: a function from a batch to the loss of ``model`` on it, forward only.
         against: what the dense network's time is, for ``latency``: ``"eager"``: the model as it is;
             ``"packed"``: the model packed without pruning.
         cache: the JSON file that keeps layers' times, by device, dtype, threads and shape; True: one in the
@@ -322,7 +330,8 @@ def find_structure(
         PackError: for ``latency``, the packed network does not compute what the dense one does.
 
     Source: Park et al., "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023, section on group channel
-    pruning.
+    pruning. Activation: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR
+    2024, squared. Taylor: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019.
     """
     targets = {"flops": flops, "params": params, "latency": latency}
     if sum(value is not None for value in targets.values()) != 1:
@@ -346,16 +355,32 @@ def find_structure(
             stacklevel=2,
         )
 
-    if importance is not None and not isinstance(importance, Mapping):
-        raise TypeError(f"importance: expected a mapping of names, got {type(importance).__name__}")
+    def squares_of(name: str) -> torch.Tensor:
+        return calibration.squared_sums(counter.model.get_parameter(counter.weight_name(name)))
+
+    for name in groups:
+        if not bool(squares_of(name).isfinite().all()):
+            raise ValueError(f"model: the weight of {name!r} is not finite")
+    if isinstance(importance, str):
+        given_importance = calibration.importances(
+            importance, unwrap(model), counter.model, list(groups), batches, closure
+        )
+    elif not isinstance(importance, Mapping):
+        raise TypeError(
+            f"importance: expected a mapping of names, or one of {list(calibration.KINDS)}, "
+            f"got {type(importance).__name__}"
+        )
+    elif batches is not None or closure is not None:
+        raise ValueError("batches, closure: expected none where importances are given")
+    else:
+        given_importance = {
+            name: _check_importance(name, importance[name], squares_of(name).shape)
+            for name in groups
+            if name in importance
+        }
     energy: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     for name in groups:
-        weight = counter.model.get_parameter(counter.weight_name(name)).detach()
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"model: the weight of {name!r} is not finite")
-        squares = weight.double().square().flatten(2).sum(-1).cpu()
-        if importance is not None and name in importance:
-            squares = _check_importance(name, importance[name], squares.shape)
+        squares = given_importance[name] if name in given_importance else squares_of(name)
         labels, member = groups[name].unique(return_inverse=True)
         of_groups = torch.stack([squares[member == group].sum(0) for group in range(len(labels))])
         energy[name] = (member, of_groups, squares.sum(1))

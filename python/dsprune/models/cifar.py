@@ -6,6 +6,8 @@ Architecture: He et al., "Deep Residual Learning for Image Recognition" (CVPR 20
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -53,17 +55,19 @@ class CifarBlock(nn.Module):
 class CifarResNet(nn.Module):
     """See `cifar_resnet`."""
 
-    def __init__(self, depth: int, num_classes: int, in_channels: int) -> None:
+    def __init__(
+        self, depth: int, num_classes: int, in_channels: int, widths: tuple[int, int, int] = _WIDTHS
+    ) -> None:
         super().__init__()
         self.depth = depth
         self.num_classes = num_classes
         self.in_channels = in_channels
         blocks = (depth - 2) // 6
-        self.stem = ConvBN(in_channels, _WIDTHS[0], 3)
-        self.stage1 = self._stage(_WIDTHS[0], _WIDTHS[0], blocks, 1)
-        self.stage2 = self._stage(_WIDTHS[0], _WIDTHS[1], blocks, 2)
-        self.stage3 = self._stage(_WIDTHS[1], _WIDTHS[2], blocks, 2)
-        self.classifier = nn.Linear(_WIDTHS[2], num_classes)
+        self.stem = ConvBN(in_channels, widths[0], 3)
+        self.stage1 = self._stage(widths[0], widths[0], blocks, 1)
+        self.stage2 = self._stage(widths[0], widths[1], blocks, 2)
+        self.stage3 = self._stage(widths[1], widths[2], blocks, 2)
+        self.classifier = nn.Linear(widths[2], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -79,19 +83,29 @@ class CifarResNet(nn.Module):
         return self.classifier(x.mean(dim=(2, 3)))
 
 
-def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+def cifar_resnet(
+    depth: int, num_classes: int = 10, in_channels: int = 3, *, widths: Sequence[int] = _WIDTHS
+) -> CifarResNet:
     """A ResNet for small images, randomly initialised from torch's global generator.
 
     Input: float, (N, in_channels, H, W), any H and W of at least 1 (CIFAR-10: 32 x 32). Output: logits
-    (N, num_classes).
+    (N, num_classes). `widths`: the channels of the three stages.
 
-    Raises ValueError for a depth other than 20, 32, 44, 56 or 110 and for counts below 1, TypeError for
-    arguments that are not integers.
+    Raises ValueError for a depth other than 20, 32, 44, 56 or 110, for counts below 1 and for other than
+    three widths, TypeError for arguments that are not integers.
     """
     if isinstance(depth, bool) or not isinstance(depth, int):
         raise TypeError(f"depth: expected one of {list(CIFAR_DEPTHS)}, got {depth!r}")
     if depth not in CIFAR_DEPTHS:
         raise ValueError(f"depth: expected one of {list(CIFAR_DEPTHS)}, got {depth}")
+    if isinstance(widths, str) or not isinstance(widths, Sequence):
+        raise TypeError(f"widths: expected three positive ints, got {widths!r}")
+    if len(widths) != 3:
+        raise ValueError(f"widths: expected three positive ints, got {widths!r}")
+    first, second, third = (positive_int("widths", width) for width in widths)
     return CifarResNet(
-        depth, positive_int("num_classes", num_classes), positive_int("in_channels", in_channels)
+        depth,
+        positive_int("num_classes", num_classes),
+        positive_int("in_channels", in_channels),
+        (first, second, third),
     )

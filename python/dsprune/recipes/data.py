@@ -7,7 +7,7 @@ different training seeds share one test set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-DATASETS = ("digits", "cifar10", "imagenet")
+DATASETS = ("digits", "cifar10", "fashion-mnist", "imagenet")
+_IN_MEMORY = {"cifar10": ("CIFAR-10", 32), "fashion-mnist": ("Fashion-MNIST", 28)}
 CPU = torch.device("cpu")
 _TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
 
@@ -130,8 +131,8 @@ def digits(size: int = 16, split_seed: int = 0) -> ImageData:
 def load_data(name: str, size: int | None = None, folder: Path | None = None, **options: Any) -> ImageData:
     """The data set called `name`; `size` is the side of its images (None: its default).
 
-    `folder` is where CIFAR-10 and ImageNet are; `options` are those of `folders.cifar10` and
-    `folders.imagenet`. Raises ValueError for an unknown name, and where something is wrong with the folder.
+    `folder` is where a data set that is not built in is; `options` are those of its function in `folders`.
+    Raises ValueError for an unknown name, and where something is wrong with the folder.
     """
     if name not in DATASETS:
         raise ValueError(f"data: expected one of {list(DATASETS)}, got {name!r}")
@@ -141,11 +142,13 @@ def load_data(name: str, size: int | None = None, folder: Path | None = None, **
 
     if folder is None:
         raise ValueError(f"data: {name} needs the folder that it is in")
-    if name == "cifar10":
-        if size not in (None, 32):
-            raise ValueError(f"size: CIFAR-10 has images of 32 pixels, got {size}")
+    if name in _IN_MEMORY:
+        title, own = _IN_MEMORY[name]
+        if size not in (None, own):
+            raise ValueError(f"size: {title} has images of {own} pixels, got {size}")
         options.pop("workers", None)
-        return folders.cifar10(folder, **options)
+        read: Callable[..., ImageData] = folders.cifar10 if name == "cifar10" else folders.fashion_mnist
+        return read(folder, **options)
     return folders.imagenet(folder, size=size or 224, **options)
 
 

@@ -1,15 +1,19 @@
-"""Data sets in folders: CIFAR-10 as its authors publish it, and ImageNet as a tree of class folders.
+"""Data sets in folders: CIFAR-10 and Fashion-MNIST as their authors publish them, and ImageNet as a tree of
+class folders.
 
-Both are read in their own formats, with nothing converted or downloaded. Whatever is wrong with a folder is
+All are read in their own formats, with nothing converted or downloaded. Whatever is wrong with a folder is
 said before any training begins.
 """
 
 from __future__ import annotations
 
+import gzip
 import io
 import math
 import pickle
 import random
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +27,10 @@ from dsprune.files import regular_file
 from dsprune.recipes.data import CPU, ImageData, stratified_split
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_VALIDATION = 0.1
+FASHION_VALIDATION = 0.1
 IMAGENET_VALIDATION = 0.04
 MOST_BATCH = 1 << 28  # bytes of a CIFAR-10 batch
 MOST_PIXELS = 1 << 24  # of an image: the largest of ImageNet has 16.6 million
@@ -40,9 +46,9 @@ class DataError(ValueError):
 def _standardised(
     images: torch.Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> torch.Tensor:
-    """uint8 (N, 3, H, W) to float32, standardised channel by channel."""
+    """uint8 (N, C, H, W) to float32, standardised channel by channel."""
     values = images.to(device).float().div_(255)
-    shape = (1, 3, 1, 1)
+    shape = (1, -1, 1, 1)
     return values.sub_(torch.tensor(mean, device=device).view(shape)).div_(
         torch.tensor(std, device=device).view(shape)
     )
@@ -80,22 +86,25 @@ def _limited(labels: torch.Tensor, limit: int) -> torch.Tensor:
     return stratified_split(labels, (limit / len(labels),), 0)[0]
 
 
-# ---- CIFAR-10 ----
+# ---- small images in memory ----
 
 
 @dataclass(frozen=True)
 class ByteSplit:
-    """Images (N, 3, H, W), uint8, standardised when they are used; labels (N,), int64."""
+    """Images (N, C, H, W), uint8, standardised by `mean` and `std` (C each) when they are used; labels (N,),
+    int64."""
 
     images: torch.Tensor
     labels: torch.Tensor
+    mean: Sequence[float] = CIFAR_MEAN
+    std: Sequence[float] = CIFAR_STD
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(self, batch: int, device: torch.device) -> Iterator[torch.Tensor]:
         """See `data.Part`."""
-        return (_standardised(part, CIFAR_MEAN, CIFAR_STD, device) for part in self.images.split(batch))
+        return (_standardised(part, self.mean, self.std, device) for part in self.images.split(batch))
 
     def epoch(
         self, batch: int, shift: int, generator: torch.Generator, skip: int, device: torch.device
@@ -117,11 +126,14 @@ class ByteSplit:
             images = padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
             labels = self.labels[index].to(device)
             yield (
-                _standardised(images, CIFAR_MEAN, CIFAR_STD, device).contiguous(
+                _standardised(images, self.mean, self.std, device).contiguous(
                     memory_format=torch.channels_last
                 ),
                 labels,
             )
+
+
+# ---- CIFAR-10 ----
 
 
 class _ArrayOfBytes:
@@ -283,6 +295,77 @@ def cifar10(folder: Path, *, limit: int = 0, split_seed: int = 0, device: torch.
     keep = _limited(test_labels, limit)
     test = ByteSplit(test_images[keep], test_labels[keep])
     return ImageData("cifar10", 10, 3, 32, 4, chosen(train), chosen(validation), test, device)
+
+
+# ---- Fashion-MNIST ----
+
+
+def _read_idx(path: Path, most: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The bytes in a gzipped IDX file, uint8 (N, *shape) with N of 1 to `most`.
+
+    The sizes in its header are checked before anything is allocated for them.
+    """
+    kind = "labels" if not shape else " x ".join(map(str, shape)) + " images"
+    try:
+        with gzip.open(path) as file:
+            head = file.read(4)
+            if len(head) < 4 or head[:3] != b"\0\0\x08" or head[3] != 1 + len(shape):
+                raise DataError(
+                    f"{path}: not an IDX file of {kind} (it begins with {head.hex() or 'nothing'})"
+                )
+            sizes = file.read(4 * head[3])
+            if len(sizes) < 4 * head[3]:
+                raise DataError(f"{path}: ends within its header")
+            count, *found = struct.unpack(f">{head[3]}I", sizes)
+            if tuple(found) != shape or not 1 <= count <= most:
+                given = " x ".join(map(str, (count, *found)))
+                raise DataError(f"{path}: sizes {given}, expected 1 to {most} {kind}")
+            content = file.read(count * math.prod(shape))
+            more = file.read(1)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a readable gzip file ({error})") from None
+    if len(content) < count * math.prod(shape) or more:
+        raise DataError(
+            f"{path}: {'more' if more else 'fewer'} bytes than the {count} {kind} that its header announces"
+        )
+    return np.frombuffer(content, np.uint8).reshape(count, *shape)
+
+
+def fashion_mnist(
+    folder: Path, *, limit: int = 0, split_seed: int = 0, device: torch.device = CPU
+) -> ImageData:
+    """Fashion-MNIST (Xiao et al., arXiv 1708.07747) from the folder of its four gzipped IDX files.
+
+    A tenth of the training images, stratified by class, validates; `t10k` is the test set. `limit`: images to
+    take of each part. Raises DataError, naming the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
+
+    def part(name: str, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        paths = [folder / f"{name}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+        images, labels = _read_idx(paths[0], most, (28, 28)), _read_idx(paths[1], most, ())
+        if len(images) != len(labels):
+            raise DataError(f"{paths[1]}: {len(labels)} labels for {len(images)} images")
+        if labels.max() > 9:
+            raise DataError(f"{paths[1]}: expected labels 0 to 9, got {labels.max()}")
+        return torch.from_numpy(images[:, None].copy()), torch.from_numpy(labels.astype(np.int64))
+
+    images, labels = part("train", 60_000)
+    test_images, test_labels = part("t10k", 10_000)
+
+    def chosen(images: torch.Tensor, labels: torch.Tensor) -> ByteSplit:
+        index = _limited(labels, limit)
+        return ByteSplit(images[index].contiguous(), labels[index].contiguous(), FASHION_MEAN, FASHION_STD)
+
+    train, validation = _validated(labels, FASHION_VALIDATION, split_seed)
+    return ImageData(
+        "fashion-mnist", 10, 1, 28, 2, chosen(images[train], labels[train]),
+        chosen(images[validation], labels[validation]), chosen(test_images, test_labels), device,
+    )  # fmt: skip
 
 
 # ---- ImageNet ----

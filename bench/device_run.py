@@ -89,11 +89,13 @@ def _last_words(text: str) -> str:
 
 
 class Driver:
-    """Runs phases by their plan. ``seconds``: of the whole; ``clock``: for tests."""
+    """Runs phases by their plan. ``seconds``: of the whole, from ``start`` on (a time of day; now)."""
 
-    def __init__(self, out: Path, phases: Sequence[Phase], *, seconds: float = SECONDS) -> None:
+    def __init__(
+        self, out: Path, phases: Sequence[Phase], *, seconds: float = SECONDS, start: float | None = None
+    ) -> None:
         self.out, self.phases, self.seconds = out, list(phases), seconds
-        self.start = time.time()
+        self.start = time.time() if start is None else start
         self.ended: dict[str, str] = {}
         self.running: list[_Running] = []
         self.scratch = Path(tempfile.mkdtemp(prefix="device_run_"))
@@ -415,6 +417,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="go on without a device: what needs one fails, the rest is tried",
     )
     options = parser.parse_args(arguments)
+    start = time.time()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     found = machine(options.commit)
@@ -433,12 +436,19 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["DSP_KERNELS_LAUNCHES"] = str(options.launches.resolve())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = tuning_plan if options.tune else others_plan if options.others else plan
-    return drive(out, wanted(out, found), found)
+    return drive(out, wanted(out, found), found, start=start)
 
 
-def drive(out: Path, phases: Sequence[Phase], found: dict[str, Any], *, seconds: float = SECONDS) -> int:
+def drive(
+    out: Path,
+    phases: Sequence[Phase],
+    found: dict[str, Any],
+    *,
+    seconds: float = SECONDS,
+    start: float | None = None,
+) -> int:
     """Runs a plan, with its page at the end however it ends."""
-    driver = Driver(out, phases, seconds=seconds)
+    driver = Driver(out, phases, seconds=seconds, start=start)
     os.environ.update({RESULTS: str(out / "results.jsonl"), START: repr(driver.start)})
     try:
         emit("environment", **found)

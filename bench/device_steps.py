@@ -325,7 +325,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true", help="a tiny network on the CPU: tries the whole path"
     )
     options = parser.parse_args(arguments)
-    STEPS[options.step](Step(options.out, options.quick))
+    step = Step(options.out, options.quick)
+    if options.step != "structure":  # which can make its network without one
+        _ = step.device
+    STEPS[options.step](step)
     return 0
 
 

@@ -30,11 +30,11 @@ from bench.device import driver
 from bench.environment import commit
 from dsp_kernels import backends, cost
 from dsprune import gpu
+from dsprune.compare import TOLERANCE
 from dsprune.io import write_atomically
 from dsprune.models import cifar_resnet, resnet18, resnet50
 from dsprune.models.resnet import BasicBlock, Bottleneck
 from dsprune.nn import PermutedGroupedConv2d
-from dsprune.pack import TOLERANCE
 
 # Forms of a network: dense ones that packed networks are measured against, and the others.
 DENSE = ("eager", "eager, graph", "max-autotune")

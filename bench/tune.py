@@ -39,8 +39,8 @@ from dsp_kernels.conv import chain, launches, reference
 from dsp_kernels.conv import triton as room
 from dsp_kernels.conv.launches import ChainLaunch, Launch
 from dsp_kernels.conv.shapes import output_size
+from dsprune.compare import TOLERANCE
 from dsprune.io import write_atomically
-from dsprune.pack import TOLERANCE
 
 Config = Launch | ChainLaunch
 BOUND = 4.0  # of the error, in units of sqrt(K) u |x| * |w|: the tests' constant

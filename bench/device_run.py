@@ -336,7 +336,7 @@ def plan(out: Path, found: dict[str, Any]) -> list[Phase]:
     races = [sanitizer(), "--tool", "racecheck", "--kernel-regex", "kns=conv2d", "--error-exitcode", "9"]
     return [
         build(found["capability"], 100),
-        step("ceilings", 30),
+        step("ceilings", 60),
         step("structure", 150),
         tests(150, ("build", "ceilings")),
         step("networks", 210, "tests", "structure"),

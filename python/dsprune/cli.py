@@ -385,7 +385,7 @@ def oneshot(
         if _is_packed(network):
             raise ValueError(f"{model}: is packed already; expected the weights of a dense network")
     if isinstance(source, ImageData):
-        batches = list(chosen(source.train, images, seed))
+        batches = chosen(source.train, images, seed)
     else:
         batches = list(source.images[:images].split(BATCH))
     example = batches[0][:1]

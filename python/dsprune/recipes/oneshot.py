@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,6 @@ class Inputs:
     """Images (N, C, H, W), float32, as the network takes them, with no labels."""
 
     images: torch.Tensor
-
-    def batches(self) -> Iterator[torch.Tensor]:
-        """All of them, in order."""
-        yield from self.images.split(BATCH)
 
 
 def read_inputs(path: Path) -> Inputs:
@@ -60,17 +55,18 @@ def read_data(text: str, size: int | None = None) -> ImageData | Inputs:
     return load_data(name, size, Path(folder))
 
 
-def chosen(part: Part, count: int, seed: int) -> Iterator[torch.Tensor]:
+def chosen(part: Part, count: int, seed: int) -> list[torch.Tensor]:
     """At most ``count`` images of a part, drawn by the seed, in batches; nothing is augmented."""
     generator = torch.Generator().manual_seed(seed)
     wanted = torch.zeros(len(part), dtype=torch.bool)
     wanted[torch.randperm(len(part), generator=generator)[:count]] = True
-    start = 0
+    start, drawn = 0, []
     for images in part.batches(BATCH, torch.device("cpu")):
         mine = wanted[start : start + len(images)]
         start += len(images)
         if bool(mine.any()):
-            yield images[mine]
+            drawn.append(images[mine])
+    return list(torch.cat(drawn).split(BATCH))
 
 
 @dataclass(frozen=True)

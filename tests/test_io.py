@@ -48,6 +48,27 @@ def test_same_bits_in_this_process(packed: dsprune.PackedNetwork, file: Path) ->
         torch.testing.assert_close(model(X), packed(X), rtol=1e-4, atol=1e-5)
 
 
+def test_a_file_of_the_version_before_loads(packed: dsprune.PackedNetwork, tmp_path: Path) -> None:
+    """Written as version 1 was: the header as JSON in the metadata, no SHA-256."""
+    state, path = packed.packed_state(), tmp_path / "old.safetensors"
+    header = {
+        "format": FORMAT,
+        "version": 1,
+        "train": False,
+        "inputs": [{"shape": [2, 3, 16, 16], "dtype": "float32"}],
+        "layouts": {name: layout.to_json() for name, layout in state.layouts.items()},
+    }
+    tensors = {name: value.clone().contiguous() for name, value in state.tensors.items()}
+    save_file(tensors, path, {FORMAT: json.dumps(header, sort_keys=True)})
+    with torch.no_grad():
+        assert torch.equal(dsprune.load(path, nets.Residual())(X), packed(X))
+    # Of the present version, a file without its SHA-256 is damaged, and one with it is held to it.
+    for changed in ({"version": 2}, {"sha256": "0" * 64}):
+        save_file(tensors, path, {FORMAT: json.dumps(header | changed)})
+        with pytest.raises(ValueError, match="damaged contents"):
+            dsprune.load(path, nets.Residual())
+
+
 def test_same_bits_in_a_new_process(packed: dsprune.PackedNetwork, file: Path, tmp_path: Path) -> None:
     torch.save(X, tmp_path / "x.pt")
     script = (

@@ -87,10 +87,10 @@ def tensors_to_bytes(tensors: Mapping[str, torch.Tensor], key: str, content: Map
 
 
 def read_tensors(
-    path: str | os.PathLike[str], key: str, version: tuple[str, int]
+    path: str | os.PathLike[str], key: str, version: tuple[str, int], unsigned: int | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and the JSON object of a file that ``tensors_to_bytes`` made; ``version``: the name and the
-    value of the entry that tells the format.
+    value of the entry that tells the format; ``unsigned``: an older version, which had no SHA-256.
 
     Raises ValueError, without the file's name, where it is damaged, of another kind or of another version;
     KeyError where it is a safetensors file without our metadata.
@@ -110,8 +110,10 @@ def read_tensors(
     if not isinstance(content, dict):
         raise ValueError(f"a broken header (a {type(content).__name__}, no object)")
     given = content.get(version[0])
-    if type(given) is not int or given != version[1]:
+    if type(given) is not int or given not in (version[1], unsigned):
         raise ValueError(f"{version[0]} {given!r}; this package reads {version[0]} {version[1]}")
+    if given == unsigned and _DIGEST not in content:
+        return tensors, content
     if content.pop(_DIGEST, None) != _digest(content, tensors):
         raise ValueError("damaged contents (their SHA-256 is another than when the file was written)")
     return tensors, content

@@ -24,6 +24,7 @@ __all__ = ["load", "save", "write_atomically"]
 
 FORMAT = "dsprune-packed"
 VERSION = 2
+UNSIGNED = 1  # the version before, without a SHA-256: still read
 MOST_ELEMENTS = 1 << 27  # of an example input, which is made again to load a file
 MASK = "mask of "  # begins the names of the tensors that are prune masks
 
@@ -132,7 +133,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch
     if not os.path.isfile(name):
         raise FileNotFoundError(f"path: no file at {name!r}")
     try:
-        tensors, header = read_tensors(name, FORMAT, ("version", VERSION))
+        tensors, header = read_tensors(name, FORMAT, ("version", VERSION), UNSIGNED)
     except KeyError:
         raise ValueError(f"path: {name!r} was not written by dsprune.save") from None
     except ValueError as error:

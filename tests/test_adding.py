@@ -64,7 +64,7 @@ STEP = """
 namespace dsp {
 namespace {
 
-class RepeatStep final : public ChannelStep {
+class RepeatStep final : public PlanarStep {
  public:
   explicit RepeatStep(const Fields<DSP_OP_REPEAT>& fields) : f_(fields) {}
 
@@ -76,7 +76,7 @@ class RepeatStep final : public ChannelStep {
  protected:
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {
     const Shape& y = at.value(result);
-    const Rows<const float> in = at.const_rows(f_.x);
+    const Rows<const float> in = at.const_rows(inputs[0]);
     const Rows<float> out = at.rows(result);
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t row = 0; row < y.height; ++row) {
@@ -179,6 +179,6 @@ def test_an_activation_and_a_step(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
     assert ran.returncode == 0, ran.stdout[-4000:]

@@ -463,125 +463,166 @@ int64_t segment_width(const LassoLayer& l) {
   return ((l.tap_major ? l.block : l.block * l.taps) + lanes - 1) / lanes * lanes;
 }
 
+// A block of the operations that need no products of filters: what its steps share.
 template <typename T>
-void block_flat(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scratch) {
+struct Flat {
+  const LassoLayer& l;
+  dsp_lasso_op operation;
+  int64_t count, fold, segments;  // channels that are there; taps beside and behind one another
+  Pass s;
+  const T *weight, *p2;
+  T *elements, *factors, *row;  // (groups, width): sums of squares, then the table; factors of the weights
+  T *norm, *inverse;            // (groups, channels)
+  T *dots, *out, *keep;         // or null
+};
+
+template <typename T>
+void flat_norms(const Flat<T>& f, double* sums) {
+  const LassoLayer& l = f.l;
+  const Pass& s = f.s;
   const int64_t groups = l.groups;
-  const int64_t filters = l.filters;
-  const int64_t first = index * l.block;
-  const int64_t count = l.channels - first < l.block ? l.channels - first : l.block;
-  const int64_t channels = l.block;
-  const int64_t segments = l.tap_major ? l.taps : 1;
-  const int64_t fold = l.tap_major ? 1 : l.taps;
-  Pass s = {l.channels * l.taps, groups, count * fold, segment_width<T>(l), false};
-  const T* weight = static_cast<const T*>(l.weight) + first * fold;
-  const T* p2 = static_cast<const T*>(l.squares);
-  double* sums = l.sums + index * groups * 2;
-
-  T* elements = reinterpret_cast<T*>(scratch);  // (groups, width): sums of squares, then the table
-  T* factors = elements + groups * s.width;
-  T* row = factors + groups * s.width;
-  T* norm = row + s.width;
-  T* inverse = norm + groups * channels;
-
-  std::memset(elements, 0, static_cast<size_t>(groups * s.width) * sizeof(T));
-  for (int64_t k = 0; k < segments; ++k) {
-    const T* w = weight + k * l.channels;
+  std::memset(f.elements, 0, static_cast<size_t>(groups * s.width) * sizeof(T));
+  for (int64_t k = 0; k < f.segments; ++k) {
+    const T* w = f.weight + k * l.channels;
     for (int64_t g = 0; g < groups; g += kAtOnce) {
-      T* at = elements + g * s.width;
+      T* at = f.elements + g * s.width;
+      const T* p2 = f.p2 + g;
       switch (groups - g) {
         case 1:
-          all_squares<T, 1>(w, s.row, p2 + g, filters, groups, s.length, s.width, at);
+          all_squares<T, 1>(w, s.row, p2, l.filters, groups, s.length, s.width, at);
           break;
         case 2:
-          all_squares<T, 2>(w, s.row, p2 + g, filters, groups, s.length, s.width, at);
+          all_squares<T, 2>(w, s.row, p2, l.filters, groups, s.length, s.width, at);
           break;
         case 3:
-          all_squares<T, 3>(w, s.row, p2 + g, filters, groups, s.length, s.width, at);
+          all_squares<T, 3>(w, s.row, p2, l.filters, groups, s.length, s.width, at);
           break;
         default:
-          all_squares<T, kAtOnce>(w, s.row, p2 + g, filters, groups, s.length, s.width, at);
+          all_squares<T, kAtOnce>(w, s.row, p2, l.filters, groups, s.length, s.width, at);
           break;
       }
     }
   }
   for (int64_t g = 0; g < groups; ++g)
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < l.block; ++c) {
       T sum = 0;
-      if (c < count)
-        for (int64_t k = 0; k < fold; ++k) sum += elements[g * s.width + c * fold + k];
-      norm[g * channels + c] = sum;
+      if (c < f.count)
+        for (int64_t k = 0; k < f.fold; ++k) sum += f.elements[g * s.width + c * f.fold + k];
+      f.norm[g * l.block + c] = sum;
     }
-  invert<T>(norm, inverse, groups * channels);
+  invert<T>(f.norm, f.inverse, groups * l.block);
   for (int64_t g = 0; g < groups; ++g) {
-    sums[g * 2] = row_total<T>(norm + g * channels, channels);
+    sums[g * 2] = row_total<T>(f.norm + g * l.block, l.block);
     sums[g * 2 + 1] = 0;
   }
-  if (operation == DSP_LASSO_PENALTY) return;
+}
 
-  const T amount = static_cast<T>(l.amount);
-  const bool shrinks = operation != DSP_LASSO_BACKWARD;
-  T* dots = nullptr;
-  if (!shrinks && l.parts != nullptr) {
-    dots = static_cast<T*>(l.parts) + index * filters * groups;
-    std::memset(dots, 0, static_cast<size_t>(filters * groups) * sizeof(T));
-  }
-  T* out = l.weight_out == nullptr ? nullptr : static_cast<T*>(l.weight_out) + first * fold;
-  T* keep = l.keep == nullptr ? nullptr : static_cast<T*>(l.keep) + first * fold;
-  if (dots == nullptr && out == nullptr) return;
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  s.past_caches = l.past_caches && out != nullptr && reinterpret_cast<uintptr_t>(out) % 64 == 0 &&
-                  s.row % line == 0 && (segments == 1 || l.channels % line == 0);
-  std::memset(elements, 0, static_cast<size_t>(2 * groups * s.width) * sizeof(T));
+// What each element of a row is multiplied by, for the sums over it and for what is written.
+template <typename T>
+void flat_factors(const Flat<T>& f) {
+  const int64_t groups = f.l.groups;
+  const int64_t width = f.s.width;
+  const T amount = static_cast<T>(f.l.amount);
+  std::memset(f.elements, 0, static_cast<size_t>(2 * groups * width) * sizeof(T));
   for (int64_t g = 0; g < groups; ++g) {
-    const T size = static_cast<T>(l.size[g]);
-    for (int64_t c = 0; c < count; ++c) {
-      const T ratio = size * inverse[g * channels + c];
+    const T size = static_cast<T>(f.l.size[g]);
+    for (int64_t c = 0; c < f.count; ++c) {
+      const T ratio = size * f.inverse[g * f.l.block + c];
       T factor = amount * ratio;
-      if (operation == DSP_LASSO_SHRINK) factor = -factor;
-      if (operation == DSP_LASSO_PROXIMAL) {
+      if (f.operation == DSP_LASSO_SHRINK) factor = -factor;
+      if (f.operation == DSP_LASSO_PROXIMAL) {
         // A dead norm (0, not NaN) shrinks to nothing.
         factor = 1 - factor;
-        if (norm[g * channels + c] == 0 || factor < 0) factor = 0;
+        if (f.norm[g * f.l.block + c] == 0 || factor < 0) factor = 0;
       }
-      for (int64_t k = 0; k < fold; ++k) {
-        elements[g * s.width + c * fold + k] = ratio;
-        factors[g * s.width + c * fold + k] = factor;
+      for (int64_t k = 0; k < f.fold; ++k) {
+        f.elements[g * width + c * f.fold + k] = ratio;
+        f.factors[g * width + c * f.fold + k] = factor;
       }
     }
   }
-  const T base = operation == DSP_LASSO_SHRINK ? T(1) : T(0);
-  for (int64_t k = 0; k < segments; ++k) {
-    const int64_t shift = k * l.channels;
-    const T* w = weight + shift;
-    T* to = out == nullptr ? out : out + shift;
-    T* kept = keep == nullptr ? keep : keep + shift;
+}
+
+template <typename T>
+void flat_passes(const Flat<T>& f) {
+  const int64_t groups = f.l.groups;
+  const int64_t filters = f.l.filters;
+  const Pass& s = f.s;
+  const T base = f.operation == DSP_LASSO_SHRINK ? T(1) : T(0);
+  for (int64_t k = 0; k < f.segments; ++k) {
+    const int64_t shift = k * f.l.channels;
+    const T* w = f.weight + shift;
+    T* to = f.out == nullptr ? f.out : f.out + shift;
+    T* kept = f.keep == nullptr ? f.keep : f.keep + shift;
     if (groups > kAtOnce) {
-      for (int64_t g = 0; g < groups && dots != nullptr; ++g)
-        pass_some<T, 1>(s, filters, w, p2 + g, elements + g * s.width, factors, base, dots + g,
+      for (int64_t g = 0; g < groups && f.dots != nullptr; ++g)
+        pass_some<T, 1>(s, filters, w, f.p2 + g, f.elements + g * s.width, f.factors, base, f.dots + g,
                         static_cast<T*>(nullptr), static_cast<T*>(nullptr));
-      if (to != nullptr) write_many<T>(s, filters, w, p2, factors, base, row, kept, to);
+      if (to != nullptr) write_many<T>(s, filters, w, f.p2, f.factors, base, f.row, kept, to);
       continue;
     }
     switch (groups) {
       case 1:
-        pass_some<T, 1>(s, filters, w, p2, elements, factors, base, dots, kept, to);
+        pass_some<T, 1>(s, filters, w, f.p2, f.elements, f.factors, base, f.dots, kept, to);
         break;
       case 2:
-        pass_some<T, 2>(s, filters, w, p2, elements, factors, base, dots, kept, to);
+        pass_some<T, 2>(s, filters, w, f.p2, f.elements, f.factors, base, f.dots, kept, to);
         break;
       case 3:
-        pass_some<T, 3>(s, filters, w, p2, elements, factors, base, dots, kept, to);
+        pass_some<T, 3>(s, filters, w, f.p2, f.elements, f.factors, base, f.dots, kept, to);
         break;
       default:
-        pass_some<T, kAtOnce>(s, filters, w, p2, elements, factors, base, dots, kept, to);
+        pass_some<T, kAtOnce>(s, filters, w, f.p2, f.elements, f.factors, base, f.dots, kept, to);
         break;
     }
   }
-  if (dots != nullptr)
-    for (int64_t i = 0; i < filters * groups; ++i) dots[i] *= p2[i];
+  if (f.dots != nullptr)
+    for (int64_t i = 0; i < filters * groups; ++i) f.dots[i] *= f.p2[i];
 #if defined(__AVX512F__) || defined(__AVX2__)
   if (s.past_caches) _mm_sfence();
 #endif
+}
+
+template <typename T>
+void block_flat(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scratch) {
+  const int64_t groups = l.groups;
+  const int64_t first = index * l.block;
+  const int64_t count = l.channels - first < l.block ? l.channels - first : l.block;
+  const int64_t segments = l.tap_major ? l.taps : 1;
+  const int64_t fold = l.tap_major ? 1 : l.taps;
+  const Pass s = {l.channels * l.taps, groups, count * fold, segment_width<T>(l), false};
+  T* elements = reinterpret_cast<T*>(scratch);
+  T* factors = elements + groups * s.width;
+  T* row = factors + groups * s.width;
+  T* norm = row + s.width;
+  Flat<T> f{l,
+            operation,
+            count,
+            fold,
+            segments,
+            s,
+            static_cast<const T*>(l.weight) + first * fold,
+            static_cast<const T*>(l.squares),
+            elements,
+            factors,
+            row,
+            norm,
+            norm + groups * l.block,
+            nullptr,
+            l.weight_out == nullptr ? nullptr : static_cast<T*>(l.weight_out) + first * fold,
+            l.keep == nullptr ? nullptr : static_cast<T*>(l.keep) + first * fold};
+  flat_norms<T>(f, l.sums + index * groups * 2);
+  if (operation == DSP_LASSO_PENALTY) return;
+  if (operation == DSP_LASSO_BACKWARD && l.parts != nullptr) {
+    f.dots = static_cast<T*>(l.parts) + index * l.filters * groups;
+    std::memset(f.dots, 0, static_cast<size_t>(l.filters * groups) * sizeof(T));
+  }
+  if (f.dots == nullptr && f.out == nullptr) return;
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  f.s.past_caches = l.past_caches && f.out != nullptr && reinterpret_cast<uintptr_t>(f.out) % 64 == 0 &&
+                    s.row % line == 0 && (segments == 1 || l.channels % line == 0);
+  flat_factors<T>(f);
+  flat_passes<T>(f);
 }
 
 // ---- a block by way of S ----
@@ -600,149 +641,185 @@ int64_t scratch_bytes(const LassoLayer& l, dsp_lasso_op operation) {
   return count * static_cast<int64_t>(sizeof(T));
 }
 
+// A block by way of S = sum over taps of W^2: what its steps share. Matrices are (filters, width), tables
+// (groups, width).
 template <typename T>
-void block_square(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scratch) {
+struct Square {
+  Square(const LassoLayer& layer, int64_t index, char* scratch)
+      : l(layer),
+        first(index * layer.block),
+        count(layer.channels - first < layer.block ? layer.channels - first : layer.block),
+        weight(static_cast<const T*>(layer.weight)),
+        direction(static_cast<const T*>(layer.direction)),
+        p2(static_cast<const T*>(layer.squares)),
+        doubled(static_cast<const T*>(layer.doubled)),
+        parts(layer.parts == nullptr ? nullptr
+                                     : static_cast<T*>(layer.parts) + index * layer.filters * layer.groups),
+        sums(layer.sums + index * layer.groups * 2) {
+    T* next = reinterpret_cast<T*>(scratch);
+    const auto take = [&](int64_t count_of_rows) {
+      T* at = next;
+      next += count_of_rows * layer.block;
+      return at;
+    };
+    T** const matrices[] = {&S, &P, &moved};
+    T** const tables[] = {&norm, &inverse, &ratio, &change, &ratio_change, &moved_norm, &moved_ratio};
+    T** const rows[] = {&row, &row2};
+    for (T** matrix : matrices) *matrix = take(layer.filters);
+    for (T** table : tables) *table = take(layer.groups);
+    for (T** one : rows) *one = take(1);
+  }
+
+  const LassoLayer& l;
+  int64_t first, count;
+  const T *weight, *direction, *p2, *doubled;
+  T* parts;
+  double* sums;
+  T *S, *P, *moved;  // P: T = sum over taps of W D; moved: S at the moved weights
+  T *norm, *inverse, *ratio, *change, *ratio_change, *moved_norm, *moved_ratio;
+  T *row, *row2;
+};
+
+template <typename T>
+void square_norms(const Square<T>& q) {
+  const LassoLayer& l = q.l;
+  const int64_t width = l.block;
+  products<T>(l, q.weight, q.weight, q.first, q.count, width, q.S);
+  mix<T>(q.p2, q.S, l.filters, l.groups, width, q.norm);
+  invert<T>(q.norm, q.inverse, l.groups * width);
+  for (int64_t g = 0; g < l.groups; ++g) {
+    const T size = static_cast<T>(l.size[g]);
+    for (int64_t c = 0; c < width; ++c) q.ratio[g * width + c] = size * q.inverse[g * width + c];
+    q.sums[g * 2] = row_total<T>(q.norm + g * width, width);
+    q.sums[g * 2 + 1] = 0;
+  }
+}
+
+template <typename T>
+void hessian(const Square<T>& q) {
+  const LassoLayer& l = q.l;
   const int64_t width = l.block;
   const int64_t groups = l.groups;
   const int64_t filters = l.filters;
-  const int64_t first = index * width;
-  const int64_t count = l.channels - first < width ? l.channels - first : width;
-  const int64_t cells = groups * width;
-  const T* weight = static_cast<const T*>(l.weight);
-  const T* direction = static_cast<const T*>(l.direction);
-  const T* p2 = static_cast<const T*>(l.squares);
-  const T* doubled = static_cast<const T*>(l.doubled);
-  T* parts = static_cast<T*>(l.parts);
-  if (parts != nullptr) parts += index * filters * groups;
-  double* sums = l.sums + index * groups * 2;
-
-  T* next = reinterpret_cast<T*>(scratch);
-  const auto take = [&next, width](int64_t rows) {
-    T* at = next;
-    next += rows * width;
-    return at;
-  };
-  T* S = take(filters);
-  T* P = take(filters);      // T = sum over taps of W D
-  T* moved = take(filters);  // S at the moved weights
-  T* norm = take(groups);
-  T* inverse = take(groups);
-  T* ratio = take(groups);
-  T* change = take(groups);
-  T* ratio_change = take(groups);
-  T* moved_norm = take(groups);
-  T* moved_ratio = take(groups);
-  T* row = take(1);
-  T* row2 = take(1);
   const T amount = static_cast<T>(l.amount);
+  const int64_t cells = groups * width;
+  products<T>(l, q.weight, q.direction, q.first, q.count, width, q.P);
+  mix<T>(q.p2, q.P, filters, groups, width, q.change);
+  mix<T>(q.doubled, q.S, filters, groups, width, q.moved_norm);
+  for (int64_t g = 0; g < groups; ++g) {
+    const T size_change = static_cast<T>(l.size_change[g]);
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      q.change[c] = (q.change[c] + q.moved_norm[c] / 2) * q.inverse[c];
+      q.ratio_change[c] = size_change * q.inverse[c] - q.ratio[c] * (q.change[c] * q.inverse[c]);
+    }
+    q.sums[g * 2 + 1] = row_total<T>(q.change + g * width, width);
+  }
+  if (l.weight_out != nullptr) {
+    for (int64_t i = 0; i < cells; ++i) {
+      q.moved_norm[i] = amount * q.ratio[i];
+      q.moved_ratio[i] = amount * q.ratio_change[i];
+    }
+    T* sum = q.moved;  // one more q.row
+    for (int64_t o = 0; o < filters; ++o) {
+      spread<T>(q.p2 + o * groups, q.moved_norm, groups, width, T(0), q.row2);
+      spread<T>(q.p2 + o * groups, q.moved_ratio, groups, width, T(0), q.row);
+      spread<T>(q.doubled + o * groups, q.moved_norm, groups, width, T(0), sum);
+      for (int64_t c = 0; c < width; ++c) q.row[c] += sum[c];
+      write_row<T>(l, o, q.first, q.count, q.row, q.row2);
+    }
+  }
+  if (q.parts != nullptr)
+    for (int64_t o = 0; o < filters; ++o)
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = o * groups + g;
+        const T a = dot<T>(q.ratio_change + g * width, q.S + o * width, width);
+        const T b = dot<T>(q.ratio + g * width, q.P + o * width, width);
+        const T e = dot<T>(q.ratio + g * width, q.S + o * width, width);
+        q.parts[at] = q.p2[at] * (a + 2 * b) + q.doubled[at] * e;
+      }
+}
 
-  products<T>(l, weight, weight, first, count, width, S);
-  mix<T>(p2, S, filters, groups, width, norm);
-  invert<T>(norm, inverse, cells);
+// The derivative along the direction, at the moved weights.
+template <typename T>
+void step_gradient_along(const Square<T>& q) {
+  const LassoLayer& l = q.l;
+  const int64_t width = l.block;
+  const int64_t groups = l.groups;
+  const int64_t filters = l.filters;
+  const T amount = static_cast<T>(l.amount);
+  const int64_t cells = groups * width;
+  // T = sum over taps of W (D - amount M' W'), with W' = f W.
+  for (int64_t o = 0; o < filters; ++o) {
+    spread<T>(q.p2 + o * groups, q.moved_ratio, groups, width, T(0), q.row);
+    for (int64_t c = 0; c < width; ++c) q.P[o * width + c] *= -amount * q.row[c];
+  }
+  {
+    // The weights' own products, added q.row by q.row.
+    LassoLayer one = l;
+    one.filters = 1;
+    for (int64_t o = 0; o < filters; ++o) {
+      const int64_t at = o * l.channels * l.taps;
+      products<T>(one, q.weight + at, q.direction + at, q.first, q.count, width, q.row);
+      for (int64_t c = 0; c < width; ++c) q.P[o * width + c] += q.row[c];
+    }
+  }
+  mix<T>(q.p2, q.P, filters, groups, width, q.change);
+  for (int64_t i = 0; i < cells; ++i) {
+    q.change[i] *= q.inverse[i];
+    q.ratio_change[i] = -q.ratio[i] * (q.change[i] * q.inverse[i]);
+  }
+  for (int64_t g = 0; g < groups; ++g) q.sums[g * 2 + 1] = row_total<T>(q.change + g * width, width);
+  for (int64_t o = 0; o < filters; ++o)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = o * groups + g;
+      const T a = dot<T>(q.moved_ratio + g * width, q.moved + o * width, width);
+      const T b = dot<T>(q.ratio_change + g * width, q.S + o * width, width);
+      const T e = dot<T>(q.ratio + g * width, q.P + o * width, width);
+      q.parts[at] = q.p2[at] * (a + b + 2 * e);
+    }
+}
+
+template <typename T>
+void step_gradient(const Square<T>& q) {
+  const LassoLayer& l = q.l;
+  const int64_t width = l.block;
+  const int64_t groups = l.groups;
+  const int64_t filters = l.filters;
+  const T amount = static_cast<T>(l.amount);
+  const int64_t cells = groups * width;
+  for (int64_t i = 0; i < cells; ++i) q.change[i] = -amount * q.ratio[i];
+  for (int64_t o = 0; o < filters; ++o) {
+    spread<T>(q.p2 + o * groups, q.change, groups, width, T(1), q.row);
+    for (int64_t c = 0; c < width; ++c) {
+      const T s = q.S[o * width + c];
+      q.moved[o * width + c] = s * q.row[c] * q.row[c];
+      q.P[o * width + c] = s * q.row[c];
+    }
+  }
+  mix<T>(q.p2, q.moved, filters, groups, width, q.moved_norm);
+  invert<T>(q.moved_norm, q.moved_ratio, cells);
   for (int64_t g = 0; g < groups; ++g) {
     const T size = static_cast<T>(l.size[g]);
-    for (int64_t c = 0; c < width; ++c) ratio[g * width + c] = size * inverse[g * width + c];
-    sums[g * 2] = row_total<T>(norm + g * width, width);
-    sums[g * 2 + 1] = 0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) q.moved_ratio[c] *= size;
+    q.sums[g * 2] = row_total<T>(q.moved_norm + g * width, width);
   }
+  if (q.direction == nullptr) {
+    for (int64_t o = 0; o < filters; ++o)
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = o * groups + g;
+        q.parts[at] = q.p2[at] * dot<T>(q.moved_ratio + g * width, q.moved + o * width, width);
+      }
+    return;
+  }
+  step_gradient_along<T>(q);
+}
 
-  switch (operation) {
-    case DSP_LASSO_HESSIAN: {
-      products<T>(l, weight, direction, first, count, width, P);
-      mix<T>(p2, P, filters, groups, width, change);
-      mix<T>(doubled, S, filters, groups, width, moved_norm);
-      for (int64_t g = 0; g < groups; ++g) {
-        const T size_change = static_cast<T>(l.size_change[g]);
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-          change[c] = (change[c] + moved_norm[c] / 2) * inverse[c];
-          ratio_change[c] = size_change * inverse[c] - ratio[c] * (change[c] * inverse[c]);
-        }
-        sums[g * 2 + 1] = row_total<T>(change + g * width, width);
-      }
-      if (l.weight_out != nullptr) {
-        for (int64_t i = 0; i < cells; ++i) {
-          moved_norm[i] = amount * ratio[i];
-          moved_ratio[i] = amount * ratio_change[i];
-        }
-        T* sum = moved;  // one more row
-        for (int64_t o = 0; o < filters; ++o) {
-          spread<T>(p2 + o * groups, moved_norm, groups, width, T(0), row2);
-          spread<T>(p2 + o * groups, moved_ratio, groups, width, T(0), row);
-          spread<T>(doubled + o * groups, moved_norm, groups, width, T(0), sum);
-          for (int64_t c = 0; c < width; ++c) row[c] += sum[c];
-          write_row<T>(l, o, first, count, row, row2);
-        }
-      }
-      if (parts != nullptr)
-        for (int64_t o = 0; o < filters; ++o)
-          for (int64_t g = 0; g < groups; ++g) {
-            const int64_t at = o * groups + g;
-            const T a = dot<T>(ratio_change + g * width, S + o * width, width);
-            const T b = dot<T>(ratio + g * width, P + o * width, width);
-            const T e = dot<T>(ratio + g * width, S + o * width, width);
-            parts[at] = p2[at] * (a + 2 * b) + doubled[at] * e;
-          }
-      break;
-    }
-    case DSP_LASSO_STEP_GRADIENT: {
-      for (int64_t i = 0; i < cells; ++i) change[i] = -amount * ratio[i];
-      for (int64_t o = 0; o < filters; ++o) {
-        spread<T>(p2 + o * groups, change, groups, width, T(1), row);
-        for (int64_t c = 0; c < width; ++c) {
-          const T s = S[o * width + c];
-          moved[o * width + c] = s * row[c] * row[c];
-          P[o * width + c] = s * row[c];
-        }
-      }
-      mix<T>(p2, moved, filters, groups, width, moved_norm);
-      invert<T>(moved_norm, moved_ratio, cells);
-      for (int64_t g = 0; g < groups; ++g) {
-        const T size = static_cast<T>(l.size[g]);
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) moved_ratio[c] *= size;
-        sums[g * 2] = row_total<T>(moved_norm + g * width, width);
-      }
-      if (direction == nullptr) {
-        for (int64_t o = 0; o < filters; ++o)
-          for (int64_t g = 0; g < groups; ++g) {
-            const int64_t at = o * groups + g;
-            parts[at] = p2[at] * dot<T>(moved_ratio + g * width, moved + o * width, width);
-          }
-        break;
-      }
-      // T = sum over taps of W (D - amount M' W'), with W' = f W.
-      for (int64_t o = 0; o < filters; ++o) {
-        spread<T>(p2 + o * groups, moved_ratio, groups, width, T(0), row);
-        for (int64_t c = 0; c < width; ++c) P[o * width + c] *= -amount * row[c];
-      }
-      {
-        // The weights' own products, added row by row.
-        LassoLayer one = l;
-        one.filters = 1;
-        for (int64_t o = 0; o < filters; ++o) {
-          const int64_t at = o * l.channels * l.taps;
-          products<T>(one, weight + at, direction + at, first, count, width, row);
-          for (int64_t c = 0; c < width; ++c) P[o * width + c] += row[c];
-        }
-      }
-      mix<T>(p2, P, filters, groups, width, change);
-      for (int64_t i = 0; i < cells; ++i) {
-        change[i] *= inverse[i];
-        ratio_change[i] = -ratio[i] * (change[i] * inverse[i]);
-      }
-      for (int64_t g = 0; g < groups; ++g) sums[g * 2 + 1] = row_total<T>(change + g * width, width);
-      for (int64_t o = 0; o < filters; ++o)
-        for (int64_t g = 0; g < groups; ++g) {
-          const int64_t at = o * groups + g;
-          const T a = dot<T>(moved_ratio + g * width, moved + o * width, width);
-          const T b = dot<T>(ratio_change + g * width, S + o * width, width);
-          const T e = dot<T>(ratio + g * width, P + o * width, width);
-          parts[at] = p2[at] * (a + b + 2 * e);
-        }
-      break;
-    }
-    default:
-      break;
-  }
+template <typename T>
+void block_square(const LassoLayer& l, dsp_lasso_op operation, int64_t index, char* scratch) {
+  const Square<T> q(l, index, scratch);
+  square_norms<T>(q);
+  if (operation == DSP_LASSO_HESSIAN) hessian<T>(q);
+  if (operation == DSP_LASSO_STEP_GRADIENT) step_gradient<T>(q);
 }
 
 template <typename T>

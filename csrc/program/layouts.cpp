@@ -120,7 +120,9 @@ class Engines {
     can_.assign(values.size(), true);
     for (const auto& step : steps) {
       const ConvStep* conv = step->conv();
-      if (conv != nullptr && !conv->can_run_in_lanes(values)) can_[classes_.of(index(conv->result))] = false;
+      // What neither goes along with its inputs nor is a convolution writes planes.
+      if (conv != nullptr ? !conv->can_run_in_lanes(values) : !step->alike())
+        can_[classes_.of(index(step->result))] = false;
     }
     lanes_.assign(values.size(), false);
     for (auto& cost : cost_) cost.assign(values.size(), 0.0);

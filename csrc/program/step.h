@@ -95,6 +95,15 @@ class Weights {
   int64_t count_ = 0;
 };
 
+// One that reads and writes channel by channel alone; where values lie otherwise, copies stand before it.
+class PlanarStep : public ChannelStep {
+ public:
+  bool alike() const final { return false; }
+
+ protected:
+  void run_rows(const Place&, int64_t, int64_t) const final {}
+};
+
 inline int64_t bytes_of(const std::vector<float>& values) {
   return static_cast<int64_t>(values.size() * sizeof(float));
 }

@@ -5,7 +5,7 @@
 namespace dsp {
 namespace {
 
-class LinearStep final : public ChannelStep {
+class LinearStep final : public PlanarStep {
  public:
   explicit LinearStep(const Fields<DSP_OP_LINEAR>& fields) : fields_(fields) {}
 
@@ -27,8 +27,6 @@ class LinearStep final : public ChannelStep {
   }
   const Activation& activation() const override { return fields_.activation; }
 
-  bool alike() const override { return false; }
-
  protected:
   int64_t work(const Place&) const override { return weight_.count(); }
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {
@@ -37,8 +35,6 @@ class LinearStep final : public ChannelStep {
                      weight_.data() + begin * features_, bias_.empty() ? nullptr : bias_.data() + begin,
                      features_, end - begin, fields_.activation);
   }
-  // Its input is flat: planar.
-  void run_rows(const Place&, int64_t, int64_t) const override {}
 
  private:
   Fields<DSP_OP_LINEAR> fields_;

@@ -292,10 +292,9 @@ py::dict build_info() {
   return info;
 }
 
-}  // namespace
+const auto nogil = py::call_guard<py::gil_scoped_release>();
 
-PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native kernels: addresses and sizes in, a status out (0 is success).";
+void define_core(py::module_& m) {
   m.def("abi_version", &dsp_abi_version);
   m.def("cpu_isa", &dsp_cpu_isa);
   m.def("fma_rounds", &dsp_fma_rounds, py::call_guard<py::gil_scoped_release>(), py::arg("rounds"));
@@ -305,8 +304,9 @@ PYBIND11_MODULE(_native, m) {
       py::arg("runner"));
   m.def("build_info", &build_info);
   m.def("activations", &activations);
+}
 
-  const auto nogil = py::call_guard<py::gil_scoped_release>();
+void define_conv(py::module_& m) {
   m.def("conv2d_forward", &conv2d_forward, nogil, py::arg("x"), py::arg("x_numel"), py::arg("weight"),
         py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("bias"), py::arg("residual"),
         py::arg("out"), py::arg("out_numel"), py::arg("batch"), py::arg("height"), py::arg("width"),
@@ -316,14 +316,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("conv2d_prepare", &conv2d_prepare, nogil, py::arg("kh"), py::arg("kw"), py::arg("weight"),
         py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("prepared"),
         py::arg("prepared_numel"));
-  m.def("program_format", &program_format);
-  m.def("program_create", &program_create, py::arg("words"), py::arg("words_numel"), py::arg("floats"),
-        py::arg("floats_numel"));
-  m.def("program_run", &program_run, nogil, py::arg("program"), py::arg("x"), py::arg("x_numel"),
-        py::arg("out"), py::arg("out_numel"), py::arg("batch"), py::arg("threads"));
-  m.def("program_destroy", &program_destroy, nogil, py::arg("program"));
-  m.def("program_output", &program_output, py::arg("program"));
-  m.def("program_memory", &program_memory, py::arg("program"));
   m.def("conv2d_grad_input", &conv2d_grad_input, nogil, py::arg("grad"), py::arg("grad_numel"),
         py::arg("weight"), py::arg("weight_numel"), py::arg("plan"), py::arg("plan_numel"), py::arg("grad_x"),
         py::arg("grad_x_numel"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kh"),
@@ -334,6 +326,20 @@ PYBIND11_MODULE(_native, m) {
         py::arg("weight_numel"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kh"),
         py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"),
         py::arg("dw"), py::arg("threads"));
+}
+
+void define_program(py::module_& m) {
+  m.def("program_format", &program_format);
+  m.def("program_create", &program_create, py::arg("words"), py::arg("words_numel"), py::arg("floats"),
+        py::arg("floats_numel"));
+  m.def("program_run", &program_run, nogil, py::arg("program"), py::arg("x"), py::arg("x_numel"),
+        py::arg("out"), py::arg("out_numel"), py::arg("batch"), py::arg("threads"));
+  m.def("program_destroy", &program_destroy, nogil, py::arg("program"));
+  m.def("program_output", &program_output, py::arg("program"));
+  m.def("program_memory", &program_memory, py::arg("program"));
+}
+
+void define_norm(py::module_& m) {
   m.def("batch_norm_forward", &batch_norm_forward, nogil, py::arg("x"), py::arg("numel"), py::arg("batch"),
         py::arg("channels"), py::arg("pixels"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
         py::arg("blank"), py::arg("eps"), py::arg("activation"), py::arg("mean"), py::arg("variance"),
@@ -343,9 +349,15 @@ PYBIND11_MODULE(_native, m) {
         py::arg("bias"), py::arg("mean"), py::arg("variance"), py::arg("blank"), py::arg("eps"),
         py::arg("activation"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight"),
         py::arg("grad_bias"), py::arg("threads"));
+}
+
+void define_assignment(py::module_& m) {
   m.def("lasso", &lasso, nogil, py::arg("operation"), py::arg("element"), py::arg("words"),
         py::arg("words_numel"), py::arg("numbers"), py::arg("numbers_numel"), py::arg("groups"),
         py::arg("penalties"), py::arg("threads"));
+}
+
+void define_cuda(py::module_& m) {
   m.def("cuda_device_count", &cuda_device_count);
   m.def("cuda_conv2d_table", &cuda_conv2d_table, py::arg("operation"), py::arg("precision"), py::arg("batch"),
         py::arg("height"), py::arg("width"), py::arg("kh"), py::arg("kw"), py::arg("sh"), py::arg("sw"),
@@ -383,4 +395,16 @@ PYBIND11_MODULE(_native, m) {
         py::arg("device"), py::arg("stream"), py::arg("element"), py::arg("divide"), py::arg("groups"),
         py::arg("count"), py::arg("temperature"), py::arg("first"), py::arg("first_stride"),
         py::arg("second"), py::arg("second_stride"), py::arg("out"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels: addresses and sizes in, a status out (0 is success).";
+  define_core(m);
+  define_conv(m);
+  define_program(m);
+  define_norm(m);
+  define_assignment(m);
+  define_cuda(m);
 }

@@ -20,13 +20,6 @@ PRIVATE = {
     "dsp_kernels.conv.cuda: dsp_kernels.conv.triton._capturing",
     "dsp_kernels.conv.cuda: dsp_kernels.conv.triton._layout",
     "dsp_kernels.conv.cuda: dsp_kernels.conv.triton._precision",
-    "dsprune.export: dsprune.graph._dynamic_shapes",
-    "dsprune.export: dsprune.graph._quiet",
-    "dsprune.export: dsprune.graph._widen_batch",
-    "dsprune.integrations.lightning: dsprune.learn._RandomState",
-    "dsprune.integrations.transformers: dsprune.learn._RandomState",
-    "dsprune.report: dsprune.structure._Counter",
-    "dsprune.structure: dsprune.graph._hooked_infos",
 }
 CIRCLES = {"dsprune.recipes.data, dsprune.recipes.folders"}
 NAMESAKES = {"latency", "program"}

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
-from dsp_kernels import tail
+from dsp_kernels import activations, tail
 from dsp_kernels.backends import choose
 
 from .compare import differs
-from .graph import _dynamic_shapes, _quiet, _widen_batch, as_inputs, aten, evaluating, unwrap
+from .graph import as_inputs, aten, dynamic_shapes, evaluating, quiet, unwrap, widen_batch
 from .inputs import noise_like, own_tensors, tensors_of
 from .io import target_file, write_atomically
 from .nn import PackedConv2d, PermutedGroupedConv2d
@@ -168,9 +168,7 @@ class StandardConv2d(nn.Module):
             out = out.index_select(1, self.get_buffer("order"))
         if residual is not None:
             out = out + residual
-        if self.activation == "relu":
-            return torch.relu(out)
-        return F.hardtanh(out, 0.0, 6.0) if self.activation == "relu6" else out
+        return activations.find(self.activation).apply(out)
 
 
 def _check(packed: Any, example_input: Any) -> tuple[PackedNetwork, tuple[Any, ...]]:
@@ -178,7 +176,7 @@ def _check(packed: Any, example_input: Any) -> tuple[PackedNetwork, tuple[Any, .
     if not isinstance(inner, PackedNetwork):
         raise TypeError(f"packed: expected a PackedNetwork (dsprune.pack), got {type(inner).__name__}")
     inputs, _ = inner.bind(as_inputs(example_input))
-    return inner, _widen_batch(inputs)  # export takes a size of one for a constant
+    return inner, widen_batch(inputs)  # export takes a size of one for a constant
 
 
 def _check_form(form: str) -> None:
@@ -249,11 +247,11 @@ def _no_futures() -> Iterator[None]:
 
 def _exported(network: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
     """The program with sizes as free as the network allows: batch and image, the batch alone, neither."""
-    attempts = [_dynamic_shapes(inputs, True), _dynamic_shapes(inputs, False), None]
+    attempts = [dynamic_shapes(inputs, True), dynamic_shapes(inputs, False), None]
     error: Exception | None = None
     for shapes in attempts:
         try:
-            with _quiet(), torch.no_grad():
+            with quiet(), torch.no_grad():
                 return torch.export.export(network, inputs, dynamic_shapes=shapes)
         except Exception as failure:  # any failure of the tracer means: try a plainer export
             error = failure
@@ -404,7 +402,7 @@ def export_onnx(
         ),
         inputs,
     )
-    with _quiet(), _no_futures(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+    with quiet(), _no_futures(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         before = logging.root.level
         try:
             program = torch.onnx.export(

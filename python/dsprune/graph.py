@@ -229,7 +229,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No log lines or warnings of the tracer: where an attempt fails, the next one or the error says what
     matters.
     """
@@ -257,7 +257,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(hint(s) for s in value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def _widen_batch(inputs: Any) -> Any:
+def widen_batch(inputs: Any) -> Any:
     """The nest with two images in the place of one: export treats a size of one as a constant."""
     return tree_map_only(
         torch.Tensor,
@@ -266,7 +266,7 @@ def _widen_batch(inputs: Any) -> Any:
     )
 
 
-def _dynamic_shapes(inputs: Any, spatial: bool) -> Any:
+def dynamic_shapes(inputs: Any, spatial: bool) -> Any:
     """The nest with the sizes that shall stay free in the place of tensors, None in that of others."""
     auto = torch.export.Dim.AUTO
 
@@ -353,14 +353,14 @@ def _export(
 ) -> tuple[torch.export.ExportedProgram, Limits]:
     """The exported program and its limits: sizes as free as the model allows, in three attempts."""
     signature = Signature(model.forward)
-    wide = _widen_batch((inputs, kwargs))
+    wide = widen_batch((inputs, kwargs))
     attempts = [(wide, True), (wide, False), ((inputs, kwargs), None)]
     error = ""
     for (args, named), spatial in attempts:
         given = signature.arguments(args, named)
-        shapes = None if spatial is None else _dynamic_shapes(given, spatial)
+        shapes = None if spatial is None else dynamic_shapes(given, spatial)
         try:
-            with _quiet(), torch.no_grad(), _no_autocast(), _watched(model) as changed:
+            with quiet(), torch.no_grad(), _no_autocast(), _watched(model) as changed:
                 with _Budget():
                     program = torch.export.export(model, args, named, dynamic_shapes=shapes)
                 if changed:
@@ -436,7 +436,7 @@ def check_takes(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, 
     """Raises ValueError where the model does not run on these inputs: no fault of the tracer's."""
     args, named = own_tensors((inputs, dict(kwargs or {})))
     try:
-        with _quiet(), torch.no_grad(), preserved(model):
+        with quiet(), torch.no_grad(), preserved(model):
             model(*args, **named)
     except Exception as failure:
         lines = str(failure).strip().splitlines()
@@ -467,7 +467,7 @@ def trace(model: nn.Module, example_input: Any, keywords: Mapping[str, Any] | No
         except ExportError:
             check_takes(model, inputs, kwargs)
             raise
-    with _quiet():
+    with quiet():
         module = program.module()
     assert isinstance(module, fx.GraphModule)
     for node in list(module.graph.nodes):
@@ -644,7 +644,7 @@ def _roles(graph: NetworkGraph) -> dict[fx.Node, tuple[bool, bool, bool]]:
     return {node: (node in stems, node in shortcuts, node in last) for node in sites}
 
 
-def _hooked_infos(model: nn.Module, inputs: tuple[Any, ...]) -> list[ConvInfo]:
+def hooked_infos(model: nn.Module, inputs: tuple[Any, ...]) -> list[ConvInfo]:
     """What a forward pass shows where export fails: no roles but the first convolution's."""
     seen: dict[str, ConvInfo] = {}
     handles = []
@@ -691,7 +691,7 @@ def conv_infos(model: nn.Module, example_input: Any) -> list[ConvInfo]:
         return trace(clone, inputs).infos()
     except ExportError as error:
         warnings.warn(f"{error}; only the first convolution is taken for a stem", stacklevel=2)
-        return _hooked_infos(clone, inputs)
+        return hooked_infos(clone, inputs)
 
 
 def prunable_convs(model: nn.Module, example_input: Any) -> list[ConvInfo]:

@@ -217,7 +217,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
-class _RandomState:
+class RandomState:
     """The state of the random number generators that a forward pass on ``device`` may use."""
 
     def __init__(self, device: torch.device) -> None:
@@ -235,7 +235,7 @@ class _RandomState:
 
 @contextmanager
 def _random_kept(device: torch.device) -> Iterator[None]:
-    state = _RandomState(device)
+    state = RandomState(device)
     try:
         yield
     finally:
@@ -437,7 +437,7 @@ class GroupLearner:
         self._parallel = _parallel(model)
         self._group = _group_of(self._parallel, process_group)
         self._agreed = self._group is None
-        self._random: _RandomState | None = None
+        self._random: RandomState | None = None
         inputs = as_inputs(example_input)
         self._groups = _integer("groups", groups, 1)
         if self._groups > MOST_GROUPS:
@@ -599,7 +599,7 @@ class GroupLearner:
         closures = self._closures(closure)
         groups = self._parameter_groups(optimizer)
         self._agree()
-        before = _RandomState(self._table.device)
+        before = RandomState(self._table.device)
 
         self._clear_gradients(optimizer)
         loss = self._backward(closures, scaler)
@@ -627,7 +627,7 @@ class GroupLearner:
 
         Remembers the random state, so that the look-ahead draws the same dropout masks.
         """
-        self._random = _RandomState(self._table.device)
+        self._random = RandomState(self._table.device)
 
     def after_step(
         self,
@@ -689,7 +689,7 @@ class GroupLearner:
         closures: Sequence[Closure],
         optimizer: torch.optim.Optimizer,
         groups: Sequence[dict[str, Any]],
-        before: _RandomState | None,
+        before: RandomState | None,
         scaler: Any,
         grad_hook: Callable[[], object] | None,
     ) -> None:
@@ -781,7 +781,7 @@ class GroupLearner:
         optimizer: torch.optim.Optimizer,
         groups: Sequence[dict[str, Any]],
         rates: Sequence[float],
-        before: _RandomState | None,
+        before: RandomState | None,
         scaler: Any,
         grad_hook: Callable[[], object] | None,
     ) -> Tensor | None:

@@ -15,7 +15,7 @@ from .latency import Latency
 from .lower import iterate_layers
 from .nn import PermutedGroupedConv2d
 from .pack import PackedNetwork
-from .structure import Structure, _Counter
+from .structure import MaskCounter, Structure
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -189,7 +189,7 @@ def summary(model: nn.Module, example_input: Any, *, structure: Structure | None
     if structure is not None and not isinstance(structure, Structure):
         raise TypeError(f"structure: expected a Structure, got {type(structure).__name__}")
     dense = inner.dense_model() if isinstance(inner, PackedNetwork) else clean_copy(inner)
-    counter = _Counter(dense, inputs)
+    counter = MaskCounter(dense, inputs)
     counts = counter.count({})
     pairs, _ = counter.pairs({})
     measured = _measured(inner, counter.image, set(counts.macs)) if isinstance(inner, PackedNetwork) else None

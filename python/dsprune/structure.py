@@ -30,9 +30,9 @@ from .graph import (
     ConvInfo,
     ExportError,
     NetworkGraph,
-    _hooked_infos,
     as_inputs,
     clean_copy,
+    hooked_infos,
     owner_of,
     trace,
     unwrap,
@@ -118,7 +118,7 @@ def drop_below(importance: torch.Tensor, threshold: float) -> torch.Tensor:
     return keep & importance.gt(0)
 
 
-class _Counter:
+class MaskCounter:
     """MACs and weights of a masked network, with liveness; traced once, counted often."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -127,7 +127,7 @@ class _Counter:
             self.graph = trace(model, inputs)
             self.infos = self.graph.infos()
         except ExportError:
-            self.infos = _hooked_infos(model, inputs)
+            self.infos = hooked_infos(model, inputs)
         self.prunable = {info.name for info in self.infos if info.prunable}
         self.model = model
         self.all_params = sum(p.numel() for p in model.parameters())
@@ -202,9 +202,9 @@ class Count:
         return removed / dense if dense else 0.0
 
 
-def counted(model: nn.Module, example_input: Any) -> tuple[_Counter, Count]:
+def counted(model: nn.Module, example_input: Any) -> tuple[MaskCounter, Count]:
     """The counter of a network and its count as it stands."""
-    counter = _Counter(clean_copy(model), as_inputs(example_input))
+    counter = MaskCounter(clean_copy(model), as_inputs(example_input))
     return counter, counter.count({})
 
 
@@ -345,7 +345,7 @@ def find_structure(
     if count not in ("network", "prunable"):
         raise ValueError(f"count: expected 'network' or 'prunable', got {count!r}")
     inputs = as_inputs(example_input)
-    counter = _Counter(clean_copy(model), inputs)
+    counter = MaskCounter(clean_copy(model), inputs)
     infos = {info.name: info for info in counter.infos}
     groups = _check_assignment(assignment, infos, exclude)
     if flops is not None and count == "network" and counter.work.uncounted:
@@ -417,7 +417,7 @@ def find_structure(
 
 
 def _structure(
-    counter: _Counter,
+    counter: MaskCounter,
     masks: Mapping[str, torch.Tensor],
     groups: Mapping[str, torch.Tensor],
     count: str,
@@ -443,7 +443,7 @@ def _layer_mask(
 
 
 def _layer_shape(
-    counter: _Counter, info: ConvInfo, member: torch.Tensor, inputs: tuple[Any, ...]
+    counter: MaskCounter, info: ConvInfo, member: torch.Tensor, inputs: tuple[Any, ...]
 ) -> timing.LayerShape:
     """The layer as it is timed: at the example's batch, with the input size that gives its output size."""
     conv = counter.model.get_submodule(info.name) if info.name else counter.model
@@ -465,7 +465,7 @@ def _layer_shape(
 
 
 def _by_latency(
-    counter: _Counter,
+    counter: MaskCounter,
     inputs: tuple[Any, ...],
     energy: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     target: float,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsprune.learn import GroupLearner, _RandomState
+from dsprune.learn import GroupLearner, RandomState
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -75,8 +75,8 @@ class GroupLearning(Callback):
         self._settings = settings
         self._learner: GroupLearner | None = None
         self._stored: dict[str, Any] | None = None
-        self._batches: list[tuple[_RandomState, Any, int]] = []
-        self._random: _RandomState | None = None
+        self._batches: list[tuple[RandomState, Any, int]] = []
+        self._random: RandomState | None = None
         self._step: tuple[list[Any], float | None] | None = None
 
     @property
@@ -134,7 +134,7 @@ class GroupLearning(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._random = _RandomState(pl_module.device)
+        self._random = RandomState(pl_module.device)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -175,7 +175,7 @@ class GroupLearning(Callback):
     def _closure(
         trainer: Trainer,
         module: LightningModule,
-        random: _RandomState,
+        random: RandomState,
         batch: Any,
         batch_idx: int,
         share: float,

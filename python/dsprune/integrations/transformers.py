@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsprune.learn import GroupLearner, _RandomState
+from dsprune.learn import GroupLearner, RandomState
 from dsprune.resume import load_training, save_training
 
 try:
@@ -55,7 +55,7 @@ class GroupLearning(TrainerCallback):
         self._total_steps = total_steps
         self._settings = settings
         self._learner: GroupLearner | None = None
-        self._batches: list[tuple[_RandomState, Any, Any, Any]] = []
+        self._batches: list[tuple[RandomState, Any, Any, Any]] = []
         self._resumed: Path | None = None
         self._training_step = trainer.training_step
         self._load = trainer._load_from_checkpoint
@@ -75,7 +75,7 @@ class GroupLearning(TrainerCallback):
 
     def _record(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         device = next(model.parameters()).device
-        self._batches.append((_RandomState(device), model, inputs, num_items_in_batch))
+        self._batches.append((RandomState(device), model, inputs, num_items_in_batch))
         loss: Tensor = self._training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -119,7 +119,7 @@ class GroupLearning(TrainerCallback):
         )
 
     def _closure(
-        self, random: _RandomState, model: Any, inputs: Any, items: Any, count: int
+        self, random: RandomState, model: Any, inputs: Any, items: Any, count: int
     ) -> Callable[[], Tensor]:
         """The loss of a batch as the trainer computed it; a loss that is a share of the accumulated batches'
         already is not divided again.

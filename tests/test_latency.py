@@ -329,4 +329,4 @@ def test_where_inductor_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nets.Plain().eval(), torch.randn(1, 3, 16, 16)
     with pytest.warns(UserWarning, match=r"Inductor is not timed: no compiler here$"):
         forms = dense_forms(model, x, inductor=True)
-    assert set(forms) == {"eager", "channels_last", "TorchScript"}
+    assert set(forms) - {"OpenVINO", "ONNX Runtime"} == {"eager", "channels_last", "TorchScript"}

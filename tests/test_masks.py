@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -351,19 +352,36 @@ def test_what_save_accepts_load_takes(tmp_path, how: str) -> None:
         assert torch.equal(dsprune.load(tmp_path / "p", Net()).eval()(X), expected)
 
 
-def test_a_parametrized_network_loads_into_a_fresh_one(tmp_path) -> None:
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_network_with_computed_weights_loads_into_a_fresh_one(tmp_path, norm: Any, train: bool) -> None:
     def build() -> nn.Module:
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
-        parametrizations.weight_norm(model[0])
-        return model
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        with torch.no_grad():
+            model[2].weight[:4, ::2] = 0
+        norm(model[0])
+        norm(model[2])
+        return model.eval()
 
     torch.manual_seed(0)
     model = build()
     with torch.no_grad():
-        model[2].weight[:, ::2] = 0
-    packed = dsprune.pack(model, X)
+        expected = model(X)
+    packed = dsprune.pack(model, X, train=train)
+    assert [name for name, _ in packed.layers()] and (packed.fused or train)
     dsprune.save(packed, tmp_path / "p")
     fresh = build()
     with torch.no_grad():
+        torch.testing.assert_close(packed(X), expected)
         assert torch.equal(dsprune.load(tmp_path / "p", fresh)(X), packed(X))
-        torch.testing.assert_close(fresh(X), model(X))
+        torch.testing.assert_close(fresh(X), expected)
+        assert torch.equal(model(X), expected)  # left alone

@@ -227,6 +227,32 @@ def test_the_batch_stays_free_beside_a_tensor_of_fixed_size() -> None:
     assert not packed._variants
 
 
+class Either(Body):
+    """One image, in one of two places; and a factor of any rank."""
+
+    def forward(
+        self, x: torch.Tensor | None = None, *, y: torch.Tensor | None = None, by: Any = None
+    ) -> torch.Tensor:
+        image = y if x is None else x * 2
+        assert image is not None
+        out = self.body(image)
+        return out if by is None else out * by
+
+
+def test_the_image_by_another_name_and_factors_of_any_rank() -> None:
+    model, x = made(Either), torch.randn(2, 3, 8, 8)
+    packed, exact = dsprune.pack(model, x), copy.deepcopy(model).double()
+    with torch.no_grad():
+        for _ in range(2):  # the second call has a program, or a plan, already
+            for given in (
+                {"y": x},
+                {"x": x},
+                *({"x": x, "by": torch.rand(s)} for s in ((), (8, 1, 1), (8,))),
+            ):
+                wide = {name: value.double() for name, value in given.items()}
+                torch.testing.assert_close(packed(**given).double(), exact(**wide), rtol=1e-4, atol=1e-5)
+
+
 class ByDtype(Body):
     """Bytes are pixels from 0 to 255."""
 

@@ -178,7 +178,35 @@ class Log(Body):
         return self.body(x) + len(self.log)
 
 
-REMEMBERING = [Anchors, Cache, CountsInBuffer, CountsInAttribute, Previous, Log]
+class Recurrent(Body):
+    """The same in a plain attribute, a tensor from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.zeros(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x).mean((0, 2, 3))
+        self.last = y + self.last.to(y) * 0.5
+        return self.last
+
+
+class RecurrentInDictionary(Body):
+    """The same in a dictionary that has it already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"last": torch.zeros(1)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x).mean((0, 2, 3))
+        self.kept["last"] = y + self.kept["last"].to(y)
+        return y * self.kept["last"]
+
+
+REMEMBERING = [
+    Anchors, Cache, CountsInBuffer, CountsInAttribute, Previous, Log, Recurrent, RecurrentInDictionary,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -208,6 +236,25 @@ def test_what_keeps_a_network_from_a_graph_is_said(kind: type[nn.Module]) -> Non
     ):
         packed = dsprune.pack(model, x)
     assert not packed.fused
+
+
+class Tables(Body):
+    """Tensors in plain attributes that are only read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.more = torch.rand(8, 1, 1), {"shift": (torch.ones(1),)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        return y * self.scale.to(y) + self.more["shift"][0].to(y)
+
+
+def test_tensors_that_are_only_read_are_no_state() -> None:
+    model, x = made(Tables), torch.randn(2, 3, 8, 8)
+    packed = dsprune.pack(model, x)
+    assert packed.fused
+    check(copy.deepcopy(model).double(), packed, x)
 
 
 def test_a_failed_export_leaves_nothing_behind() -> None:
@@ -489,3 +536,59 @@ def test_numbers_computed_from_sizes_are_no_constants(step: Any) -> None:
     packed, exact = packed_of(model, torch.randn(1, 3, 12, 12)), copy.deepcopy(model).double()
     for shape in ((1, 3, 12, 12), (2, 3, 9, 9), (2, 3, 16, 6)):
         check(exact, packed, torch.randn(shape))
+
+
+# ---- dtypes that change, norms whose vectors are computed, reductions over everything ----
+
+
+class Constants(nn.Module):
+    """Dead filters with a bias, something in between, and a convolution that could fold them."""
+
+    step: Callable[[Any, torch.Tensor], torch.Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+        self.gain = nn.Parameter(torch.rand(8))
+        self.register_buffer("mean", torch.randn(8))
+        self.register_buffer("var", torch.rand(8) + 0.5)
+        with torch.no_grad():
+            self.a.weight[2:5] = 0
+            self.a.bias[2:5] = torch.tensor([0.7, 1.6, 0.0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x).relu()
+        return type(self).step(self, y)
+
+
+def inside(y: torch.Tensor) -> torch.Tensor:
+    return y[:, :, 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda m, y: m.b(y.int().to(y.dtype)),
+        lambda m, y: m.b(y.bool().to(y.dtype)),
+        lambda m, y: m.b(y + y.long()),
+        lambda m, y: m.b(F.batch_norm(y, m.mean, m.var, 1 + m.gain, m.gain * 2)),
+        lambda m, y: m.b(F.batch_norm(F.batch_norm(y, m.mean, m.var), m.mean, m.var, 1 + m.gain)),
+        lambda m, y: m.b(F.batch_norm(y, m.mean * 2, m.var + 1, m.gain)),
+        lambda m, y: F.batch_norm(m.b(y), m.mean, m.var, 1 + m.gain, m.gain * 2),
+        lambda m, y: F.batch_norm(m.b(y), m.mean, m.var + m.gain).relu(),
+        lambda m, y: m.b(y * y.amax()),
+        lambda m, y: m.b(y + y.amin(dim=(2, 3), keepdim=True)),
+        lambda m, y: F.relu(m.b(y) + inside(y).double()),
+        lambda m, y: F.relu(m.b(y) + (inside(y) > 0.1)),
+        lambda m, y: F.relu(m.b(y) + torch.ones_like(inside(y), dtype=torch.float16)),
+        lambda m, y: m.b(F.pad(y, (1, 1, 1, 1), value=float(y.shape[2]))),
+    ],
+)
+def test_dtypes_computed_norms_and_reductions(step: Any) -> None:
+    kind = type("Net", (Constants,), {"step": staticmethod(step)})
+    torch.manual_seed(1)
+    model, x = kind().eval(), torch.randn(2, 3, 9, 8)
+    packed, exact = packed_of(model, x), copy.deepcopy(model).double()
+    assert packed.fused
+    for image in (x, torch.randn(1, 3, 7, 10)):
+        check(exact, packed, image)

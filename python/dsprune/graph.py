@@ -114,6 +114,8 @@ class Limits:
         for shape, ranges in zip(sizes, self.ranges, strict=True):
             if ranges is None:
                 continue
+            if len(shape) != len(ranges):
+                return False
             for size, (least, most) in zip(shape, ranges, strict=True):
                 if size < least or (most is not None and size > most):
                     return False

@@ -369,7 +369,7 @@ class _Analysis:
             if k not in ("memory_format", "device", "dtype", "layout")
         }
         if node.target in (aten._to_copy.default, aten.to.dtype, aten.contiguous.default):
-            return next(iter(inputs.values())).clone()
+            return next(iter(inputs.values())).to(node.meta["val"].dtype).to(torch.float64)
         return node.target(*[swap(a) for a in node.args], **kwargs)  # type: ignore[operator]
 
     def _unary(self, node: fx.Node) -> State:
@@ -379,7 +379,8 @@ class _Analysis:
         if not isinstance(state, torch.Tensor):
             return self._unknown(node)
         result = self._evaluate(node, {x: state})
-        if _reads_sizes(node):
+        # A constant that becomes an integer or a boolean follows other rules from there: it is not followed.
+        if _reads_sizes(node) or not node.meta["val"].is_floating_point():
             result = torch.full_like(result, NAN)
         self.back[node] = lambda needed: self._need(x, needed)
         return torch.where(state.isnan(), NAN, result)
@@ -424,10 +425,11 @@ class _Analysis:
         assert isinstance(x, fx.Node)
         state, value = self.constant[x], shape_of(x)
         vectors = [
-            None if v is None else self.graph.tensors.get(str(getattr(v, "target", "")))
+            self.graph.tensors.get(str(v.target)) if isinstance(v, fx.Node) and v.op == "get_attr" else None
             for v in (weight, bias, mean, var)
         ]
-        if not isinstance(state, torch.Tensor) or value is None or vectors[2] is None or vectors[3] is None:
+        computed = any(v is not None and t is None for v, t in zip(node.args[1:5], vectors, strict=True))
+        if not isinstance(state, torch.Tensor) or value is None or computed:
             return self._unknown(node)
         shape = [1, value[1]] + [1] * (len(value) - 2)
         w, b, m, v = (None if t is None else t.detach().to("cpu", torch.float64).view(shape) for t in vectors)
@@ -488,7 +490,8 @@ class _Analysis:
             return self._unknown(node)
         result = state.clone()
         if mode == "constant":
-            result = torch.where(result == float(fill or 0), result, NAN)
+            border = NAN if _is_size(fill) else float(fill or 0)
+            result = torch.where(result == border, result, NAN)
         self.back[node] = lambda needed: self._need(x, needed)
         return result
 

@@ -21,7 +21,7 @@ from torch import fx, nn
 from dsp_kernels import GroupLayout
 from dsp_kernels.layout import gray_order
 
-from .graph import NetworkGraph, Site, aten, shape_of
+from .graph import NetworkGraph, Site, arguments, aten, shape_of
 from .liveness import BATCH_NORM, BINARY, POOLS, REDUCTIONS, UNARY, Liveness, analyse
 from .nn import PermutedGroupedConv2d
 from .packed_graph import PackedGraph
@@ -76,6 +76,11 @@ class _Chain:
     residual: fx.Node | None = None
     activation: str | None = None
     inner: list[fx.Node] = field(default_factory=list)
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values have the same shape and dtype."""
+    return shape_of(a) == shape_of(b) and a.meta["val"].dtype == b.meta["val"].dtype
 
 
 def _sole_user(node: fx.Node) -> fx.Node | None:
@@ -140,7 +145,7 @@ class _Lowering:
                 continue
             if node.op in ("placeholder", "output", "get_attr"):
                 classes.pin(node, *parents)
-            elif node.target is BATCH_NORM and self._known_norm(node) and self._followed(parents[0]):
+            elif self._known_norm(node) and self._followed(parents[0]):
                 classes.union(parents[0], node)
             elif node.target is operator.getitem and node.args[0].target is BATCH_NORM:  # type: ignore[union-attr]
                 classes.union(node.args[0], node)  # type: ignore[arg-type]
@@ -180,8 +185,8 @@ class _Lowering:
         if node.target not in REDUCTIONS:
             return False
         source = shape_of(node.args[0])  # type: ignore[arg-type]
-        given = cast("int | list[int]", node.args[1])
-        dims = [given] if isinstance(given, int) else list(given)
+        given = arguments(node, [None, []])[1]
+        dims = [given] if isinstance(given, int) else list(given or [])
         return source is not None and len(source) == 4 and {d % 4 for d in dims} == {2, 3}
 
     def _choose_channels(self) -> None:
@@ -235,12 +240,7 @@ class _Lowering:
 
     def _extend(self, chain: _Chain, claimed: set[fx.Node]) -> None:
         user = _sole_user(chain.end)
-        if (
-            user is not None
-            and user.target is BATCH_NORM
-            and user.args[0] is chain.end
-            and self._known_norm(user)
-        ):
+        if user is not None and self._known_norm(user) and user.args[0] is chain.end:
             item = _sole_user(user)
             if item is not None and item.target is operator.getitem and item.args[1] == 0:
                 chain.inner += [chain.end, user]
@@ -252,7 +252,7 @@ class _Lowering:
             a, b = user.args[0], user.args[1]
             other = b if a is chain.end else a
             same = isinstance(other, fx.Node) and other is not chain.end and other.op != "get_attr"
-            if same and shape_of(other) == shape_of(chain.end):  # type: ignore[arg-type]
+            if same and _alike(cast(fx.Node, other), chain.end):
                 chain.inner.append(chain.end)
                 chain.residual, chain.end = other, user  # type: ignore[assignment]
         user = _sole_user(chain.end)
@@ -272,8 +272,11 @@ class _Lowering:
         return (float(values[0]), float(values[1])) if len(values) == 2 else (-1.0, 1.0)
 
     def _known_norm(self, node: fx.Node) -> bool:
-        mean, var = node.args[3], node.args[4]
-        return all(isinstance(v, fx.Node) and str(v.target) in self.graph.tensors for v in (mean, var))
+        """Whether a node is a BatchNorm whose four vectors, as far as it has them, are the model's own."""
+        return node.target is BATCH_NORM and all(
+            v is None or (isinstance(v, fx.Node) and v.op == "get_attr" and v.target in self.graph.tensors)
+            for v in node.args[1:5]
+        )
 
     # layers -------------------------------------------------------------------------------------------------
 
@@ -437,7 +440,7 @@ class _Lowering:
         norms: dict[Any, str] = {
             (str(n.target),): str(n.target)
             for n in self.nodes
-            if n.op == "get_attr" and any(u.target is not BATCH_NORM and u not in self.sites for u in n.users)
+            if n.op == "get_attr" and any(not self._known_norm(u) and u not in self.sites for u in n.users)
         }
         read = {n.target for n in self.nodes if n.op == "get_attr" and not set(n.users) <= self.sites.keys()}
 
@@ -470,10 +473,10 @@ class _Lowering:
             elif node in self.sites:
                 name = placed_layer(self.sites[node], partial(self._linear_layer, self.sites[node]))
                 env[node] = graph.call_module(name, (mapped(self.sites[node].x),))
-            elif node.target is BATCH_NORM and self._known_norm(node):
+            elif self._known_norm(node):
                 env[node] = self._emit_norm(graph, node, mapped, place, norms)
-            elif node.target is operator.getitem and node.args[0].target is BATCH_NORM and node.args[1] == 0:  # type: ignore[union-attr]
-                env[node] = env[node.args[0]]  # type: ignore[index]
+            elif node.target is operator.getitem and self._known_norm(norm := cast(fx.Node, node.args[0])):
+                env[node] = env[norm]  # of its results, only the first can be read
             elif self._is_flatten(node):
                 env[node] = graph.call_function(torch.flatten, (mapped(node.args[0]), 1))  # type: ignore[arg-type]
             else:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .state import tensors_in
 
@@ -123,7 +125,8 @@ def settle(model: nn.Module) -> None:
 
 
 def settle_parametrizations(model: nn.Module) -> None:
-    """Takes every parametrization off, in place: the weights become parameters with the values computed.
+    """Takes every parametrization off, in place, ``torch.nn.utils.weight_norm`` and ``spectral_norm`` of old
+    included: the weights become parameters with the values computed.
 
     A parameter under a parametrization that somebody else holds too stays as it was there.
     """
@@ -133,6 +136,11 @@ def settle_parametrizations(model: nn.Module) -> None:
             if held is not None:
                 holders[id(held)] = holders.get(id(held), 0) + 1
     for module in list(model.modules()):
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm) and f"{hook.name}_v" in module._parameters:  # else masked
+                nn.utils.remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm) and f"{hook.name}_orig" in module._parameters:
+                nn.utils.remove_spectral_norm(module, hook.name)
         if not parametrize.is_parametrized(module):
             continue
         # A copied module shares the original's generated class; taking the property off it must not reach it.

@@ -224,9 +224,9 @@ class PackedNetwork(nn.Module):
             network = self.network_for(args, kwargs)
             fits = x is not None and network is self.network and not torch.is_autocast_enabled(x.device.type)
             self._fitting = ((x.shape, x.dtype), network) if fits and x is not None else (None, None)
-        cache = self._programs(network)
-        found = cache.find((*args, *kwargs.values()))
-        return network(*args, **kwargs) if found is None else cache.run(found, args[0])
+        cache, given = self._programs(network), (*args, *kwargs.values())
+        found = cache.find(given)
+        return network(*args, **kwargs) if found is None else cache.run(found, given[0])
 
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
@@ -277,7 +277,7 @@ class PackedNetwork(nn.Module):
         if key in self._variants:
             return self._variants[key][0]
         for (other, _), (network, limits) in self._variants.items():
-            if other == form and _admits(limits, sizes):
+            if other == form and limits.admit(sizes):
                 return network
         return self._variant(key, args, kwargs)
 

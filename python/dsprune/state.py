@@ -52,8 +52,7 @@ class _Walk:
                 if not isinstance(value, tuple):
                     self.containers.append((name, value))
                 # The tables of a module have its names: parameters, buffers, layers.
-                table = name.rpartition(".")[2] in ("_parameters", "_buffers", "_modules")
-                prefix = name.rpartition(".")[0] if table else name
+                prefix = name.rpartition(".")[0] if _is_table(name) else name
                 queue += [(f"{prefix}.{key}".lstrip("."), item) for key, item in items]
             elif _open(value):
                 self.attributes.append((name, value))
@@ -93,6 +92,11 @@ def _difference(before: Any, now: Any, tensors: bool = True) -> Any:
     return None
 
 
+def _is_table(name: str) -> bool:
+    """Whether a container of this name holds a module's parameters, buffers or layers."""
+    return name.rpartition(".")[2] in ("_parameters", "_buffers", "_modules")
+
+
 class State:
     """A model's state at one time: attributes, containers in them, and the values of buffers and other
     tensors; those of parameters on demand (a copy), else no more than which memory they are in.
@@ -112,12 +116,12 @@ class State:
         ]
 
     def changed(self, tensors: bool = True) -> str | None:
-        """The name of something that is not as it was; None where all is. ``tensors=False``: of something
-        that was no tensor.
+        """The name of something that is not as it was; None where all is. ``tensors=False``: besides the
+        values of tensors and what modules hold as parameters and buffers, for which a tracer puts its own.
         """
         for name, thing, before in (*self._attributes, *self._containers):
             now = vars(thing) if isinstance(before, dict) and not isinstance(thing, dict) else thing
-            key = _difference(before, now, tensors)
+            key = _difference(before, now, tensors or not _is_table(name))
             if key is not None:
                 return f"{name}.{key}".lstrip(".")
         for name, tensor, value in self._values:

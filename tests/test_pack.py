@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
 import sys
 from typing import Any
 
@@ -610,3 +611,36 @@ def test_whole_resnet_20_through_the_method() -> None:
     packed = dsprune.pack(model, x)
     assert difference(model, packed, torch.randn(4, 3, 16, 16)) < 1e-4
     assert dsprune.summary(packed, x).flops_cut() >= 0.6
+
+
+PEAK = """
+import resource, warnings
+import torch
+from torch import nn
+import dsprune
+
+torch.set_num_threads(1)
+
+def packed(width):
+    net = nn.Sequential(
+        nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(49 * width, 4096)
+    ).eval()
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        net(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dsprune.pack(net, x)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (after - before) * 1024 / sum(4 * p.numel() for p in net.parameters())
+
+packed(1)  # what the first trace loads
+print(packed(128))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is counted in other units elsewhere")
+def test_packing_takes_at_most_three_times_the_weights() -> None:
+    """The copy, the layers and no more: a classifier as VGG has it, 98 MiB."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PEAK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 3

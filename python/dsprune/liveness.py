@@ -179,6 +179,14 @@ def along(state: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     return state.reshape(shape).flatten().expand(size).clone()
 
 
+def kernel_sums(weight: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """(O, n) in float64: the sum of each kernel over the ``n`` channels that are true in the bool (I,)
+    ``channels``; of a linear layer, its weights there.
+    """
+    chosen = weight.detach()[:, channels.to(weight.device)].double()
+    return chosen.flatten(2).sum(-1) if chosen.dim() > 2 else chosen
+
+
 def _varying(rank: int) -> torch.Tensor:
     return torch.full((1,) * rank, NAN, dtype=torch.float64)
 
@@ -239,34 +247,23 @@ class _Analysis:
         self.unknown: set[str] = set()
         self.back: dict[fx.Node, Callable[[Any], None]] = {}
 
-    def _weight(self, site: Site, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(O, I): which channels each filter reads, and the sum of each kernel; grouped weights spread over
-        all channels.
-        """
+    def _weight(self, site: Site, mask: torch.Tensor | None) -> torch.Tensor:
+        """(O, I): which channels each filter reads; grouped weights spread over all channels."""
         key = ("weight", site.weight_name)
         if key not in self.graph.cache:
-            weight = (
-                self.graph.tensors[site.weight_name].detach().double().flatten(2)
-                if site.kind == "conv"
-                else None
-            )
-            if weight is None:
-                sums = self.graph.tensors[site.weight_name].detach().double()
-                self.graph.cache[key] = (sums.ne(0).cpu(), sums.cpu())
-            else:
-                self.graph.cache[key] = (weight.ne(0).any(-1).cpu(), weight.sum(-1).cpu())
-        nonzero, sums = self.graph.cache[key]
+            nonzero = self.graph.tensors[site.weight_name].detach().ne(0)
+            self.graph.cache[key] = (nonzero.flatten(2).any(-1) if site.kind == "conv" else nonzero).cpu()
+        nonzero = self.graph.cache[key]
         if mask is not None:
             nonzero = nonzero & mask
         if site.groups == 1:
-            return nonzero, sums
-        shape = (site.out_channels, site.in_channels)
-        wide, wide_sums = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.float64)
+            return nonzero
+        wide = torch.zeros((site.out_channels, site.in_channels), dtype=torch.bool)
         per_o, per_i = site.out_channels // site.groups, site.in_channels // site.groups
         for g in range(site.groups):
             rows, columns = slice(g * per_o, (g + 1) * per_o), slice(g * per_i, (g + 1) * per_i)
-            wide[rows, columns], wide_sums[rows, columns] = nonzero[rows], sums[rows]
-        return wide, wide_sums
+            wide[rows, columns] = nonzero[rows]
+        return wide
 
     # forward ------------------------------------------------------------------------------------------------
 
@@ -598,7 +595,7 @@ class _Analysis:
         dim = 1 if conv else x_state.dim() - 1
         x = along(x_state, site.in_channels, dim)
         tensors = self.graph.tensors
-        nonzero, sums = self.weights[site.weight_name]
+        nonzero = self.weights[site.weight_name]
         bias = torch.zeros(site.out_channels, dtype=torch.float64)
         if site.bias_name is not None:
             bias = tensors[site.bias_name].detach().to("cpu", torch.float64)
@@ -606,18 +603,22 @@ class _Analysis:
         known = ~x.isnan()
         zero = x.eq(0)
         absorbed = known & ~zero if foldable else torch.zeros_like(zero)
-        reads = nonzero & ~zero & ~absorbed  # (O, I): products that depend on the image
+        # (O, I): products that depend on the image. What nothing is taken from is no copy: it may be large.
+        dropped = zero | absorbed
+        reads = nonzero & ~dropped if bool(dropped.any()) else nonzero
         known_part = bias
         if bool(absorbed.any()):
-            known_part = bias + torch.where(nonzero & absorbed, sums * x, 0.0).sum(1)
+            sums = kernel_sums(tensors[site.weight_name], absorbed).cpu()
+            known_part = bias + torch.where(nonzero[:, absorbed], sums * x[absorbed], 0.0).sum(1)
         out = torch.where(reads.any(1), NAN, known_part)
         state = out.view(1, -1, 1, 1) if conv else out.view([1] * (x_state.dim() - 1) + [-1])
 
         def back(needed: torch.Tensor) -> None:
             live = along(needed, site.out_channels, dim)
-            pairs = reads & live[:, None]
+            pairs = reads if bool(live.all()) else reads & live[:, None]
             self.pairs[node] = pairs
-            self.folded[node] = absorbed & (nonzero & live[:, None]).any(0)
+            self.folded[node] = absorbed.clone()
+            self.folded[node][absorbed] = (nonzero[:, absorbed] & live[:, None]).any(0)
             shape = [1] * x_state.dim()
             shape[dim] = site.in_channels
             self._need(site.x, pairs.any(0).view(shape))

@@ -22,7 +22,7 @@ from dsp_kernels import GroupLayout
 from dsp_kernels.layout import gray_order
 
 from .graph import NetworkGraph, Site, arguments, aten, shape_of
-from .liveness import BATCH_NORM, BINARY, POOLS, REDUCTIONS, UNARY, Liveness, analyse
+from .liveness import BATCH_NORM, BINARY, POOLS, REDUCTIONS, UNARY, Liveness, analyse, kernel_sums
 from .nn import PermutedGroupedConv2d
 from .packed_graph import PackedGraph
 
@@ -303,7 +303,7 @@ class _Lowering:
         bias = weight.new_zeros(site.out_channels)
         if site.bias_name is not None:
             bias = bias + tensors[site.bias_name].detach().double()
-        constant = self._constants(site, weight)
+        constant = self._constants(site)
         if constant is not None:
             bias, has_bias = bias + constant, True
         if chain.batch_norm is not None:
@@ -312,15 +312,16 @@ class _Lowering:
             bias = bias * scale + shift
         return weight, bias, has_bias
 
-    def _constants(self, site: Site, weight: torch.Tensor) -> torch.Tensor | None:
-        folded = self.live.folded[site.node].to(weight.device)
+    def _constants(self, site: Site) -> torch.Tensor | None:
+        """What the constant channels add to each filter's result, in float64; None where there are none."""
+        folded = self.live.folded[site.node]
         if not bool(folded.any()):
             return None
         x = self.live.constant[site.x]
         dim = 1 if site.kind == "conv" else x.dim() - 1
-        values = self.live.channels(self.live.constant, site.x, site.in_channels, dim).to(weight.device)
-        sums = weight.flatten(2).sum(-1) if site.kind == "conv" else weight
-        return (sums[:, folded] * values[folded]).sum(1)
+        values = self.live.channels(self.live.constant, site.x, site.in_channels, dim)[folded]
+        sums = kernel_sums(self.graph.tensors[site.weight_name], folded)
+        return (sums * values.to(sums.device)).sum(1)
 
     def _plain_layer(self, chain: _Chain) -> nn.Module:
         site = chain.site
@@ -375,19 +376,21 @@ class _Lowering:
 
     def _linear_layer(self, site: Site) -> nn.Module:
         like = self.graph.tensors[site.weight_name]
-        weight = like.detach().double()
-        constant = self._constants(site, weight)
+        constant = self._constants(site)
         columns = torch.arange(site.in_channels)
         shape = shape_of(site.x)
         if shape is not None and len(shape) == 2:
             columns = self.channels(site.x, site.in_channels)
         has_bias = site.bias_name is not None or constant is not None
         layer = nn.Linear(len(columns), site.out_channels, has_bias, device=like.device, dtype=like.dtype)
-        weight = torch.where(self.live.folded[site.node].to(weight.device), 0.0, weight)
-        with torch.no_grad():
-            layer.weight.copy_(weight[:, columns.to(weight.device)])
+        folded = self.live.folded[site.node][columns].to(like.device)
+        with torch.no_grad():  # the largest weight of a network may be here: no copies of it
+            torch.index_select(like, 1, columns.to(like.device), out=layer.weight)
+            layer.weight.masked_fill_(folded, 0)
             if has_bias:
-                bias = weight.new_zeros(site.out_channels) if constant is None else constant
+                bias = (
+                    like.new_zeros(site.out_channels, dtype=torch.float64) if constant is None else constant
+                )
                 if site.bias_name is not None:
                     bias = bias + self.graph.tensors[site.bias_name].detach().double()
                 layer.bias.copy_(bias)

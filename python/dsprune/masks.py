@@ -151,4 +151,8 @@ def settle_parametrizations(model: nn.Module) -> None:
                 if parameter is not None and holders[id(parameter)] > 1:
                     copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
                     listed._parameters[key] = copied
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            of_parameters = any(parameter is not None for parameter in listed._parameters.values())
+            with torch.enable_grad():  # torch makes a buffer of what wants no gradients
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            if of_parameters and (value := module._buffers.pop(name, None)) is not None:
+                module.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))

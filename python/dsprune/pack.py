@@ -68,15 +68,17 @@ class PackedState:
 
     @classmethod
     def of(cls, model: nn.Module, masks: Mapping[str, torch.Tensor]) -> PackedState:
-        """The state of a dense network, a copy; ``masks`` are those that were applied to it."""
+        """The state of a dense network; ``masks`` are those that were applied to it. What is not pruned is
+        the network's own memory.
+        """
         values, extra = _split(model)
-        tensors = {name: value.detach().clone() for name, value in values.items()}
+        tensors = {name: value.detach() for name, value in values.items()}
         layouts: dict[str, GroupLayout] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d) and (layout := prunable_layout(module)) is not None:
                 layouts[name] = layout
                 key = f"{name}.weight" if name else "weight"
-                tensors[key] = layout.pack(module.weight.detach()).clone()
+                tensors[key] = layout.pack(module.weight.detach())
         return cls(tensors, layouts, dict(masks), copy.deepcopy(extra))
 
     def dense(self, kernel_sizes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -108,7 +110,7 @@ def prunable_layout(conv: nn.Conv2d) -> GroupLayout | None:
     """The layout of a plain convolution that has zeros worth using; None where it is dense or too
     irregular.
     """
-    if type(conv) is not nn.Conv2d or conv.groups != 1:
+    if type(conv) is not nn.Conv2d or conv.groups != 1 or "weight" not in conv._parameters:
         return None
     mask = conv.weight.detach().flatten(2).ne(0).any(-1).cpu()
     if bool(mask.all()):
@@ -489,8 +491,8 @@ def _replaced(module: nn.Module, backend: str | None, train: bool) -> nn.Module 
         if "weight" in masks:
             masks["weight"] = layout.pack(masks["weight"])
     else:
-        plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros"
-        if not train or not plain or isinstance(conv.padding, str):
+        plain = type(conv) is nn.Conv2d and conv.groups == 1 and "weight" in conv._parameters
+        if not train or not plain or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return None
         layer = PackedConv2d.from_conv(conv, backend)
     for name, mask in masks.items():
@@ -577,9 +579,8 @@ def _differ(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> Non
 
     def trial(net: nn.Module, args: tuple[Any, ...]) -> list[torch.Tensor]:
         """The outputs from the state, and on the arguments, as they were; both stay so."""
-        # A graph has no state, and keeps what it plans in a trial.
-        stateless = isinstance(net, PackedNetwork) and net.fused
-        with nullcontext() if stateless else preserved(net, parameters=True):
+        # A graph has no state, keeps what it plans in a trial, and is of a network that writes no parameters.
+        with nullcontext() if packed.fused and net is packed else preserved(net, parameters=not packed.fused):
             return [out.clone() for out in tensors_of(net(*own_tensors(args)))]
 
     with torch.no_grad(), evaluating(dense), evaluating(packed), exact:

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "program/copy.h"
 #include "program/steps/conv.h"
@@ -105,16 +106,17 @@ class Classes {
 
 constexpr double kCyclesToConvert = 1.5;  // a value
 constexpr double kCyclesToPad = 0.3;
-constexpr size_t kMostClasses = 2000;  // more are not tried one by one
+constexpr size_t kMostWork = 1 << 20;  // steps looked at in one round of trying
 
 class Engines {
  public:
   Engines(const Steps& steps, const Values& values)
-      : steps_(steps), values_(values), classes_(values.size()) {
+      : steps_(steps), values_(values), sums_(values.size()), alike_(values.size()) {
     for (const auto& step : steps) {
       const ConvStep* conv = step->conv();
       for (size_t j = 0; j < step->inputs.size(); ++j) {
-        if (conv != nullptr ? j == 1 : step->alike()) join(step->inputs[j], step->result);
+        if (conv != nullptr ? j == 1 : step->alike()) join(&sums_, step->inputs[j], step->result);
+        if (conv == nullptr && step->alike()) join(&alike_, step->inputs[j], step->result);
       }
     }
     can_.assign(values.size(), true);
@@ -122,7 +124,7 @@ class Engines {
       const ConvStep* conv = step->conv();
       // What neither goes along with its inputs nor is a convolution writes planes.
       if (conv != nullptr ? !conv->can_run_in_lanes(values) : !step->alike())
-        can_[classes_.of(index(step->result))] = false;
+        can_[index(step->result)] = false;
     }
     lanes_.assign(values.size(), false);
     for (auto& cost : cost_) cost.assign(values.size(), 0.0);
@@ -136,39 +138,43 @@ class Engines {
   void set_all(bool lanes) {
     for (size_t c = 0; c < lanes_.size(); ++c) lanes_[c] = lanes && may(c);
   }
+  // Turns over what one layout suits best, and parts of it, as long as that pays.
   void climb() {
-    std::vector<size_t> roots;
-    for (const auto& step : steps_) {
-      const size_t c = classes_.of(index(step->result));
-      if (c == index(step->result) && may(c)) roots.push_back(c);
+    std::vector<std::vector<size_t>> moves;
+    for (Classes* classes : {&sums_, &alike_}) {
+      std::vector<std::vector<size_t>> members(values_.size());
+      for (size_t v = 1; v < values_.size(); ++v)
+        if (may(v)) members[classes->of(v)].push_back(v);
+      for (auto& list : members)
+        if (!list.empty()) moves.push_back(std::move(list));
     }
-    if (roots.size() > kMostClasses) return;
+    for (size_t v = 1; v < values_.size(); ++v)
+      if (may(v)) moves.push_back({v});
+    if (moves.size() * steps_.size() > kMostWork) return;
     double best = cycles();
     for (bool better = true; better;) {
       better = false;
-      for (const size_t c : roots) {
-        lanes_[c] = !lanes_[c];
+      for (const std::vector<size_t>& move : moves) {
+        const std::vector<bool> before = lanes_;
+        for (const size_t v : move) lanes_[v] = !before[move.front()];
         const double now = cycles();
         if (now < best * 0.9999) {
           best = now;
           better = true;
         } else {
-          lanes_[c] = !lanes_[c];
+          lanes_ = before;
         }
       }
     }
   }
-  Layout layout(int64_t value) {
-    return lanes_[classes_.of(index(value))] ? Layout::kLanes : Layout::kPlanar;
-  }
+  Layout layout(int64_t value) const { return lanes_[index(value)] ? Layout::kLanes : Layout::kPlanar; }
   // Results of one pixel lie the same way in both.
-  bool runs_in_lanes(const ConvStep& conv) {
+  bool runs_in_lanes(const ConvStep& conv) const {
     if (!flat(conv.result)) return layout(conv.result) == Layout::kLanes;
-    return can_[classes_.of(index(conv.result))] &&
-           (all_lanes || layout(conv.inputs.front()) == Layout::kLanes ||
-            cost_[1][index(conv.result)] < cost_[0][index(conv.result)]);
+    return can_[index(conv.result)] && (all_lanes || layout(conv.inputs.front()) == Layout::kLanes ||
+                                        cost_[1][index(conv.result)] < cost_[0][index(conv.result)]);
   }
-  double cycles() {
+  double cycles() const {
     double sum = 0;
     std::vector<char> converted(values_.size(), 0);
     for (const auto& step : steps_) {
@@ -187,6 +193,10 @@ class Engines {
       const int64_t x = conv->inputs.front();
       if (lanes ? layout(x) == Layout::kPlanar && conv->most_padding() > 0 : layout(x) == Layout::kLanes)
         sum += convert(x, layout(x), &converted);
+      for (size_t j = 1; j < conv->inputs.size(); ++j) {
+        const int64_t id = conv->inputs[j];
+        if (layout(id) != layout(conv->result)) sum += convert(id, layout(id), &converted);
+      }
     }
     return sum;
   }
@@ -196,8 +206,8 @@ class Engines {
   static size_t index(int64_t value) { return static_cast<size_t>(value); }
   bool flat(int64_t value) const { return values_[index(value)].flat(); }
   bool may(size_t c) const { return c != 0 && can_[c] && !values_[c].flat(); }
-  void join(int64_t a, int64_t b) {
-    if (a != 0 && b != 0 && !flat(a) && !flat(b)) classes_.join(index(a), index(b));
+  void join(Classes* classes, int64_t a, int64_t b) const {
+    if (a != 0 && b != 0 && !flat(a) && !flat(b)) classes->join(index(a), index(b));
   }
   double convert(int64_t id, Layout from, std::vector<char>* converted) const {
     char& mark = (*converted)[index(id)];
@@ -209,7 +219,7 @@ class Engines {
 
   const Steps& steps_;
   const Values& values_;
-  Classes classes_;
+  Classes sums_, alike_;
   std::vector<bool> can_, lanes_;
   std::vector<double> cost_[2];
 };
@@ -279,6 +289,62 @@ void convert(Steps* steps, Values* values) {
   *steps = std::move(ordered);
 }
 
+// Where channels last are stored: so that each convolution's groups of filters are neighbours, or few runs of
+// neighbours where a value is a sum of several convolutions with groups of their own. Any order costs a
+// reading convolution the same.
+void choose_places(const Steps& steps, Values* values) {
+  Classes classes(values->size());
+  std::vector<char> fixed(values->size(), 0);
+  const auto lanes = [&](int64_t id) {
+    return at(values, id).layout == Layout::kLanes && !at(values, id).flat();
+  };
+  for (const auto& step : steps) {
+    const bool conv = step->conv() != nullptr;
+    for (size_t j = 0; j < step->inputs.size(); ++j) {
+      if ((conv ? j == 1 : step->alike()) && lanes(step->inputs[j]) && lanes(step->result))
+        classes.join(static_cast<size_t>(step->inputs[j]), static_cast<size_t>(step->result));
+    }
+  }
+  for (const auto& step : steps) {
+    if (step->conv() != nullptr || !step->alike() || step->any_order()) continue;
+    fixed[classes.of(static_cast<size_t>(step->result))] = 1;
+    for (const int64_t id : step->inputs) fixed[classes.of(static_cast<size_t>(id))] = 1;
+  }
+  // By class: of each channel the groups of all the convolutions that make it, in reflected order: from one
+  // to the next as few of them change as can be.
+  std::vector<std::vector<std::vector<int32_t>>> keys(values->size());
+  for (const auto& step : steps) {
+    if (step->conv() == nullptr || !lanes(step->result)) continue;
+    const size_t c = classes.of(static_cast<size_t>(step->result));
+    if (fixed[c] != 0) continue;
+    const std::vector<int32_t> groups = step->conv()->groups_of_filters();
+    keys[c].resize(groups.size());
+    for (size_t f = 0; f < groups.size(); ++f) keys[c][f].push_back(groups[f]);
+  }
+  for (size_t c = 0; c < keys.size(); ++c) {
+    if (keys[c].empty()) continue;
+    for (std::vector<int32_t>& key : keys[c]) {
+      bool back = false;
+      for (int32_t& digit : key) {
+        const bool odd = digit % 2 != 0;
+        if (back) digit = -digit;
+        back = back != odd;
+      }
+    }
+    std::vector<int32_t> order(keys[c].size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+      return keys[c][static_cast<size_t>(a)] < keys[c][static_cast<size_t>(b)];
+    });
+    if (std::is_sorted(order.begin(), order.end())) continue;
+    std::vector<int32_t> places(order.size());
+    for (size_t i = 0; i < order.size(); ++i) places[static_cast<size_t>(order[i])] = static_cast<int32_t>(i);
+    for (size_t v = 0; v < values->size(); ++v) {
+      if (classes.of(v) == c) (*values)[v].places = places;
+    }
+  }
+}
+
 }  // namespace
 
 void choose_layouts(int64_t output, Steps* steps, Values* values) {
@@ -291,6 +357,7 @@ void choose_layouts(int64_t output, Steps* steps, Values* values) {
     at(values, step.result).made = at(values, step.result).last_use = static_cast<int64_t>(i);
   }
   at(values, output).last_use = static_cast<int64_t>(steps->size());
+  choose_places(*steps, values);
   choose_padding(*steps, values);
   choose_columns_apart(*steps, output, values);
   place_planes(values);

@@ -63,7 +63,7 @@ void Program::run_images(const float* in, float* out, int64_t images, float* are
       for (int64_t row = 0; row < y.height; ++row) {
         for (int64_t x = 0; x < y.width; ++x) {
           for (int64_t c = 0; c < y.channels; ++c)
-            out[(c * y.height + row) * y.width + x] = from(row)[x * from.pixel + c];
+            out[(c * y.height + row) * y.width + x] = from(row)[x * from.pixel + y.place(c)];
         }
       }
       out += y.numel();

@@ -47,6 +47,8 @@ class Step {
   virtual Shape shape(const Source& source) = 0;
   // Whether its result and all its inputs lie alike; else it says by `reads` what it takes.
   virtual bool alike() const { return true; }
+  // Whether it is the same step for channels in any order.
+  virtual bool any_order() const { return false; }
   virtual bool reads(size_t input, Layout layout) const {
     return input < inputs.size() && layout == Layout::kPlanar;
   }

@@ -34,6 +34,10 @@ struct Value : Shape {
   int64_t pad_h = 0, pad_w = 0;  // zeros kept around each plane, for the convolutions that read it
   int64_t pad_middle = 0;        // between a row's even and odd columns, where these lie apart
   int64_t pixel = 0;
+  std::vector<int32_t> places;  // of the channels within a pixel, where they are not in order
+  int64_t place(int64_t channel) const {
+    return places.empty() ? channel : places[static_cast<size_t>(channel)];
+  }
   int64_t offset = 0;
   int64_t made = 0;      // the step that makes it
   int64_t last_use = 0;  // the step that reads it last; the number of steps: the caller does

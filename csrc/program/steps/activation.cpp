@@ -10,6 +10,7 @@ class ActivationStep final : public ChannelStep {
 
   Shape shape(const Source& source) override { return source.shape(f_.x); }
   const Activation& activation() const override { return f_.activation; }
+  bool any_order() const override { return true; }
 
  protected:
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {

@@ -13,6 +13,7 @@ class AdaptiveAvgPoolStep final : public ChannelStep {
 
   // What is made of whole planes is flat.
   bool alike() const override { return f_.out_h != 1 || f_.out_w != 1; }
+  bool any_order() const override { return true; }
   bool reads(size_t, Layout) const override { return true; }
 
  protected:
@@ -45,6 +46,13 @@ class AdaptiveAvgPoolStep final : public ChannelStep {
     const Value& x = at.value(inputs[0]);
     const PixelRows<const float> in = at.const_pixel_rows(inputs[0]);
     const PixelRows<float> out = at.pixel_rows(result);
+    if (!alike() && !x.places.empty()) {
+      std::vector<float> means(x.places.size());
+      lane_kernels().pool_mean(means.data(), in(0), in.row, in.pixel, x.height, x.width, x.channels,
+                               static_cast<float>(x.height * x.width));
+      for (int64_t c = 0; c < x.channels; ++c) out(0)[c] = means[static_cast<size_t>(x.place(c))];
+      return;
+    }
     for (int64_t oy = begin; oy < end; ++oy) {
       const int64_t y0 = oy * x.height / f_.out_h;
       const int64_t y1 = ((oy + 1) * x.height + f_.out_h - 1) / f_.out_h;

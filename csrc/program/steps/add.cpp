@@ -14,6 +14,7 @@ class AddStep final : public ChannelStep {
     return source.shape(f_.a);
   }
   const Activation& activation() const override { return f_.activation; }
+  bool any_order() const override { return true; }
 
  protected:
   void run_channels(const Place& at, int64_t begin, int64_t end) const override {

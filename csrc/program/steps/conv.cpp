@@ -84,7 +84,7 @@ double ConvStep::engine_cycles(bool lanes) const {
     const bool one = shape_.taps() == 1 && shape_.sh == 1 && shape_.sw == 1;
     const int64_t row = one ? shape_.out_plane() : shape_.out_w;
     const double filled = static_cast<double>(row) / static_cast<double>((row + width - 1) / width * width);
-    double share = one ? 0.5 * filled : (rows_fit(row) ? 0.8 : 0.72 * filled);
+    double share = one ? 0.45 * filled : (rows_fit(row) ? 0.8 : 0.72 * filled);
     if (shape_.sh != 1 || shape_.sw != 1) share *= 0.85;
     return static_cast<double>(plan.pairs()) * taps * pixels / width / 2 / share;
   }
@@ -95,17 +95,23 @@ double ConvStep::engine_cycles(bool lanes) const {
     if (group.n_filters == 0) continue;
     const int vectors = (group.n_filters + width - 1) / width;
     const int blocks = (vectors + most - 1) / most;
-    const auto ends = std::minmax_element(group.filters, group.filters + group.n_filters);
-    const int32_t span = *ends.second - *ends.first + 1;
-    // Results that are no neighbours go by pieces of a vector.
-    const double store = span == group.n_filters
-                             ? 2.0 * vectors
-                             : 5.0 * std::min<double>(group.n_filters, static_cast<double>(span) / width + 1);
+    // Results are neighbours, or a few runs of them (choose_places).
+    const double store = 3.0 * vectors + 5.0;
     sum += pixels * (static_cast<double>(group.n_channels) * taps * vectors / 2 /
                          kShare[(vectors + blocks - 1) / blocks] +
                      store);
   }
   return sum;
+}
+
+std::vector<int32_t> ConvStep::groups_of_filters() const {
+  const Plan plan = Plan::trusted(fields_.plan.data());
+  std::vector<int32_t> groups(static_cast<size_t>(plan.out_channels()), plan.n_groups());
+  for (int32_t g = 0; g < plan.n_groups(); ++g) {
+    const Group group = plan.group(g);
+    for (int32_t f = 0; f < group.n_filters; ++f) groups[static_cast<size_t>(group.filters[f])] = g;
+  }
+  return groups;
 }
 
 int64_t ConvStep::most_padding() const { return std::max(shape_.ph, shape_.pw); }
@@ -158,7 +164,11 @@ void ConvStep::lay_out(const std::vector<Value>& values) {
 void ConvStep::lay_out_lanes(const std::vector<Value>& values) {
   const Plan plan = Plan::trusted(fields_.plan.data());
   const auto view = [&](int64_t id) { return values[static_cast<size_t>(id)].view(); };
-  lane_conv_.set_blocks(plan, shape_, nullptr, nullptr);
+  const auto places = [&](int64_t id) {
+    const std::vector<int32_t>& list = values[static_cast<size_t>(id)].places;
+    return list.empty() ? nullptr : list.data();
+  };
+  lane_conv_.set_blocks(plan, shape_, places(inputs.front()), places(result));
   lane_conv_.set_bias(bias_.empty() ? nullptr : bias_.data());
   if (!lane_conv_.set_views(plan, view(inputs.front()), view(result), adds() ? view(residual()) : View{}))
     fail("program: a convolution's values are too large");

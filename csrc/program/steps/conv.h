@@ -36,6 +36,8 @@ class ConvStep final : public Step {
   bool lanes() const { return lanes_; }
   bool can_run_in_lanes(const std::vector<Value>& values) const;
   double engine_cycles(bool lanes) const;
+  // The group of each of its filters; those of none come last.
+  std::vector<int32_t> groups_of_filters() const;
   void lay_out(const std::vector<Value>& values);
 
   // Lays out for two images at once where that pays.

@@ -34,7 +34,8 @@ class FlattenStep final : public ChannelStep {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t column = 0; column < x.width; ++column) {
         const float* from = in(row) + column * in.pixel;
-        for (int64_t c = 0; c < x.channels; ++c) out[(c * x.height + row) * x.width + column] = from[c];
+        for (int64_t c = 0; c < x.channels; ++c)
+          out[(c * x.height + row) * x.width + column] = from[x.place(c)];
       }
     }
   }

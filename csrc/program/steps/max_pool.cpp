@@ -22,6 +22,7 @@ class MaxPoolStep final : public ChannelStep {
   double cycles(const std::vector<Value>& values, Layout layout) const override {
     return pooling_cycles(values[static_cast<size_t>(result)], f_.kernel_h * f_.kernel_w, layout);
   }
+  bool any_order() const override { return true; }
 
  protected:
   int64_t work(const Place& at) const override {

@@ -302,6 +302,65 @@ def test_sums_take_the_place_of_their_residuals(
             close(program.build(y)(x), reference)
 
 
+@pytest.mark.parametrize("engine", ["", "planar", "lanes"])
+@pytest.mark.parametrize("tail", ["map", "rows", "mean", "flat", "mixed"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_step_on_either_engine(
+    engine: str, tail: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of convolutions with groups of their own, which decide where channels are stored, and what stands
+    behind them.
+    """
+    monkeypatch.setenv("DSP_CPU_ENGINE", engine)
+    torch.manual_seed(0)
+    x, bias = torch.randn(3, 3, 30, 23), torch.randn(40)
+    layouts = [
+        random_layout(3, 40, 1),
+        random_layout(40, 40, 2, seed=1),
+        random_layout(40, 40, 3, seed=2, dead=3),
+    ]
+    program = Program((3, 30, 23))
+    v, y = program.input, x.double()
+    for i, layout in enumerate(layouts):
+        weight = torch.randn(40, layout.in_channels, 3, 3) * 0.1
+        v = program.conv(
+            v,
+            layout.pack(weight),
+            layout,
+            bias,
+            kernel_size=3,
+            padding=1,
+            stride=1 if i else 2,
+            residual=v if i else None,
+        )
+        dense = weight.double() * layout.mask()[:, :, None, None]
+        made = F.conv2d(y, dense, bias.double(), padding=1, stride=1 if i else 2)
+        y = made + y if i else made
+        if i == 0:
+            v, y = program.relu(program.max_pool(v, 3, 1, 1)), F.relu(F.max_pool2d(y, 3, 1, 1))
+    if tail != "map":
+        v, y = program.avg_pool(v, 2, 2, 1, False, False), F.avg_pool2d(y, 2, 2, 1, False, False)
+    if tail == "mixed":
+        scale, shift = torch.rand(40), torch.randn(40)
+        w = program.affine(v, scale, shift, activation="relu6")
+        z = F.hardtanh(y * scale.double()[:, None, None] + shift.double()[:, None, None], 0.0, 6.0)
+        v = program.concat([v, program.add(w, program.relu(v))])
+        y = torch.cat([y, z + F.relu(y)], 1)
+    if tail in ("flat", "mixed"):
+        v, y = program.adaptive_avg_pool(v, (3, 2)), F.adaptive_avg_pool2d(y, (3, 2)).flatten(1)
+        last = torch.randn(9, y.shape[1]) * 0.1
+        v, y = program.linear(program.flatten(v), last), y @ last.double().T
+    if tail == "mean":
+        v, y = program.adaptive_avg_pool(v, 1), F.adaptive_avg_pool2d(y, 1)
+    program.build(v)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        close(program(x), y)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_default_dtype_is_no_matter() -> None:
     program, x = small_network(), torch.randn(2, 3, 32, 32)
     expected = program(x)

@@ -4,11 +4,11 @@
     python -m bench.tune --list                                          what would be measured, in order
     TRITON_INTERPRET=1 python -m bench.tune --dry-run --table FILE       the whole path, tiny, on the CPU
 
-For each bucket of the table (operation, precision, width of tile, number of pixels) a few layers of its kind
-are run. The search starts from the configuration in use and tries other values one field at a time, keeping
-the best. A candidate counts only if its outputs, in memory poisoned before, are within the error bound of the
-definition in float64 (float32 where that would take too long), and the same bits twice; one that is wrong,
-does not compile or does not fit is dropped with the reason.
+For each bucket of the table (operation, precision, width of tile, number of pixels, taps) a few layers of its
+kind are run. The search starts from the configuration in use and tries other values one field at a time,
+keeping the best. A candidate counts only if its outputs, in memory poisoned before, are within the error
+bound of the definition in float64 (float32 where that would take too long), and the same bits twice; one that
+is wrong, does not compile or does not fit is dropped with the reason.
 
 Every result goes at once into a journal beside the table, so that a run that was cut short goes on where it
 was; a bucket's row is written when its search is done. Both files are replaced whole. The table's other rows
@@ -89,7 +89,7 @@ class Workload:
         if self.op == "chain":
             return chain.launch_key(chain.config_of(self.layouts, self.dtype), self.precision)
         rows = (launches.rows_of(arch), launches.rows_of("default"))
-        return room.bucket(self.op, self.precision, self.layouts[0], self.pixels, rows)
+        return room.bucket(self.op, self.precision, self.layouts[0], self.geometry[0], self.pixels, rows)
 
 
 def ordered(channels: int, filters: int) -> GroupLayout:
@@ -175,7 +175,9 @@ def candidates(best: Config, key: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "BLOCK_K", (16, 32) if small else (32, 64, 128)
     yield "stages", (2, 3, 4, 5)
     yield "warps", (4, 8)
-    if isinstance(best, Launch) and not key.endswith("/large"):
+    if key.endswith("/taps") and "/half/" in key:
+        yield "copy", (8, 16)
+    if isinstance(best, Launch) and "/large" not in key:
         yield "split", (0, 1)
 
 

@@ -3,21 +3,25 @@
 A convolution of M output pixels is, for group g, a matrix product M x K_g by K_g x N_g, with K_g its channels
 times taps and N_g its filters. Its time is taken as
 
-    t = max(2 M sum_g K_pad N_pad / F, bytes / B) + launch
+    t = max(2 M sum_g K_pad N_pad / F, bytes / B, cached / C) + launch
 
-with F the matrix rate and B the bandwidth that a device reaches, K_pad and N_pad the extents that a kernel
-works on (chunks of 8 channels that hold a channel of the group, rounded to the K step; filters rounded to
-the tile), and the bytes of input, output, residual and weights, each moved once (a roofline with padding:
-Williams et al., "Roofline", CACM 2009). Four forms are weighed:
+with F the matrix rate, B the bandwidth and C the second-level cache's rate that a device reaches, K_pad and
+N_pad the extents that a kernel works on (chunks of 8 channels that hold a channel of the group, rounded to
+the K step; filters rounded to the tile of the launch that would run), the bytes of input, output, residual
+and weights, each moved once (a roofline with padding: Williams et al., "Roofline", CACM 2009), and what
+passes through the cache: output, residual, and what tiles copy, each its pixels and its weights again, at
+every tap (:meth:`dsp_kernels.conv.launches.Launch.read`). Four forms are weighed:
 
 ``grouped``  one launch of the grouped Triton kernel, each group with its own channels
 ``cuda``     the compiled CUDA kernels: filters in eights, channels by aligned runs or by a gather
 ``merged``   the Triton kernel with one group: all live filters over all channels that somebody reads
-``torch``    torch's dense convolution, and residual and activation in passes of their own
+``torch``    torch's dense convolution, by tiles of TORCH_TILE, and residual and activation in passes of their
+             own
 
 For ``cuda`` the compute term is that of its own table (:mod:`dsp_kernels.conv.cuda_work`): whole blocks of
 128 pixels, halos copied once for all taps that share them, and the rate of ``mma.sync``. It is weighed for
-the report alone: :func:`choose_form` takes it by measurement only, as nothing of it was seen on a device.
+the report alone: :func:`choose_form` takes it by measurement only, as nothing of it was seen on a device, and
+what it copies from the cache is not counted.
 
 The *floor* is what the structure needs on that device whoever computes it: true multiply-adds, the bytes of
 the memory sectors that hold what is read, no padding, no launch. No figure here is a measurement.
@@ -38,8 +42,10 @@ from typing import Any
 import torch
 
 from .conv.cuda_work import CudaWork, cuda_work
+from .conv.launches import Launch
 from .conv.shapes import output_size
 from .conv.tiles import CHUNK, aligned_runs, cover
+from .conv.triton import choose_launch
 from .layout import GroupLayout
 
 __all__ = [
@@ -57,6 +63,7 @@ __all__ = [
     "devices",
     "estimate",
     "floor",
+    "launch_of",
     "merged_layout",
     "moved",
     "padding",
@@ -68,9 +75,10 @@ MEASURED_ONLY = ("cuda",)  # never chosen by prediction
 _DATA = Path(__file__).with_name("devices.json")
 _SHIPPED = Path(__file__).with_name("forms.json")
 SECTOR = 32  # bytes of DRAM that come together
-PIXELS = 128  # of a tile of the kernels
-BLOCK_K = 32
-TILES = (16, 32, 64, 128)  # widths of a tile of filters
+PIXELS = 128  # of a tile, where no launch is known
+# Pixels and filters of a tile of cuDNN's, from sm_90 on and before: assumed, the largest usual ones.
+TORCH_TILE = ((256, 128), (128, 128))
+NARROW = 4  # bytes that an asynchronous copy has at least
 # What mma.sync reaches of the matrix rate where that is wgmma's or tcgen05's: Luo et al., "Benchmarking and
 # Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499, for sm_90; taken for newer ones too.
 MMA_SYNC = 0.63
@@ -84,7 +92,8 @@ CUDA_BLOCKS = 3  # blocks of threads a multiprocessor that the CUDA kernels spli
 class Device:
     """A GPU as the model sees it: ``bandwidth`` (bytes/s) and ``matrix`` (FLOP/s by "float16", "bfloat16",
     "tf32", "float32") as published, ``share_bandwidth`` and ``share_matrix`` the parts of them that kernels
-    are taken to reach; ``shared_memory`` bytes a block may use; ``launch`` and ``launch_eager`` seconds from
+    are taken to reach; ``l2_bandwidth`` bytes/s from the second-level cache, assumed or measured;
+    ``shared_memory`` bytes a block may use; ``launch`` and ``launch_eager`` seconds from
     one kernel to the next in a CUDA graph and from Python.
     """
 
@@ -92,6 +101,7 @@ class Device:
     arch: str
     sms: int
     bandwidth: float
+    l2_bandwidth: float
     matrix: Mapping[str, float] = field(hash=False)
     shared_memory: int
     l2: int
@@ -115,13 +125,24 @@ class Device:
             raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
         return self.matrix[name] * self.share_matrix
 
-    def measured(self, bandwidth: float, matrix: Mapping[str, float]) -> Device:
-        """The same device with measured ceilings (bytes/s, FLOP/s) in place of assumed shares.
+    def measured(
+        self, bandwidth: float, matrix: Mapping[str, float], l2_bandwidth: float | None = None
+    ) -> Device:
+        """The same device with measured ceilings (bytes/s, FLOP/s) in place of assumed ones.
 
-        Rates that ``matrix`` does not name stay the published ones times the assumed share.
+        Rates that ``matrix`` does not name stay the published ones times the assumed share; without
+        ``l2_bandwidth`` (bytes/s) that one stays assumed.
         """
         rates = {k: matrix.get(k, v * self.share_matrix) for k, v in self.matrix.items()}
-        return replace(self, bandwidth=bandwidth, matrix=rates, share_bandwidth=1.0, share_matrix=1.0)
+        cache = self.l2_bandwidth if l2_bandwidth is None else l2_bandwidth
+        return replace(
+            self,
+            bandwidth=bandwidth,
+            l2_bandwidth=cache,
+            matrix=rates,
+            share_bandwidth=1.0,
+            share_matrix=1.0,
+        )
 
 
 @cache
@@ -134,6 +155,7 @@ def devices() -> dict[str, Device]:
             arch=row["arch"],
             sms=row["sms"],
             bandwidth=row["bandwidth"],
+            l2_bandwidth=row["l2_bandwidth"],
             matrix=dict(row["matrix"]),
             shared_memory=row["shared_memory"],
             l2=row["l2"],
@@ -292,25 +314,32 @@ class Padding:
 
 
 @lru_cache(maxsize=4096)
-def padding(layout: GroupLayout, taps: int = 1, *, block_k: int = BLOCK_K) -> Padding:
-    """The extents of a layout as :mod:`dsp_kernels.conv.tiles` cuts it: chunks of 8 channels at each tap
-    packed into steps of ``block_k``; tiles of filters of the one width that pads least.
+def padding(layout: GroupLayout, taps: int, launch: Launch) -> Padding:
+    """The extents of a layout as :mod:`dsp_kernels.conv.tiles` cuts it for a launch: chunks of 8 channels at
+    each tap packed into steps of ``BLOCK_K``; tiles of ``BLOCK_N`` filters.
     """
-    align = next(a for a in (8, 4, 2, 1) if layout.in_channels % a == 0)
+    align = math.gcd(CHUNK, layout.in_channels)
     groups, stretches = [], 0
     for channels, filters in layout.groups:
         if not filters:
             continue
         chunks = cover(sorted(channels), layout.in_channels, align)
-        steps = math.ceil(CHUNK * len(chunks) * taps / block_k)
+        steps = math.ceil(CHUNK * len(chunks) * taps / launch.BLOCK_K)
         stretches += len(aligned_runs(channels, layout.in_channels, align))
-        groups.append((len(channels) * taps, len(filters), steps * block_k))
+        width = launch.BLOCK_N * math.ceil(len(filters) / launch.BLOCK_N)
+        groups.append((len(channels) * taps, len(filters), steps * launch.BLOCK_K, width))
+    return Padding(tuple(groups), stretches, launch.BLOCK_N)
 
-    def padded(width: int) -> int:
-        return sum(k * width * math.ceil(n / width) for _, n, k in groups)
 
-    width = min(TILES, key=lambda w: (padded(w), -w))
-    return Padding(tuple((c, n, k, width * math.ceil(n / width)) for c, n, k in groups), stretches, width)
+@lru_cache(maxsize=4096)
+def launch_of(layout: GroupLayout, kernel: tuple[int, int], pixels: int, precision: str, arch: str) -> Launch:
+    """The launch of the Triton kernel for a convolution; ``precision``: "half", "tf32" or "ieee"."""
+    return choose_launch("conv", precision, layout, kernel, pixels, arch)
+
+
+def _launch_of(conv: Conv, where: Device, dtype: torch.dtype, tf32: bool) -> Launch:
+    precision = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
+    return launch_of(conv.layout, conv.kernel, conv.pixels, precision, where.arch)
 
 
 # ---- estimates ----
@@ -330,14 +359,15 @@ class Estimate:
     memory: float
     launches: int
     waste: float
+    cache: float = 0.0
 
     @property
     def bound(self) -> str:
-        """What the time is made of: "compute", "memory" or "launch"."""
-        work = max(self.compute, self.memory)
+        """What the time is made of: "compute", "memory", "cache" (the second-level one) or "launch"."""
+        work = max(self.compute, self.memory, self.cache)
         if self.seconds - work > work:
             return "launch"
-        return "compute" if self.compute > self.memory else "memory"
+        return "compute" if self.compute == work else "memory" if self.memory == work else "cache"
 
 
 def _sectors(channels: Sequence[int], total: int, size: int) -> int:
@@ -361,11 +391,11 @@ def moved(conv: Conv, size: int, *, whole: bool = False) -> float:
     return float(conv.pixels_read * pixel + out * (2 if conv.residual else 1) + weights)
 
 
-def _share(conv: Conv, tiles_of_filters: int, where: Device) -> float:
-    """The part of the machine that the tiles of a launch occupy. Work smaller than that is split over K by
-    the kernel; at most in four.
+def _share(conv: Conv, tiles_of_filters: int, where: Device, rows: int = PIXELS) -> float:
+    """The part of the machine that the tiles of a launch occupy, of ``rows`` pixels each. Work smaller than
+    that is split over K by the kernel; at most in four.
     """
-    tiles = math.ceil(conv.pixels / PIXELS) * max(1, tiles_of_filters)
+    tiles = math.ceil(conv.pixels / rows) * max(1, tiles_of_filters)
     return min(1.0, 4 * tiles / where.sms)
 
 
@@ -410,13 +440,28 @@ def estimate(
         if conv.activation:
             bytes_moved, launches = bytes_moved + 2 * out, launches + 1
         macs, n_tiles = pairs * conv.taps, math.ceil(layout.out_channels / 64)
+        rows, columns = TORCH_TILE[0 if _number(where.arch) >= 90 else 1]
+        columns = min(columns, max(32, 1 << (layout.out_channels - 1).bit_length()))
+        reads = layout.in_channels * conv.taps * math.ceil(layout.out_channels / columns)
+        copied = conv.pixels * reads * (1 + columns / rows) * size
+        rows = PIXELS
     else:
-        used = padding(merged_layout(layout) if form == "merged" else layout, conv.taps)
-        macs, n_tiles = used.macs, sum(n // used.block_n for *_, n in used.groups)
-        bytes_moved = moved(conv, size) + (macs - layout.pairs * conv.taps) * size
+        if form == "merged":
+            layout = merged_layout(layout)
+        launch = _launch_of(replace(conv, layout=layout), where, dtype, tf32)
+        used = padding(layout, conv.taps, launch)
+        rows, macs, n_tiles = launch.BLOCK_M, used.macs, sum(n // used.block_n for *_, n in used.groups)
+        bytes_moved = moved(conv, size) + (macs - conv.layout.pairs * conv.taps) * size
+        reads = sum(k * (n // used.block_n) for *_, k, n in used.groups)
+        # Input pixels of an output pixel, and the rows beside a tile's that other taps reach.
+        halo = conv.pixels_read / conv.pixels if conv.pixels else 1.0
+        halo += (conv.kernel[0] - 1) * conv.dilation[0] * conv.size[1] / rows
+        copied = rows * math.ceil(conv.pixels / rows) * reads * launch.read(conv.taps, halo) * size
     flops = 2.0 * macs * conv.pixels
-    compute = flops / rate / _share(conv, n_tiles, where)
-    return _estimate(form, conv, where, flops, bytes_moved, compute, launches, eager)
+    compute = flops / rate / _share(conv, n_tiles, where, rows)
+    passed = bytes_moved - moved(replace(conv, residual=False), size, whole=form == "torch")
+    passed += conv.pixels * layout.out_channels * size
+    return _estimate(form, conv, where, flops, bytes_moved, compute, launches, eager, copied + passed)
 
 
 def _estimate(
@@ -428,12 +473,21 @@ def _estimate(
     compute: float,
     launches: int,
     eager: bool,
+    cached: float = 0.0,
 ) -> Estimate:
-    memory = bytes_moved / where.bytes_per_second()
+    memory, cache = bytes_moved / where.bytes_per_second(), cached / where.l2_bandwidth
     overhead = launches * (where.launch_eager if eager else where.launch)
     waste = 1 - conv.flops / flops if flops else 0.0
     return Estimate(
-        form, max(compute, memory) + overhead, flops, bytes_moved, compute, memory, launches, waste
+        form,
+        max(compute, memory, cache) + overhead,
+        flops,
+        bytes_moved,
+        compute,
+        memory,
+        launches,
+        waste,
+        cache,
     )
 
 
@@ -454,6 +508,7 @@ def chain_estimate(
     *,
     exact: bool = False,
     macs: int | None = None,
+    copied: float = 0.0,
     tf32: bool = False,
 ) -> Estimate:
     """One kernel for several convolutions in a row, each reading what the one before it gives.
@@ -461,8 +516,9 @@ def chain_estimate(
     ``kept``: for each whether its output is written to memory (the last one's always is). Multiply-adds add
     up; an intermediate value costs its writing where it is kept, and no reading. ``exact``: the floor: no
     padding, no launch. ``macs``: multiply-adds of an output pixel as a kernel does them, padding and all
-    (each convolution's own padding, if None). The halo of a 3x3 is not counted: neighbouring tiles find it in
-    the cache.
+    (each convolution's own padding, if None). ``copied``: elements that tiles copy from the second-level
+    cache for each output pixel, weights and taps again and again; what is read and written once passes
+    through it besides. The halo of a 3x3 is not counted among the bytes from memory.
 
     Raises ValueError where ``kept`` is of another length than ``convs``, or both are empty.
     """
@@ -473,7 +529,9 @@ def chain_estimate(
     true = sum(conv.flops for conv in convs)
     for i, conv in enumerate(convs):
         layout = conv.layout
-        work = layout.pairs * conv.taps if exact else padding(layout, conv.taps).macs
+        work = layout.pairs * conv.taps
+        if not exact and macs is None:
+            work = padding(layout, conv.taps, _launch_of(conv, where, dtype, tf32)).macs
         flops += 2.0 * work * conv.pixels
         out = conv.pixels * layout.out_channels * size
         part = moved(conv, size) + (work - layout.pairs * conv.taps) * size
@@ -487,15 +545,20 @@ def chain_estimate(
         flops = 2.0 * macs * convs[0].pixels
     compute, memory = flops / where.flops_per_second(dtype, tf32=tf32), bytes_moved / where.bytes_per_second()
     launch = 0.0 if exact else where.launch
+    cache = 0.0
+    if not exact:
+        once = bytes_moved - moved(replace(convs[0], residual=False), size)
+        cache = (convs[0].pixels * copied * size + once) / where.l2_bandwidth
     return Estimate(
         "chain",
-        max(compute, memory) + launch,
+        max(compute, memory, cache) + launch,
         flops,
         bytes_moved,
         compute,
         memory,
         1,
         1 - true / flops if flops else 0.0,
+        cache,
     )
 
 
@@ -573,7 +636,8 @@ def choose_form(
     eager: bool = False,
 ) -> Choice:
     """The form to run: the fastest that was measured, where ``table`` has at least two of ``forms`` for this
-    very convolution on this architecture; otherwise the fastest by the model, ``cuda`` left out.
+    very convolution on this architecture; otherwise the fastest by the model, ``cuda`` left out, and
+    ``torch`` where the channels of a pixel are so few that copies of them cannot be asynchronous.
 
     ``refused``: forms that cannot run here, each with its reason; they are weighed and not chosen. Raises
     ValueError where ``forms`` names none that could be chosen.
@@ -582,7 +646,7 @@ def choose_form(
     if not estimates:
         raise ValueError("forms must name at least one form")
     refused = refused or {}
-    used = padding(conv.layout, conv.taps)
+    used = padding(conv.layout, conv.taps, _launch_of(conv, where, dtype, tf32))
     bottom = floor(conv, where, dtype, tf32=tf32)
     found = table.find(where.arch, conv.key(dtype)) if table is not None else {}
     times = {f: found[f] for f in forms if f in found}
@@ -599,6 +663,13 @@ def choose_form(
     if not left:
         why = [f"{f}: {refused.get(f, 'runs only where it was measured to be fastest')}" for f in estimates]
         raise ValueError(f"none of the forms can be chosen for this convolution ({'; '.join(why)})")
+    size = torch.empty(0, dtype=dtype, device="meta").element_size()
+    width = math.gcd(CHUNK, conv.layout.in_channels) * size
+    if width < NARROW and "torch" in left:
+        reason = (
+            f"pixels of {conv.layout.in_channels} channels: the kernel would load {width} bytes at a time"
+        )
+        return Choice("torch", reason, False, estimates, bottom, used)
     best = min(left, key=lambda f: left[f].seconds)
     if best == "grouped" and len(used.groups) <= 1:
         reason = "one group"

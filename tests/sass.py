@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,17 @@ def faults(sass: Sass, *, matrix: bool, wide: bool = True) -> list[str]:
         if wide and not any(map(is_wide_copy, loop)):
             out.append("no copy of 16 bytes in a loop of products")
     return out
+
+
+def waits(loop: Sequence[str]) -> list[int]:
+    """How many groups of asynchronous copies may be under way after each wait of a loop."""
+    found = [re.match(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", i) for i in loop]
+    return [int(match[1], 16) for match in found if match]
+
+
+def buffers(ttgir: str) -> list[int]:
+    """How many buffers Triton gave each tile of two dimensions that it copies asynchronously."""
+    return [int(n) for n in re.findall(r"ttg\.local_alloc[^\n]*memdesc<(\d+)x\d+x\d+x\w+,", ttgir)]
 
 
 def compiled(

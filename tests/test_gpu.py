@@ -398,7 +398,7 @@ def test_the_tuner_measures_and_its_table_is_used(tmp_path: Path, monkeypatch: p
 
     table = tmp_path / "table.json"
     tuner = tune.Tuner(torch.device(DEVICE, 0), table, tmp_path / "journal.json", minutes=1.0)
-    works = [w for w in tune.workloads() if w.bucket(tuner.arch) == "conv/half/n64/small"]
+    works = [w for w in tune.workloads() if w.bucket(tuner.arch) == "conv/half/n64/small/taps"]
     tuner.run(works)
     (row,) = tuner.rows.values()
     measured = [r["us"] for r in row["candidates"].values() if "us" in r]

@@ -53,7 +53,10 @@ def walk(table: tiles.Tiles) -> list[tuple[int, int, int, tuple[int, int], tuple
     offset of the tap, phase, whether in a step with holes), zero weights left out.
     """
     found = []
-    entries, valid = table.entries.numpy(), table.valid.numpy()
+    entries, valid = table.entries.numpy(), table.read.numpy() == -1
+    # One step more than there are, which is empty: kernels load it ahead.
+    assert (table.read.numpy()[~valid] == 0).all() and (entries[-1] == [-1, 0]).all() and not valid[-1].any()
+    assert len(entries) == len(valid) == 1 + sum({i[0]: i[1] + i[2] for i in table.items.tolist()}.values())
     for item in table.items.tolist():
         first, full, other, tile, row, *phase = item[:9]
         assert item[9:] == [0] * (tiles.ITEM - 9)

@@ -26,7 +26,7 @@ CAPABILITIES = (80, 86, 89, 90, 100)
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 _POINTERS = {
-    **{"items": "*i32", "entries": "*i32", "valid": "*i8", "outputs": "*i32", "filter_chunks": "*i32"},
+    **{"items": "*i32", "entries": "*i32", "read": "*i16", "outputs": "*i32", "filter_chunks": "*i32"},
     **{"index": "*i32", "position": "*i32", "sums": "*fp32"},
     **dict.fromkeys(("x", "weight", "bias", "residual", "out", "grad", "packed", "tiles"), "{dtype}"),
 }
@@ -52,23 +52,23 @@ def compiled(job: Job, capability: int, module: str = "dsp_kernels.conv.triton_k
     return sass.compiled(kernel, types, dict(job.constants), capability, warps=job.warps, stages=job.stages)
 
 
-def compile_and_read(job: Job, module: str = "dsp_kernels.conv.triton_kernels") -> tuple[sass.Sass, int]:
-    """The machine code, and the shared memory in bytes.
+def compile_and_read(job: Job, module: str = "dsp_kernels.conv.triton_kernels") -> tuple[sass.Sass, Any]:
+    """The machine code, and what Triton built.
 
     Triton writes the same PTX for sm_89 as for sm_86 (a test holds it to that): it is compiled once, by the
     test before, whose result Triton keeps.
     """
     if job.capability == 89:
         built = compiled(job, 86, module)
-        return sass.inspect(sass.assembled(built.asm["ptx"], 89)), built.metadata.shared
+        return sass.inspect(sass.assembled(built.asm["ptx"], 89)), built
     built = compiled(job, job.capability, module)
-    return sass.inspect(built.asm["cubin"]), built.metadata.shared
+    return sass.inspect(built.asm["cubin"]), built
 
 
 def conv_job(
     launch: room.Launch, precision: str, capability: int, dtype: str | None = None, **changes: Any
 ) -> Job:
-    align = 8 if precision == "half" else 4
+    align = launch.copy // (2 if precision == "half" else 4)
     constants: dict[str, Any] = {
         "BLOCK_M": launch.BLOCK_M,
         "BLOCK_N": launch.BLOCK_N,
@@ -123,12 +123,15 @@ def shipped() -> dict[str, Job]:
     table = launches.read(launches.SHIPPED)
     wanted: dict[tuple[str, launches.Launch], list[int]] = {}
     for capability in CAPABILITIES:
-        for key, launch in (table["default"] | table.get(f"sm_{capability}", {})).items():
+        rows = table["default"] | table.get(f"sm_{capability}", {})
+        verified = {f"{key}+verified": row for key, row in table.get(f"sm_{capability}+verified", {}).items()}
+        assert all(row.warps == 4 for row in rows.values()), "eight warps are for verified devices"
+        for key, launch in (rows | verified).items():
             if isinstance(launch, launches.Launch):  # chains: test_chain_compile.py
                 wanted.setdefault((key, launch), []).append(capability)
     for (key, launch), capabilities in wanted.items():
         for capability in capabilities:
-            op, precision = key.split("/")[:2]
+            op, precision = key.removesuffix("+verified").split("/")[:2]
             make = grad_weight_job if op == "grad_weight" else conv_job
             job = make(launch, precision, capability)
             if job not in jobs.values():
@@ -172,17 +175,32 @@ HELPERS = {
 
 
 def by_name(jobs: dict[str, Job]) -> list[Any]:
-    return [pytest.param(job, id=name) for name, job in jobs.items()]
+    """With each change: large problems in half precision, and all of one architecture. The rest by night."""
+    out = []
+    for name, job in jobs.items():
+        large = "-conv/half" in name and "/large" in name and job.capability in (80, 100)
+        marks = [] if job.capability == 90 or large else [pytest.mark.nightly]
+        out.append(pytest.param(job, id=name, marks=marks))
+    return out
 
 
 @pytest.mark.parametrize("job", by_name(SHIPPED))
 def test_shipped_configuration(job: Job) -> None:
-    code, shared = compile_and_read(job)
-    exact = dict(job.constants)["PRECISION"] == "ieee" and job.dtype == "fp32"
-    assert sass.faults(code, matrix=not exact) == []
+    code, built = compile_and_read(job)
+    constants = dict(job.constants)
+    exact = constants["PRECISION"] == "ieee" and job.dtype == "fp32"
+    through = constants["ALIGN"] * (2 if job.dtype == "fp16" else 4) < 16  # the first-level cache
+    assert sass.faults(code, matrix=not exact, wide=not through) == []
     # With holes, two loops: steps without holes, and steps with.
-    assert len(code.matrix_loops()) >= (2 if job.kernel == "conv_kernel" else 1)
-    assert shared <= SHARED[job.capability]
+    loops = code.matrix_loops()
+    assert len(loops) == (2 if job.kernel == "conv_kernel" else 1)
+    assert not through or all(any(sass.COPY.match(i) and ".64" in i for i in loop) for loop in loops)
+    assert built.metadata.shared <= SHARED[job.capability]
+    # The pipeline is as deep as asked for: so many buffers a tile, and the copies of all steps but two under
+    # way after a wait. Were loads in the loop indirect, there would be two buffers and waits for everything.
+    assert min(sass.buffers(built.asm["ttgir"])) >= job.stages - 1
+    for loop, groups in zip(loops, (2, 3), strict=False):
+        assert min(sass.waits(loop)) == groups * (job.stages - 2), sass.waits(loop)
 
 
 def test_sm_89_gets_the_ptx_of_sm_86() -> None:
@@ -217,9 +235,10 @@ def test_the_gate_fails_for_an_index_list_in_the_k_loop(tmp_path: Path) -> None:
     chunks = "offset = tl.max_contiguous(tl.multiple_of(dy * x_h + dx * x_w + start + k % 8, ALIGN), ALIGN)"
     assert text.count(f"            {chunks}\n") == 1
     listed = text.replace(f"            {chunks}\n", "            offset = dy * x_h + dx * x_w + start\n")
-    listed = listed.replace("entry = entries + (step * (BLOCK_K // 8) + k // 8) * 2",
-                            "entry = entries + (step * BLOCK_K + k) * 2")  # fmt: skip
-    assert listed.count("step * BLOCK_K + k) * 2") == 1
+    listed = listed.replace("entry = entries + (first * (BLOCK_K // 8) + k // 8) * 2",
+                            "entry = entries + (first * BLOCK_K + k) * 2")  # fmt: skip
+    assert listed.count("first * BLOCK_K + k) * 2") == 1
+    listed = listed.replace("entry += BLOCK_K // 4", "entry += BLOCK_K * 2")
     path = tmp_path / "listed_kernels.py"
     path.write_text(listed, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("listed_kernels", path)

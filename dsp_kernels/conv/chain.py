@@ -40,6 +40,7 @@ __all__ = [
     "ChainConfig",
     "ChainTables",
     "config_of",
+    "copied",
     "launch_key",
     "padded_macs",
     "precision_of",
@@ -303,6 +304,18 @@ def padded_macs(convs: Sequence[Conv]) -> int:
     steps = sum(len(_blocks(channels, a.in_channels, 32)) for channels, _ in jobs) * convs[0].taps
     n3 = CHUNK * math.ceil(c.out_channels / CHUNK) if c.out_channels > WIDEST_NEXT else _power(c.out_channels)
     return steps * 32 * tile_n + len(jobs) * tile_n * b.out_channels + b.out_channels * n3
+
+
+def copied(convs: Sequence[Conv], config: ChainConfig) -> float:
+    """Elements that the kernel copies from the second-level cache for each output pixel: the first
+    convolution's input at every tap and for every tile of filters, and a tile's share of all weights.
+    """
+    first = convs[0].layout
+    jobs = _jobs(first, config.tile_n)
+    steps = sum(len(_blocks(c, first.in_channels, config.block_k)) for c, _ in jobs) * convs[0].taps
+    weights = steps * config.block_k * config.tile_n
+    weights += config.tiles * config.tile_n * config.stream + config.stream * config.n3
+    return steps * config.block_k + weights / config.block_m
 
 
 class Chain:

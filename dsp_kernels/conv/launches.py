@@ -4,9 +4,14 @@ The shipped table is ``launch_table.json``; rows of the file that ``DSP_KERNELS_
 ``python -m bench.tune`` measures and writes such a file. Either is read once, when a configuration is first
 needed.
 
-Keys: ``conv/half/n64/large`` (operation, precision, width of a tile of filters, pixels), ``grad_input/...``
-the same, ``grad_weight/half``, ``chain/half/s256/t2x32/n64`` (stream, tiles of the first convolution, last
-one's columns), or one shape exactly (:func:`dsp_kernels.conv.triton.exact_key`).
+Keys: ``conv/half/n64/large`` (operation, precision, width of a tile of filters, pixels), for kernels of more
+than one tap ``conv/half/n64/large/taps`` before it, ``grad_input/...`` the same, ``grad_weight/half``,
+``chain/half/s256/t2x32/n64`` (stream, tiles of the first convolution, last one's columns), or one shape
+exactly (:func:`dsp_kernels.conv.triton.exact_key`).
+
+Rows under ``sm_90+verified`` go before those of ``sm_90`` where :data:`VERIFIED` names the architecture. They
+have eight warps, which compiled kernels of this kind were seen to go silently wrong with elsewhere
+(pytorch#173068): ``pytest tests/test_gpu.py -k eight_warps`` has to pass on such a device first.
 """
 
 from __future__ import annotations
@@ -19,9 +24,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ENVIRONMENT", "SHIPPED", "ChainLaunch", "Launch", "Table", "forget", "read", "rows_of", "to_json"]
+__all__ = [
+    "ENVIRONMENT",
+    "SHIPPED",
+    "VERIFIED",
+    "ChainLaunch",
+    "Launch",
+    "Table",
+    "forget",
+    "read",
+    "rows_of",
+    "to_json",
+]
 
 ENVIRONMENT = "DSP_KERNELS_LAUNCHES"
+VERIFIED = "DSP_KERNELS_VERIFIED"  # architectures, as in "sm_90,sm_100"
+# How often a tile of a k x k fetches its pixels where the first-level cache has what it read before: its own,
+# and the rows beside them; 128 pixels of rows of 56 need 1.9 times as many, of 14 1.2. For choosing widths.
+HALO = 2.0
+# Multiply-adds that take as long as one element from the second-level cache, of the order of every device in
+# devices.json with matrix instructions.
+BALANCE = 128
 SHIPPED = Path(__file__).with_name("launch_table.json")
 _FORMAT = 1
 
@@ -29,7 +52,9 @@ _FORMAT = 1
 @dataclass(frozen=True)
 class Launch:
     """A configuration: tile sizes (pixels, filters, K; powers of two from 16), warps a program, stages of the
-    copy pipeline, and into how many shares the sum is split (0: by the number of multiprocessors).
+    copy pipeline, into how many shares the sum is split (0: by the number of multiprocessors), and the bytes
+    of a copy of the input: those of 16 go past the first-level cache, those of 8 through it, where the taps
+    of a kernel find again what another tap has read.
     """
 
     BLOCK_M: int
@@ -38,6 +63,21 @@ class Launch:
     warps: int
     stages: int
     split: int
+    copy: int = 16
+
+    def read(self, taps: int, halo: float = HALO) -> float:
+        """Elements that come from the second-level cache for each pixel of a tile and each row of K: of the
+        input 1, or ``halo / taps`` where the first-level cache has the rest, and a share of the weights.
+        ``halo``: how often a tile fetches its pixels, those beside them included.
+        """
+        kept = self.copy < 16 and taps > 1
+        return (min(1.0, halo / taps) if kept else 1.0) + self.BLOCK_N / self.BLOCK_M
+
+    def effort(self, taps: int) -> float:
+        """What a tile takes for each pixel and row of K, in elements from the second-level cache: these, or
+        the multiply-adds, whichever take longer.
+        """
+        return max(self.read(taps), self.BLOCK_N / BALANCE)
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -69,6 +109,8 @@ def _row(key: str, value: Any) -> Launch | ChainLaunch:
             raise ValueError(f"{key}: {name} is {number!r}")
         if name.startswith("BLOCK") and (number < 16 or number & (number - 1)):
             raise ValueError(f"{key}: {name} is {number}, no power of two from 16")
+        if name == "copy" and number not in (8, 16):
+            raise ValueError(f"{key}: copy is {number}; it must be 8 or 16 bytes")
     return row
 
 
@@ -104,9 +146,12 @@ def rows_of(arch: str) -> dict[str, Launch | ChainLaunch]:
 
     Raises ValueError, naming the file, for a file that is no table; OSError for one that cannot be read.
     """
+    verified = arch in os.environ.get(VERIFIED, "").replace(" ", "").split(",")
     out: dict[str, Launch | ChainLaunch] = {}
     for table in reversed(_tables()):
         out |= table.get(arch, {})
+        if verified:
+            out |= table.get(f"{arch}+verified", {})
     return out
 
 

@@ -155,9 +155,10 @@ class Figures:
 class Tiles:
     """The tables of a launch of the matrix product (forward, or gradient for the input). CPU tensors.
 
-    ``items``: int32 (items, ITEM). ``entries``: int32 (steps, block_k / 8, 2), a chunk's first channel (-1:
-    no chunk) and its tap's offset, rows << 16 | columns & 0xffff. ``valid``: int8 (steps, block_k), 1 where a
-    channel of a chunk is read. ``outputs``: int32 (rows, block_n), the channel that each column of a tile
+    ``items``: int32 (items, ITEM). ``entries``: int32 (steps + 1, block_k / 8, 2), a chunk's first channel
+    (-1: no chunk) and its tap's offset, rows << 16 | columns & 0xffff; the last step is empty, for kernels
+    that load one step ahead. ``read``: int16 (steps + 1, block_k), all bits set where a channel of a chunk is
+    read, else 0. ``outputs``: int32 (rows, block_n), the channel that each column of a tile
     writes, -1 for none. ``weight_index``: int32 (weight tiles, block_k, block_n), where each weight of a tile
     is in the packed weight, -1 for zero.
     ``output_align``: outputs come in aligned stretches of so many neighbours (1, 2, 4 or 8).
@@ -169,7 +170,7 @@ class Tiles:
     block_k: int
     items: Tensor
     entries: Tensor
-    valid: Tensor
+    read: Tensor
     outputs: Tensor
     weight_index: Tensor
     output_align: int
@@ -326,24 +327,26 @@ class _Steps:
         """
         first = self.count
         if not split:
-            for tap in taps:
-                for start, valid in chunks:
-                    self.add(start, valid, tap)
+            self._add_all(chunks, taps)
             self.fill()
             return first, self.count - first, 0
-        for tap in taps:
-            for start, valid in chunks:
-                if all(valid):
-                    self.add(start, valid, tap)
+        self._add_all([(start, valid) for start, valid in chunks if all(valid)], taps)
         holes = [(start, valid) for start, valid in chunks if not all(valid)]
         if not holes:
             self.fill()
         full = self.count - first
-        for tap in taps:
-            for start, valid in holes:
-                self.add(start, valid, tap)
+        self._add_all(holes, taps)
         self.fill()
         return first, full, self.count - first - full
+
+    def _add_all(self, chunks: list[tuple[int, list[bool]]], taps: Sequence[Offsets]) -> None:
+        """A step's worth of chunks at all taps, then the next: what one tap has read is still in the
+        first-level cache when another reads it.
+        """
+        for i in range(0, len(chunks), self.per_step):
+            for tap in taps:
+                for start, valid in chunks[i : i + self.per_step]:
+                    self.add(start, valid, tap)
 
     def sources(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the rows of steps ``first`` to ``last``: source channel (-1: none), tap."""
@@ -355,9 +358,12 @@ class _Steps:
         return channels.reshape(-1), np.broadcast_to(taps, channels.shape).reshape(-1)
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        entries = torch.tensor(self.entries, dtype=torch.int32, device="cpu")
-        valid = torch.tensor(self.valid, dtype=torch.int8, device="cpu")
-        return entries.reshape(-1, self.per_step, 2), valid.reshape(-1, self.per_step * CHUNK)
+        """``entries`` and ``read`` of :class:`Tiles`, with an empty step after the last."""
+        empty = self.per_step
+        entries = torch.tensor([*self.entries, *[(-1, 0)] * empty], dtype=torch.int32, device="cpu")
+        valid = torch.tensor([*self.valid, *[[False] * CHUNK] * empty], dtype=torch.bool, device="cpu")
+        read = -valid.to(torch.int16)
+        return entries.reshape(-1, self.per_step, 2), read.reshape(-1, self.per_step * CHUNK)
 
 
 def _tile(values: Sequence[int], size: int) -> list[list[int]]:
@@ -434,7 +440,7 @@ def _build(
             none = (channels[:, None] < 0) | (columns[None, :] < 0) | (pair < 0)
             index.append(np.where(none, -1, pair * kernel_taps + tap_of[:, None]).astype(np.int32))
         most = max(most, full + other)
-    entries, valid = steps.tables()
+    entries, read = steps.tables()
     table = np.zeros((len(items), ITEM), dtype=np.int32)
     if items:
         table[:, : len(items[0])] = items
@@ -444,7 +450,7 @@ def _build(
         block_k=block_k,
         items=torch.from_numpy(table),
         entries=entries,
-        valid=valid,
+        read=read,
         outputs=torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, block_n),
         weight_index=torch.from_numpy(flat).reshape(-1, block_k, block_n),
         output_align=_alignment(rows, n_outputs),

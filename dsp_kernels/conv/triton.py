@@ -46,7 +46,7 @@ __all__ = ["Launch", "bucket", "choose_launch", "forget", "forward", "grad_input
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Fewer pixels than this are "small" in the launch table.
-_SMALL = 16384
+_SMALL = 8192
 _MOST_SLICES = 64
 _WORKSPACE = 2**26  # elements of float32 that slices of the weight's gradient may take
 _BLOCK = 1024
@@ -156,22 +156,29 @@ def exact_key(op: str, precision: str, layout: GroupLayout, kernel: Pair, pixels
     return f"{op}/{precision}/{kernel[0]}x{kernel[1]}/{sizes}/m{pixels}"
 
 
-def _best_width(problems: Sequence[tuple[int, int]], widths: Sequence[int]) -> int:
-    """The width of tile that wastes least: ``problems`` are (K, N) of each group. A tile of n filters reads
-    its pixels again, so that narrow ones count as (n + 16) / n of their work.
-    """
+def _find(keys: Sequence[str], rows: Sequence[Mapping[str, object]]) -> Launch | None:
+    """The first of the keys in the first of the rows that has any."""
+    found = next((row[k] for row in rows for k in keys if k in row), None)
+    return found if isinstance(found, Launch) else None
 
-    def cost(width: int) -> float:
-        return sum(k * -(-n // width) * (width + 16) for k, n in problems)
 
-    return min(widths, key=lambda width: (cost(width), width))
+def _keys(bucket: str) -> list[str]:
+    """The rows that fit a bucket, the best first: its own, any kernel's, and the forward's."""
+    own = [bucket, bucket.removesuffix("/taps")]
+    return list(dict.fromkeys(own + [key.replace("grad_input/", "conv/") for key in own]))
 
 
 def bucket(
-    op: str, precision: str, layout: GroupLayout, pixels: int, rows: Sequence[Mapping[str, object]]
+    op: str,
+    precision: str,
+    layout: GroupLayout,
+    kernel: Pair,
+    pixels: int,
+    rows: Sequence[Mapping[str, object]],
 ) -> str:
     """The launch table's key for all shapes that share a configuration with this one; ``rows``: the rows to
-    choose from, whose widths of tiles are those there are.
+    choose from, whose widths of tiles are those there are. The width is the one whose tiles take least: each
+    reads its pixels again, so that narrow ones lose where a group has more filters than they hold.
     """
     if op == "grad_weight":
         return f"grad_weight/{precision}"
@@ -179,17 +186,26 @@ def bucket(
         problems = [(len(channels), len(filters)) for channels, filters in layout.groups]
     else:
         problems = [(len(filters), len(channels)) for filters, channels in tiles.atoms(layout)]
-    size = "small" if pixels < _SMALL else "large"
+    taps = kernel[0] * kernel[1]
+    end = ("small" if pixels < _SMALL else "large") + ("/taps" if taps > 1 else "")
     prefix = f"conv/{precision}/n"
     widths = sorted({int(key.split("/")[2][1:]) for row in rows for key in row if key.startswith(prefix)})
-    return f"{op}/{precision}/n{_best_width(problems, widths)}/{size}"
+
+    def effort(width: int) -> float:
+        launch = _find(_keys(f"{op}/{precision}/n{width}/{end}"), rows)
+        if launch is None:
+            return math.inf
+        return launch.effort(taps) * sum(k * -(-n // launch.BLOCK_N) for k, n in problems)
+
+    return f"{op}/{precision}/n{min(widths, key=effort)}/{end}"
 
 
 def choose_launch(
     op: str, precision: str, layout: GroupLayout, kernel: Pair, pixels: int, arch: str
 ) -> Launch:
     """The table's configuration for a call: exact shape, bucket of this architecture, bucket of any. The
-    gradient for the input goes by the forward's rows where it has none of its own.
+    gradient for the input goes by the forward's rows where it has none of its own, and a kernel of several
+    taps by those for any.
 
     ``op``: "conv", "grad_input" or "grad_weight"; ``precision``: "half", "tf32" or "ieee"; ``pixels``:
     positions of a phase, batch included; ``arch``: "sm_90" and the like.
@@ -197,11 +213,9 @@ def choose_launch(
     Raises RuntimeError where no row fits, and ValueError, naming the file, for a table that is none.
     """
     rows = (launches.rows_of(arch), launches.rows_of("default"))
-    key = bucket(op, precision, layout, pixels, rows)
-    forward = key.replace("grad_input/", "conv/")
-    wanted = (exact_key(op, precision, layout, kernel, pixels), key, forward)
-    found = next((row[k] for row in rows for k in wanted if k in row), None)
-    if not isinstance(found, Launch):
+    key = bucket(op, precision, layout, kernel, pixels, rows)
+    found = _find([exact_key(op, precision, layout, kernel, pixels), *_keys(key)], rows)
+    if found is None:
         raise RuntimeError(f"the table of launches has no configuration for {key}")
     return found
 
@@ -489,7 +503,7 @@ def _product(
             sums,
             on_device["items"],
             on_device["entries"],
-            on_device["valid"],
+            on_device["read"],
             on_device["outputs"],
             tables.n_items,
             m_tiles,
@@ -505,7 +519,7 @@ def _product(
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             SPLIT=split,
-            ALIGN=align,
+            ALIGN=min(align, launch.copy // x.element_size()),
             TAIL=x.shape[1] < tiles.CHUNK,
             POINTWISE=tables.pointwise,
             PARTIAL=tables.partial,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dsp_kernels.backends import interpreted
+
 __all__ = [
     "conv_kernel",
     "conv_reduce_kernel",
@@ -21,7 +23,8 @@ __all__ = [
 
 # Words of an item, dsp_kernels.conv.tiles.ITEM.
 ITEM = tl.constexpr(12)
-CHUNK = tl.constexpr(8)
+# Triton's interpreter has no assembly.
+COMPILED = tl.constexpr(not interpreted())
 
 
 @triton.jit
@@ -50,6 +53,22 @@ def _pixels(m, item, batch, out_h, out_w, out_step_h, out_step_w, in_step_h, in_
 
 
 @triton.jit
+def _masked(a, bits):
+    """``a`` where ``bits`` (int16) are all ones, 0 where they are none."""
+    if a.dtype == tl.float32:
+        out = a.to(tl.int32, bitcast=True) & bits.to(tl.int32)
+    elif COMPILED:
+        # Two to a register: the compiler would take pairs apart, mask each and put them together again.
+        whole, bits = tl.broadcast(a.to(tl.int16, bitcast=True), bits)
+        out = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r", [whole, bits], dtype=tl.int16, is_pure=True, pack=2
+        )
+    else:
+        out = a.to(tl.int16, bitcast=True) & bits
+    return out.to(a.dtype, bitcast=True)
+
+
+@triton.jit
 def _accumulate(
     acc,
     x,
@@ -59,7 +78,7 @@ def _accumulate(
     inside,
     weight,
     entries,
-    valid,
+    read,
     first,
     last,
     channels,
@@ -76,20 +95,25 @@ def _accumulate(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``acc`` plus the products of steps ``first`` to ``last``; ``weight`` is the tile of step 0."""
+    """``acc`` plus the products of steps ``first`` to ``last``; ``weight`` is the tile of step 0.
+
+    A step's entries are loaded one step ahead and carried: loaded where they are used, each level of
+    indirection halves the copy pipeline. The tables have a step more than there are.
+    """
     k = tl.arange(0, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
+    first = tl.minimum(first, last)
     tile = weight + first.to(tl.int64) * (BLOCK_K * BLOCK_N)
+    # Eight neighbours read the same entry. With the hints the loads below are vectors of ALIGN channels.
+    entry = entries + (first * (BLOCK_K // 8) + k // 8) * 2
+    start = tl.load(entry)
+    tap = 0 if POINTWISE else tl.load(entry + 1)
     for step in tl.range(first, last):
-        # Eight neighbours read the same entry. With the hints the loads below are vectors of ALIGN channels.
-        entry = entries + (step * (BLOCK_K // 8) + k // 8) * 2
-        start = tl.load(entry)
         live = tl.max_constancy(start >= 0, 8)
         if POINTWISE:
             offset = tl.max_contiguous(tl.multiple_of(start + k % 8, ALIGN), ALIGN)
             mask = inside[:, None] & live[None, :]
         else:
-            tap = tl.load(entry + 1)
             dy = tl.max_constancy(tap >> 16, 8)
             dx = tl.max_constancy((tap << 16) >> 16, 8)
             offset = tl.max_contiguous(tl.multiple_of(dy * x_h + dx * x_w + start + k % 8, ALIGN), ALIGN)
@@ -99,16 +123,63 @@ def _accumulate(
         if TAIL:
             mask = mask & (start + k % 8 < channels)[None, :]
         a = tl.load(x + (row[:, None] + offset[None, :]), mask=mask, other=0.0)
+        entry += BLOCK_K // 4
+        start = tl.load(entry)
+        if not POINTWISE:
+            tap = tl.load(entry + 1)
         if HOLES:
             # In registers: as a mask of the load it would cut the load into single channels.
-            read = tl.load(valid + step * BLOCK_K + k)
-            a = tl.where((read != 0)[None, :], a, 0.0)
+            bits = tl.load(read + step * BLOCK_K + k)
+            a = _masked(a, bits[None, :])
         b = tl.load(tile + k[:, None] * BLOCK_N + n[None, :])
         tile += BLOCK_K * BLOCK_N
         if UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _place(f, image, out_y, out_x, s_n, s_h, s_w, s_c, ALIGN: tl.constexpr):
+    """Offsets of an item's outputs in a tensor of these strides. An alignment of 0: channels are strided."""
+    pixel = image * s_n + out_y.to(tl.int64) * s_h + out_x.to(tl.int64) * s_w
+    if ALIGN > 0:
+        return tl.multiple_of(pixel, ALIGN)[:, None] + f[None, :]
+    return pixel[:, None] + (f.to(tl.int64) * s_c)[None, :]
+
+
+@triton.jit
+def _begin(
+    f,
+    image,
+    out_y,
+    out_x,
+    inside,
+    bias,
+    residual,
+    r_n,
+    r_h,
+    r_w,
+    r_c,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    RESIDUAL_ALIGN: tl.constexpr,
+):
+    """What products are added to: bias and residual. Added at the end they would need registers beside the
+    sums, for which there is no room where a thread holds 128 of them.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    column = tl.max_constancy(f >= 0, OUT_ALIGN if OUT_ALIGN > 0 else 1)
+    if HAS_RESIDUAL:
+        place = _place(f, image, out_y, out_x, r_n, r_h, r_w, r_c, RESIDUAL_ALIGN)
+        mask = inside[:, None] & column[None, :]
+        acc = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias + f, mask=column, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -120,54 +191,29 @@ def _finish(
     out_y,
     out_x,
     inside,
-    bias,
-    residual,
     out,
     y_n,
     y_h,
     y_w,
     y_c,
-    r_n,
-    r_h,
-    r_w,
-    r_c,
     ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
-    RESIDUAL_ALIGN: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """Adds bias and residual, applies the activation and stores. An alignment of 0: channels are strided."""
+    """Applies the activation and stores."""
     column = tl.max_constancy(f >= 0, OUT_ALIGN if OUT_ALIGN > 0 else 1)
-    mask = inside[:, None] & column[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias + f, mask=column, other=0.0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        pixel = image * r_n + out_y.to(tl.int64) * r_h + out_x.to(tl.int64) * r_w
-        if RESIDUAL_ALIGN > 0:
-            pixel = tl.multiple_of(pixel, RESIDUAL_ALIGN)
-            place = pixel[:, None] + f[None, :]
-        else:
-            place = pixel[:, None] + (f.to(tl.int64) * r_c)[None, :]
-        acc += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
     # Comparisons let NaN through.
     if ACTIVATION >= 1:
         acc = tl.where(acc < 0.0, 0.0, acc)
     if ACTIVATION == 2:
         acc = tl.where(acc > 6.0, 6.0, acc)
-    pixel = image * y_n + out_y.to(tl.int64) * y_h + out_x.to(tl.int64) * y_w
-    if OUT_ALIGN > 0:
-        pixel = tl.multiple_of(pixel, OUT_ALIGN)
-        place = pixel[:, None] + f[None, :]
-    else:
-        place = pixel[:, None] + (f.to(tl.int64) * y_c)[None, :]
     if ROUND:
         # The interpreter cuts float32 to bfloat16 instead of rounding it.
         bits = acc.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         acc = tl.where(acc == acc, rounded.to(tl.float32, bitcast=True), acc)
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
+    place = _place(f, image, out_y, out_x, y_n, y_h, y_w, y_c, OUT_ALIGN)
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside[:, None] & column[None, :])
 
 
 _SIZES = [
@@ -207,7 +253,7 @@ def conv_kernel(
     sums,
     items,
     entries,
-    valid,
+    read,
     outputs,
     n_items,
     m_tiles,
@@ -281,7 +327,32 @@ def conv_kernel(
     row = image * x_n + in_y.to(tl.int64) * x_h + in_x.to(tl.int64) * x_w
     row = tl.multiple_of(row, ALIGN)
     tiles = weight + (tl.load(item + 3) - first).to(tl.int64) * (BLOCK_K * BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    n = tl.arange(0, BLOCK_N)
+    f = tl.load(outputs + tl.load(item + 4) * BLOCK_N + n)
+    if OUT_ALIGN > 1:
+        f = tl.max_contiguous(tl.multiple_of(f, OUT_ALIGN), OUT_ALIGN)
+    if SPLIT > 1:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    else:
+        acc = _begin(
+            f,
+            image,
+            out_y,
+            out_x,
+            inside,
+            bias,
+            residual,
+            r_n,
+            r_h,
+            r_w,
+            r_c,
+            BLOCK_M,
+            BLOCK_N,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            OUT_ALIGN,
+            RESIDUAL_ALIGN,
+        )
     acc = _accumulate(
         acc,
         x,
@@ -291,7 +362,7 @@ def conv_kernel(
         inside,
         tiles,
         entries,
-        valid,
+        read,
         first + low,
         first + tl.minimum(high, full),
         channels,
@@ -318,7 +389,7 @@ def conv_kernel(
             inside,
             tiles,
             entries,
-            valid,
+            read,
             first + tl.maximum(low, full),
             first + high,
             channels,
@@ -335,40 +406,12 @@ def conv_kernel(
             PRECISION,
             UPCAST,
         )
-    n = tl.arange(0, BLOCK_N)
     if SPLIT > 1:
         k = tl.arange(0, BLOCK_M)
         to = sums + pid.to(tl.int64) * (BLOCK_M * BLOCK_N)
         tl.store(to + k[:, None] * BLOCK_N + n[None, :], acc)
     else:
-        f = tl.load(outputs + tl.load(item + 4) * BLOCK_N + n)
-        if OUT_ALIGN > 1:
-            f = tl.max_contiguous(tl.multiple_of(f, OUT_ALIGN), OUT_ALIGN)
-        _finish(
-            acc,
-            f,
-            image,
-            out_y,
-            out_x,
-            inside,
-            bias,
-            residual,
-            out,
-            y_n,
-            y_h,
-            y_w,
-            y_c,
-            r_n,
-            r_h,
-            r_w,
-            r_c,
-            ACTIVATION,
-            HAS_BIAS,
-            HAS_RESIDUAL,
-            OUT_ALIGN,
-            RESIDUAL_ALIGN,
-            UPCAST,
-        )
+        _finish(acc, f, image, out_y, out_x, inside, out, y_n, y_h, y_w, y_c, ACTIVATION, OUT_ALIGN, UPCAST)
 
 
 _REDUCE_SIZES = [
@@ -425,16 +468,10 @@ def conv_reduce_kernel(
     k = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     tile = sums + pid.to(tl.int64) * (BLOCK_M * BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    size = n_items.to(tl.int64) * m_tiles * (BLOCK_M * BLOCK_N)
-    for _ in range(SPLIT):
-        acc += tl.load(tile + k[:, None] * BLOCK_N + n[None, :])
-        tile += size
     f = tl.load(outputs + tl.load(item + 4) * BLOCK_N + n)
     if OUT_ALIGN > 1:
         f = tl.max_contiguous(tl.multiple_of(f, OUT_ALIGN), OUT_ALIGN)
-    _finish(
-        acc,
+    acc = _begin(
         f,
         image,
         out_y,
@@ -442,22 +479,22 @@ def conv_reduce_kernel(
         inside,
         bias,
         residual,
-        out,
-        y_n,
-        y_h,
-        y_w,
-        y_c,
         r_n,
         r_h,
         r_w,
         r_c,
-        ACTIVATION,
+        BLOCK_M,
+        BLOCK_N,
         HAS_BIAS,
         HAS_RESIDUAL,
         OUT_ALIGN,
         RESIDUAL_ALIGN,
-        UPCAST,
     )
+    size = n_items.to(tl.int64) * m_tiles * (BLOCK_M * BLOCK_N)
+    for _ in range(SPLIT):
+        acc += tl.load(tile + k[:, None] * BLOCK_N + n[None, :])
+        tile += size
+    _finish(acc, f, image, out_y, out_x, inside, out, y_n, y_h, y_w, y_c, ACTIVATION, OUT_ALIGN, UPCAST)
 
 
 @triton.jit(do_not_specialize=["size"])

@@ -280,8 +280,12 @@ def _chain_row(
     convs = [cast(cost.Conv, step.conv) for step in triple]
     if not arch_only and chains.refuses(convs, dtype, where.shared_memory) is not None:
         return None
-    macs = chains.padded_macs(convs)
-    estimate = cost.chain_estimate(convs, (False, True, True), where, dtype, macs=macs)
+    macs, copied = chains.padded_macs(convs), 0.0
+    if chains.refuses(convs, dtype, where.shared_memory) is None:
+        layouts = [conv.layout for conv in convs]
+        config = chains.config_of(layouts, dtype, shared_memory=where.shared_memory, arch=where.arch)
+        copied = chains.copied(convs, config)
+    estimate = cost.chain_estimate(convs, (False, True, True), where, dtype, macs=macs, copied=copied)
     bottom = cost.chain_estimate(convs, (False, True, True), where, dtype, exact=True).seconds
     separate = sum(choice.seconds for choice in alone)
     seconds, reason = estimate.seconds, f"predicted; {separate / estimate.seconds:.2f}x against three layers"

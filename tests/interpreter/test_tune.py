@@ -62,12 +62,12 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = launches.read(tmp_path / "table.json")
     assert found["sm_90"] == before["sm_90"] and set(found) == {"sm_90", "interpreter"}
     rows = found["interpreter"]
-    assert rows["conv/half/n16/small"] == Launch(128, 16, 64, 8, 2, 0)
-    assert rows["grad_input/half/n16/small"] == Launch(128, 16, 64, 8, 2, 0)
+    assert rows["conv/half/n16/small/taps"] == Launch(128, 16, 64, 8, 2, 0)
+    assert rows["grad_input/half/n16/small/taps"] == Launch(128, 16, 64, 8, 2, 0)
     assert rows["grad_weight/half"] == Launch(128, 64, 64, 8, 2, 0)
     assert rows["chain/half/s32/t2x16/n16"] == ChainLaunch(128, 16, 8, 2)
     text = tune.report(mine, ["conv/half/n128/large"])
-    assert "conv/half/n16/small: BLOCK_M 128" in text and "conv/half/n128/large: no time left" in text
+    assert "conv/half/n16/small/taps: BLOCK_M 128" in text and "conv/half/n128/large: no time left" in text
 
     layout, shape = tune.tiny()[0].layouts[0], ("half", tune.tiny()[0].layouts[0], (3, 3), 16, "interpreter")
     assert room.choose_launch("conv", *shape).stages == 4
@@ -113,7 +113,7 @@ def test_a_candidate_that_is_wrong_or_fails_cannot_win(
     mine = tuner(tmp_path, likes(BLOCK_M=128, warps=8))
     assert mine.run(tune.tiny()[:1]) == []
     assert launches.read(tmp_path / "table.json") == {}, "the configuration in use stays"
-    tried = json.loads((tmp_path / "journal.json").read_text())["buckets"]["conv/half/n16/small"][
+    tried = json.loads((tmp_path / "journal.json").read_text())["buckets"]["conv/half/n16/small/taps"][
         "candidates"
     ]
     dropped = {json.loads(name)["BLOCK_M"]: row.get("dropped") for name, row in tried.items()}
@@ -136,7 +136,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         return likes(warps=8)(call, config, work)
 
     mine.append(tuner(tmp_path, clock))
-    assert mine[0].run(work) == ["conv/half/n16/small"] and len(timed) == 2
+    assert mine[0].run(work) == ["conv/half/n16/small/taps"] and len(timed) == 2
     assert launches.read(tmp_path / "table.json") == {}
     again = tuner(tmp_path, clock)
     assert again.resumed and again.run(work) == []
@@ -177,7 +177,7 @@ def test_a_candidate_that_takes_the_device_along_is_not_tried_again(
     assert tune.main(command) == 0
     assert "1 dropped" in capsys.readouterr().out
     assert "illegal memory access" in (tmp_path / "table.journal.json").read_text()
-    assert launches.read(table)["interpreter"]["conv/half/n16/small"].warps == 8
+    assert launches.read(table)["interpreter"]["conv/half/n16/small/taps"].warps == 8
 
 
 def test_what_is_not_worth_compiling() -> None:
@@ -214,7 +214,8 @@ def test_every_bucket_has_several_candidates_that_fit() -> None:
 def test_every_bucket_of_the_shipped_table_has_layers() -> None:
     """Whatever the table distinguishes is measured, but for tiles that no layer of two groups gets."""
     buckets = {work.bucket("sm_90") for work in tune.workloads()}
-    assert set(launches.read(launches.SHIPPED)["default"]) <= buckets
+    for key in launches.read(launches.SHIPPED)["default"]:
+        assert key in buckets or f"{key}/taps" in buckets, key
     assert sum(key.startswith("chain/") for key in buckets) == 2
 
 
@@ -229,7 +230,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert "no CUDA device" in capsys.readouterr().err
     table = tmp_path / "new" / "table.json"
     assert tune.main(["--dry-run", "--only", "grad_input", "--minutes", "0", "--table", str(table)]) == 0
-    assert "grad_input/half/n16/small: no time left" in capsys.readouterr().out
+    assert "grad_input/half/n16/small/taps: no time left" in capsys.readouterr().out
     assert launches.read(table) == {}
 
 

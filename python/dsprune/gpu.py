@@ -280,8 +280,9 @@ def _chain_row(
     convs = [cast(cost.Conv, step.conv) for step in triple]
     if not arch_only and chains.refuses(convs, dtype, where.shared_memory) is not None:
         return None
+    # Of a chain that no kernel makes yet, weights are taken to stay where they are.
     macs, copied = chains.padded_macs(convs), 0.0
-    if chains.refuses(convs, dtype, where.shared_memory) is None:
+    if not arch_only:
         layouts = [conv.layout for conv in convs]
         config = chains.config_of(layouts, dtype, shared_memory=where.shared_memory, arch=where.arch)
         copied = chains.copied(convs, config)

@@ -242,6 +242,34 @@ def test_triton_convolution(name: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(run(), out) for _ in range(3)), "not the same bits"
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", CORNERS)
+def test_eight_warps(name: str, dtype: torch.dtype) -> None:
+    """The rows of the table that wait for a verified device, over steps with and without holes."""
+    from dsp_kernels.conv import launches
+    from dsp_kernels.conv import triton as room
+
+    table = launches.read(launches.SHIPPED)
+    rows = {row for arch, of in table.items() if arch.endswith("+verified") for row in of.values()}
+    assert rows and all(isinstance(row, launches.Launch) and row.warps == 8 for row in rows)
+    case = CORNERS[name]
+    (x, weight, bias, residual), exact, size = on_device(case, dtype)
+    assert x is not None and weight is not None
+    for row in rows:
+        assert isinstance(row, launches.Launch)
+        with room.launching(row):
+            out, again = (
+                permuted_grouped_conv2d(
+                    x, weight, case.layout, bias, residual=residual, activation=case.activation,
+                    backend="triton", **case.geometry,
+                )
+                for _ in range(2)
+            )  # fmt: skip
+        assert_within(out.cpu(), exact, size, _terms(case))
+        assert torch.equal(out, again), "not the same bits"
+
+
 Tensors = tuple[torch.Tensor, ...]
 
 

@@ -512,10 +512,10 @@ def test_a_failed_write_keeps_the_old_checkpoint(
 def test_checkpoint_of_another_version(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.ones(1)}, path, metadata={"dsprune": json.dumps({"format": 7})})
-    with pytest.raises(CheckpointError, match="checkpoint format 7, expected 1"):
+    with pytest.raises(CheckpointError, match="format 7; this package reads format 2"):
         read_checkpoint(path)
     save_file({"x": torch.ones(1)}, path, metadata={"dsprune": "{"})
-    with pytest.raises(CheckpointError, match="damaged header"):
+    with pytest.raises(CheckpointError, match="broken header"):
         read_checkpoint(path)
 
 

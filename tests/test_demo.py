@@ -76,7 +76,7 @@ def test_the_report_is_true(ran: tuple[Path, str]) -> None:
     assert report["packed_minus_masked"] <= demo.TOLERANCE == 1e-4
     assert set(report["latency_ms"]) == {"1", "128"}
     for row in report["latency_ms"].values():
-        assert set(row) == {"eager", "channels_last", "TorchScript", "packed"}
+        assert set(row) - {"OpenVINO", "ONNX Runtime"} == {"eager", "channels_last", "TorchScript", "packed"}
         assert all(value > 0 for value in row.values())
     assert report["reloaded_same_bits"] is True
     assert runs.Config.from_json(report["settings"], folder) == run.config

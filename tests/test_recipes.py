@@ -540,7 +540,8 @@ def test_the_report_is_whole_and_true(ran: tuple[Path, str], cifar: Path) -> Non
     assert {len(report["history"][stage]) for stage in ("dense", "learned")} == {1}
     assert len(report["history"]["finetuned"]) == 5
     for row in report["latency_ms"].values():
-        assert set(row) == {"eager", "channels_last", "TorchScript", "packed", "channel pruning"}
+        forms = {"eager", "channels_last", "TorchScript", "packed", "channel pruning"}
+        assert set(row) - {"OpenVINO", "ONNX Runtime"} == forms
     text = (folder / "report.md").read_text()
     for needle in (
         "92.07%",

@@ -57,11 +57,14 @@ using LaneFn = void (*)(const LaneArgs& args, int64_t pixel, int64_t tiles);
 using LaneAffineFn = void (*)(float* dst, const float* x, const float* scale, const float* shift,
                               int64_t channels, const Activation& activation);
 // Over a window of pixels, `row` and `pixel` floats apart: the largest (NaN is larger than all; of none
-// -infinity), or the sum of the rows' sums through `count`.
+// -infinity), or their sum, one after the other, through `count`.
 using LanePoolMaxFn = void (*)(float* dst, const float* x, int64_t row, int64_t pixel, int64_t rows,
                                int64_t pixels, int64_t channels);
 using LanePoolMeanFn = void (*)(float* dst, const float* x, int64_t row, int64_t pixel, int64_t rows,
                                 int64_t pixels, int64_t channels, float count);
+// The same mean with sums in the order of the planar engine's: over the whole window, or row by row.
+using LanePlaneMeanFn = void (*)(float* dst, const float* x, int64_t row, int64_t pixel, int64_t rows,
+                                 int64_t pixels, int64_t channels, float count, bool whole);
 
 struct LaneKernels {
   int lanes;
@@ -72,6 +75,7 @@ struct LaneKernels {
   LaneAffineFn affine;
   LanePoolMaxFn pool_max;
   LanePoolMeanFn pool_mean;
+  LanePlaneMeanFn plane_mean;
 };
 
 LaneKernels lane_kernels_generic();

@@ -177,11 +177,43 @@ inline void lane_pool_mean(float* dst, const float* x, int64_t row, int64_t pixe
   each_vector(channels, [&](int64_t c, int lanes) {
     Vec total = zero();
     for (int64_t i = 0; i < rows; ++i) {
-      Vec sum = zero();
-      for (int64_t j = 0; j < pixels; ++j) sum = add(sum, load_some(x + i * row + j * pixel + c, lanes));
-      total = add(total, sum);
+      for (int64_t j = 0; j < pixels; ++j) total = add(total, load_some(x + i * row + j * pixel + c, lanes));
     }
     store_some(dst + c, div(total, set1(count)), lanes);
+  });
+}
+
+// The sums of planes, in the planar engine's order: its vector of pixels is here as many vectors of channels.
+inline void lane_plane_mean(float* dst, const float* x, int64_t row, int64_t pixel, int64_t rows,
+                            int64_t pixels, int64_t channels, float count, bool whole) {
+  const int64_t length = whole ? rows * pixels : pixels;
+  const int64_t by_four = length - length % (4 * kLanes), by_one = length - length % kLanes;
+  each_vector(channels, [&](int64_t c, int lanes) {
+    Vec total = zero(), part[4 * kLanes];
+    const auto clear = [&] {
+      for (Vec& v : part) v = zero();
+    };
+    const auto sum = [&] {
+      for (int i = 0; i < kLanes; ++i)
+        part[i] = add(add(part[i], part[kLanes + i]), add(part[2 * kLanes + i], part[3 * kLanes + i]));
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) part[i] = add(part[i], part[i + half]);
+      }
+      return part[0];
+    };
+    clear();
+    int64_t n = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < pixels; ++j, ++n) {
+        const int64_t at = n < by_four ? n % (4 * kLanes) : (n < by_one ? n % kLanes : kLanes + n % kLanes);
+        part[at] = add(part[at], load_some(x + i * row + j * pixel + c, lanes));
+      }
+      if (whole) continue;
+      total = add(total, sum());
+      clear();
+      n = 0;
+    }
+    store_some(dst + c, div(whole ? sum() : total, set1(count)), lanes);
   });
 }
 
@@ -209,6 +241,7 @@ inline LaneKernels make_lane_kernels() {
   table.affine = &lane_affine;
   table.pool_max = &lane_pool_max;
   table.pool_mean = &lane_pool_mean;
+  table.plane_mean = &lane_plane_mean;
   AddTiles<1, 1, 12>::to(&table);
   AddTiles<2, 1, kManyRegisters ? 12 : 6>::to(&table);
   if (kManyRegisters) {

@@ -48,8 +48,8 @@ class AdaptiveAvgPoolStep final : public ChannelStep {
     const PixelRows<float> out = at.pixel_rows(result);
     if (!alike() && !x.places.empty()) {
       std::vector<float> means(x.places.size());
-      lane_kernels().pool_mean(means.data(), in(0), in.row, in.pixel, x.height, x.width, x.channels,
-                               static_cast<float>(x.height * x.width));
+      lane_kernels().plane_mean(means.data(), in(0), in.row, in.pixel, x.height, x.width, x.channels,
+                                static_cast<float>(x.height * x.width), true);
       for (int64_t c = 0; c < x.channels; ++c) out(0)[c] = means[static_cast<size_t>(x.place(c))];
       return;
     }
@@ -59,8 +59,9 @@ class AdaptiveAvgPoolStep final : public ChannelStep {
       for (int64_t ox = 0; ox < f_.out_w; ++ox) {
         const int64_t x0 = ox * x.width / f_.out_w;
         const int64_t x1 = ((ox + 1) * x.width + f_.out_w - 1) / f_.out_w;
-        lane_kernels().pool_mean(out(oy) + ox * out.pixel, in(y0) + x0 * in.pixel, in.row, in.pixel, y1 - y0,
-                                 x1 - x0, x.channels, static_cast<float>((y1 - y0) * (x1 - x0)));
+        lane_kernels().plane_mean(out(oy) + ox * out.pixel, in(y0) + x0 * in.pixel, in.row, in.pixel, y1 - y0,
+                                  x1 - x0, x.channels, static_cast<float>((y1 - y0) * (x1 - x0)),
+                                  x1 - x0 == x.width);
       }
     }
   }

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["listen", "storage_of", "written"]
+__all__ = ["listen", "stepped", "storage_of", "written"]
 
 _lock = threading.Lock()
 _listeners: list[weakref.WeakMethod[Callable[[set[int]], None]] | Callable[[], Any]] = []
@@ -44,9 +44,10 @@ def written(tensors: Iterable[Tensor]) -> None:
             tell(storages)
 
 
-def _stepped(optimizer: Any, *_: Any) -> None:
+def stepped(optimizer: Any, *_: Any) -> None:
+    """The hook behind every optimizer's step: its parameters were written. Changes nothing itself."""
     if _listeners:
         written(value for group in optimizer.param_groups for value in group["params"])
 
 
-register_optimizer_step_post_hook(_stepped)
+register_optimizer_step_post_hook(stepped)

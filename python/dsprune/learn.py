@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import optimizer as optimizer_module
 
+from dsp_kernels._written import stepped
 from dsp_kernels.assignment import LassoTable, sample_groups
 from dsp_kernels.assignment.choice import room
 from dsp_kernels.assignment.op import FORMS, check_form, check_temperature, standard_gumbel
@@ -245,7 +246,7 @@ def _random_kept(device: torch.device) -> Iterator[None]:
 def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     own = (getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
     for_all = (getattr(optimizer_module, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post"))
-    return any(own) or any(for_all)
+    return any(own) or any(hook is not stepped for hooks in for_all for hook in (hooks or {}).values())
 
 
 def _replaced_step(optimizer: torch.optim.Optimizer) -> bool:

@@ -29,7 +29,8 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 def _as_if_there_were_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backends for GPUs are there; their launchers would fail at a fake tensor's address."""
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(backends, "_available", lambda name: None)
+    for backend in (backends.Backend, *backends.Backend.__subclasses__()):
+        monkeypatch.setattr(backend, "available", lambda self: None)
     backends.forget()
     yield
     backends.forget()
@@ -141,6 +142,8 @@ def test_a_packed_network_is_exported() -> None:
     for node in ours:
         value: Tensor = node.meta["val"]
         assert node.args[-1] == "triton" and value.device.type == "cuda" and value.dtype == torch.bfloat16
-        assert value.is_contiguous(memory_format=torch.channels_last)
+        # By its strides: torch 2.11 says of no batch that is a symbol that it is channels_last.
+        _, channels, height, width = value.shape
+        assert value.stride() == (channels * height * width, 1, width * channels, channels)
     (out,) = (n.meta["val"] for n in next(n for n in exported.graph.nodes if n.op == "output").args[0])
     assert isinstance(out.shape[0], torch.SymInt) and out.shape[1] == 5

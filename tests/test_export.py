@@ -192,6 +192,27 @@ def test_onnx_of_the_authors_networks(onnx: Any, authors_data: Path, tmp_path: P
     assert ("Concat" in kinds) == (form == "groups")
 
 
+def in_openvino(path: Path, x: torch.Tensor) -> torch.Tensor:
+    openvino = pytest.importorskip("openvino")
+    # Its default on a processor with bfloat16 is bfloat16.
+    network = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(network(x.numpy())[0])
+
+
+@pytest.mark.parametrize("runtime", [run, in_openvino], ids=["onnxruntime", "openvino"])
+@pytest.mark.parametrize("form", export.FORMS)
+def test_onnx_of_a_network_cut_by_nine_tenths(onnx: Any, tmp_path: Path, form: str, runtime: Any) -> None:
+    pytest.importorskip({run: "onnxruntime", in_openvino: "openvino"}[runtime])
+    model, x = nets.random_norms(cifar_resnet(20)).eval(), torch.randn(4, 3, 16, 16)
+    assignment = {info.name: torch.arange(info.out_channels) % 2 for info in dsprune.prunable_convs(model, x)}
+    dsprune.apply_structure(model, dsprune.find_structure(model, x, assignment, flops=0.9))
+    packed = dsprune.pack(model, x)
+    path = dsprune.export_onnx(packed, x, tmp_path / "net.onnx", form=form, check=False)
+    with torch.no_grad():
+        expected = model(x)
+    assert float((runtime(path, x) - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
 def test_onnx_of_random_zeros(onnx: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     packed = packed_net(nets.Residual)

@@ -107,7 +107,7 @@ class State:
         self._attributes = [(name, thing, dict(vars(thing))) for name, thing in walk.attributes]
         self._containers = [(name, thing, thing.copy()) for name, thing in walk.containers]
         self._values = [
-            (name, tensor, tensor.detach().clone())
+            (name, tensor, _copy(tensor))
             for name, tensor in walk.tensors
             if parameters or not isinstance(tensor, nn.Parameter)
         ]
@@ -153,6 +153,16 @@ class State:
                     tensor.data = value
                 elif not _equal(tensor, value):
                     tensor.copy_(value)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; what is seen many times through strides of zero (a network without its weights) stays one."""
+    once = tensor.detach()
+    if once.layout is torch.strided:
+        for dim, stride in enumerate(once.stride()):
+            if stride == 0 and once.shape[dim] > 1:
+                once = once.narrow(dim, 0, 1)
+    return once.clone().expand(tensor.shape)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

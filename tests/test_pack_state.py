@@ -71,6 +71,41 @@ class ReluInPlace(Body):
         return self.body(F.relu(x, inplace=True)) + x[:, :1]
 
 
+class IntoDictionary(Body):
+    """Leaves its features in the dictionary that it was given."""
+
+    def forward(self, d: dict[str, torch.Tensor]) -> torch.Tensor:
+        d["features"] = self.body(d["image"])
+        return d["features"].mean((2, 3))
+
+
+class OutOfDictionary(Body):
+    """Takes the image out of the dictionary that it was given, and appends to a list."""
+
+    def forward(self, d: dict[str, Any]) -> torch.Tensor:
+        y = self.body(d.pop("image"))
+        d["more"].append(y)
+        return y
+
+
+@pytest.mark.parametrize("kind", [IntoDictionary, OutOfDictionary])
+def test_containers_are_changed_as_by_the_dense_network(kind: type[nn.Module]) -> None:
+    model, x = made(kind), torch.randn(2, 3, 8, 8)
+    example: dict[str, Any] = {"image": x, "more": []}
+    with pytest.warns(UserWarning, match="forward changes '0.0"):
+        packed = dsprune.pack(model, (example,))
+    assert set(example) == {"image", "more"} and example["more"] == []
+    for size in (8, 12):
+        ours: dict[str, Any] = {"image": torch.randn(1, 3, size, size), "more": []}
+        theirs = {"image": ours["image"].double(), "more": []}
+        with torch.no_grad():
+            given, expected = packed(ours), copy.deepcopy(model).double()(theirs)
+        torch.testing.assert_close(given.double(), expected, rtol=1e-4, atol=1e-5)
+        assert ours.keys() == theirs.keys() and len(ours["more"]) == len(theirs["more"])
+        if "features" in theirs:
+            torch.testing.assert_close(ours["features"].double(), theirs["features"], rtol=1e-4, atol=1e-5)
+
+
 class PartInPlace(Body):
     """Writes one channel of the image, after it was read."""
 

@@ -28,7 +28,7 @@ from dsp_kernels.geometry import Geometry, pair
 from .guards import Expression, evaluate, parse
 from .inputs import Signature, describe, own_tensors, tensors_of
 from .masks import copies_of_results, settle, settle_parametrizations
-from .state import preserved
+from .state import containers_in, preserved, where_changed
 
 aten = torch.ops.aten
 
@@ -395,23 +395,32 @@ class _Stateful(ExportError):
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """What forward changes in the model besides tensors, by name; all is brought back afterwards.
+    """What forward changes besides tensors, in the model or in dictionaries and lists of its arguments, by
+    name; the model is brought back afterwards.
 
     Export itself brings back attributes that are no tensors, so it is looked at where forward ends.
     """
     found: list[str] = []
+    given: list[tuple[str, Any, Any]] = []
+
+    def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
+        given[:] = containers_in((args, kwargs))
 
     def look(*_: Any) -> None:
-        name = state.changed(tensors=False)
+        name = state.changed(tensors=False) or where_changed(given)
         if name is not None:
             found.append(name)
 
-    handle = model.register_forward_hook(look)
+    handles = [
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(look),
+    ]
     try:
         with preserved(model) as state:
             yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _written(program: torch.export.ExportedProgram) -> str | None:

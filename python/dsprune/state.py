@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["State", "preserved", "tensors_in"]
+__all__ = ["State", "containers_in", "preserved", "tensors_in", "where_changed"]
 
 CONTAINERS = (dict, list, set, deque)
 # Objects that are looked into no further: classes, functions and the like, and what others own.
@@ -35,7 +35,7 @@ def _open(value: Any) -> bool:
 class _Walk:
     """The attribute dictionaries, containers and tensors that a model holds, each once, with names."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.attributes: list[tuple[str, Any]] = []
         self.containers: list[tuple[str, Any]] = []
         self.tensors: list[tuple[str, torch.Tensor]] = []
@@ -65,6 +65,20 @@ class _Walk:
 def tensors_in(model: nn.Module) -> list[torch.Tensor]:
     """All tensors that a model holds: parameters, buffers, and those in attributes and containers."""
     return [tensor for _, tensor in _Walk(model).tensors]
+
+
+def containers_in(value: Any) -> list[tuple[str, Any, Any]]:
+    """The dictionaries, lists and sets in arguments, by name, each with a copy of it."""
+    return [(name, thing, thing.copy()) for name, thing in _Walk(value).containers]
+
+
+def where_changed(containers: list[tuple[str, Any, Any]]) -> str | None:
+    """The name of an entry that is not as it was when ``containers_in`` looked; None where all are."""
+    for name, thing, before in containers:
+        key = _difference(before, thing)
+        if key is not None:
+            return f"{name}.{key}".lstrip(".")
+    return None
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -37,9 +37,7 @@ from .geometry import pair
 
 __all__ = [
     "MAGIC",
-    "GroupHeader",
     "GroupLayout",
-    "PlanHeader",
     "decode",
     "encode",
     "gray_order",

@@ -633,18 +633,19 @@ def _latency_table(rows: dict[str, dict[str, float]], title: str, threads: int =
         title=f"{title}: median ms of dense forms and packed, {threads} thread{'s' if threads > 1 else ''}",
         title_justify="left",
     )
+    table.add_column("")
+    for batch in rows:
+        table.add_column(f"batch {batch}", justify="right")
+    best = {batch: best_dense(times) for batch, times in rows.items()}
     first = next(iter(rows.values()))
-    forms = [name for name in first if name not in PACKED_FORMS]
-    others = [name for name in first if name in PACKED_FORMS and name != "packed"]
-    for column in ("batch", *forms, *others, "packed", "speed-up"):
-        table.add_column(column, justify="right")
-    for batch, times in rows.items():
-        best, value = best_dense(times)
+    for name in sorted(first, key=lambda name: (name == "packed", name in PACKED_FORMS)):
         cells = [
-            f"[bold]{times[name]:.2f}[/bold]" if name == best else f"{times[name]:.2f}" for name in forms
+            f"[bold]{times[name]:.2f}[/bold]" if name == best[batch][0] else f"{times[name]:.2f}"
+            for batch, times in rows.items()
         ]
-        cells += [f"{times[name]:.2f}" for name in [*others, "packed"]]
-        table.add_row(batch, *cells, f"{value / times['packed']:.2f}x")
+        table.add_row(name, *cells)
+    speed_up = [f"{best[batch][1] / times['packed']:.2f}x" for batch, times in rows.items()]
+    table.add_row("speed-up", *speed_up)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
         table.caption = f"the machine was busy (load {os.getloadavg()[0]:.1f}): these times say little"
         table.caption_justify = "left"

@@ -25,6 +25,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 
 from dsp_kernels.geometry import Geometry, pair
 
+from .functional import is_simple, make_functional
 from .guards import Expression, evaluate, parse
 from .inputs import Signature, describe, own_tensors, tensors_of
 from .masks import copies_of_results, settle, settle_parametrizations
@@ -376,7 +377,8 @@ def _export(
                 if shapes is not None and not (all(free) or (any(free) and limits.admit(own))):
                     error = "the batch size became a constant"
                     continue
-                program = program.run_decompositions({})
+                if not is_simple(program.graph):
+                    program = program.run_decompositions({})
                 written = _written(program)
                 if written is not None:
                     raise _Stateful(f"forward changes {written!r}, which a graph would not")
@@ -484,6 +486,7 @@ def trace(model: nn.Module, example_input: Any, keywords: Mapping[str, Any] | No
     for node in list(module.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             module.graph.erase_node(node)  # the limits say the same
+    make_functional(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     tensors = {

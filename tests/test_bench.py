@@ -165,7 +165,9 @@ def test_calls_take_turns_in_bursts() -> None:
         networks.interleaved_medians({}, seconds=0)
 
 
-@pytest.mark.parametrize("suite", ["test_layers.py", "test_networks.py"])
+@pytest.mark.parametrize(
+    "suite", ["test_layers.py", pytest.param("test_networks.py", marks=pytest.mark.nightly)]
+)
 def test_benchmark_suites_run(suite: str) -> None:
     """Each form of one layer and one network, called once: outputs are compared, nothing is timed."""
     chosen = (
@@ -194,6 +196,7 @@ def test_assignment_results_are_added_to(tmp_path: Path) -> None:
     assert (tmp_path / "assignment.md").read_text().count("| resnet20 |") == 1 + len(moved["moved"])
 
 
+@pytest.mark.nightly
 def test_exports_are_compared_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)

@@ -81,7 +81,13 @@ def hub_model(name: str) -> nn.Module:
     return transformers.ConvNextForImageClassification(config)
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.nightly if n in ("bottleneck", "mobilenet") else ())
+        for n in TRANSFORMERS
+    ],
+)
 def test_transformers_networks(name: str) -> None:
     torch.manual_seed(0)
     model = nets.structured_zeros(nets.random_norms(hub_model(name)), 0, dead=0.2).eval()

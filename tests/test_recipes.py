@@ -619,6 +619,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
         )
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("_no_extras")
 def test_imagenet_interrupted_within_an_epoch(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,7 +1,10 @@
 // The Python face of dsp.h: addresses and sizes as integers in, a status out; the GIL is released meanwhile.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <vector>
 
 #include "dsp.h"
 
@@ -87,18 +90,30 @@ py::tuple program_create(Address words, int64_t words_numel, Address floats, int
   return py::make_tuple(status, reinterpret_cast<Address>(program));
 }
 
-int program_run(Address program, Address in, int64_t in_numel, Address out, int64_t out_numel, int64_t batch,
-                int32_t threads) {
-  return dsp_program_run(at<dsp_program>(program), at<const float>(in), in_numel, at<float>(out), out_numel,
-                         batch, threads);
+// The inputs, then the outputs.
+int program_run(Address program, const std::vector<Address>& tensors, const std::vector<int64_t>& numel,
+                int64_t batch, int32_t threads) {
+  const int64_t inputs = dsp_program_inputs(at<const dsp_program>(program));
+  const int64_t outputs = dsp_program_outputs(at<const dsp_program>(program));
+  if (static_cast<int64_t>(tensors.size()) != inputs + outputs || tensors.size() != numel.size())
+    throw std::invalid_argument("program_run: the program has another number of inputs and outputs");
+  static_assert(sizeof(Address) == sizeof(float*));
+  const auto* in = reinterpret_cast<const float* const*>(tensors.data());
+  auto* out = reinterpret_cast<float* const*>(tensors.data() + inputs);
+  return dsp_program_run(at<dsp_program>(program), in, numel.data(), out, numel.data() + inputs, batch,
+                         threads);
 }
 
 void program_destroy(Address program) { dsp_program_destroy(at<dsp_program>(program)); }
 
-py::tuple program_output(Address program) {
-  int64_t shape[3] = {0, 0, 0};
-  dsp_program_output(at<const dsp_program>(program), shape);
-  return py::make_tuple(shape[0], shape[1], shape[2]);
+py::list program_outputs(Address program) {
+  py::list shapes;
+  for (int64_t i = 0; i < dsp_program_outputs(at<const dsp_program>(program)); ++i) {
+    int64_t shape[3] = {0, 0, 0};
+    dsp_program_output(at<const dsp_program>(program), i, shape);
+    shapes.append(py::make_tuple(shape[0], shape[1], shape[2]));
+  }
+  return shapes;
 }
 
 py::dict program_memory(Address program) {
@@ -332,10 +347,10 @@ void define_program(py::module_& m) {
   m.def("program_format", &program_format);
   m.def("program_create", &program_create, py::arg("words"), py::arg("words_numel"), py::arg("floats"),
         py::arg("floats_numel"));
-  m.def("program_run", &program_run, nogil, py::arg("program"), py::arg("x"), py::arg("x_numel"),
-        py::arg("out"), py::arg("out_numel"), py::arg("batch"), py::arg("threads"));
+  m.def("program_run", &program_run, nogil, py::arg("program"), py::arg("tensors"), py::arg("numel"),
+        py::arg("batch"), py::arg("threads"));
   m.def("program_destroy", &program_destroy, nogil, py::arg("program"));
-  m.def("program_output", &program_output, py::arg("program"));
+  m.def("program_outputs", &program_outputs, py::arg("program"));
   m.def("program_memory", &program_memory, py::arg("program"));
 }
 

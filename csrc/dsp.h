@@ -120,13 +120,15 @@ DSP_API dsp_status dsp_conv2d_grad_weight(const dsp_conv2d_shape* shape, const f
 
 /* A program: a whole network as a list of steps over one preallocated memory, run image by image so that the
  * activations stay in the second-level cache. float32, CPU. The description is int64 words,
- *   [0] DSP_PROGRAM_MAGIC  [1] 1  [2..4] channels, height, width of the input  [5] number of steps
- *   [6] the value that is the output  [7] number of words
- * then the steps one after the other: [operation, number of words of this step, its fields]. Value 0 is the
- * input, step i makes value i + 1. Operations, their fields and what these mean: program/steps.def. */
+ *   [0] DSP_PROGRAM_MAGIC  [1] 2  [2] number of inputs  [3] number of steps  [4] number of outputs
+ *   [5] number of words
+ * then channels, height and width of each input, the values that are the outputs, and the steps one after the
+ * other: [operation, number of words of this step, its fields]. The first values are the inputs, step i makes
+ * value (number of inputs) + i; outputs are values of steps. Operations, their fields and what these mean:
+ * program/steps.def. */
 #define DSP_PROGRAM_MAGIC 0x44535047
-#define DSP_PROGRAM_VERSION 1
-#define DSP_PROGRAM_HEADER 8
+#define DSP_PROGRAM_VERSION 2
+#define DSP_PROGRAM_HEADER 6
 
 typedef enum dsp_program_op {
 #define DSP_STEP(NAME, name, code) DSP_OP_##NAME = code,
@@ -173,12 +175,18 @@ typedef struct dsp_program_memory {
 /* Copies what it needs from words and floats. */
 DSP_API dsp_status dsp_program_create(const int64_t* words, int64_t words_numel, const float* floats,
                                       int64_t floats_numel, dsp_program** program);
-/* in: (batch, channels, height, width), out: (batch, channels, height, width of the output value),
- * contiguous. Any number of threads may run one program at the same time. */
-DSP_API dsp_status dsp_program_run(dsp_program* program, const float* in, int64_t in_numel, float* out,
-                                   int64_t out_numel, int64_t batch, int32_t threads);
-/* channels, height and width of the output. */
-DSP_API dsp_status dsp_program_output(const dsp_program* program, int64_t shape[3]);
+/* One array for each input and output, of as many elements as `in_numel` and `out_numel` say:
+ * (batch, channels, height, width), contiguous. Any number of threads may run one program at the same time.
+ */
+DSP_API dsp_status dsp_program_run(dsp_program* program, const float* const* in, const int64_t* in_numel,
+                                   float* const* out, const int64_t* out_numel, int64_t batch,
+                                   int32_t threads);
+/* How many inputs and outputs there are; 0 for a null program. */
+DSP_API int64_t dsp_program_inputs(const dsp_program* program);
+DSP_API int64_t dsp_program_outputs(const dsp_program* program);
+/* channels, height and width of one. */
+DSP_API dsp_status dsp_program_input(const dsp_program* program, int64_t index, int64_t shape[3]);
+DSP_API dsp_status dsp_program_output(const dsp_program* program, int64_t index, int64_t shape[3]);
 DSP_API dsp_status dsp_program_memory_use(const dsp_program* program, dsp_program_memory* memory);
 /* No run may be under way. A null program is ignored. */
 DSP_API void dsp_program_destroy(dsp_program* program);

@@ -51,12 +51,12 @@ def _window(
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What a step of a program makes, or its input: (channels, height, width) of an image, or a vector of
+    """What a step of a program makes, or an input: (channels, height, width) of an image, or a vector of
     features (``flat``). Steps of the same program take it; numbers and tensors are no values.
     """
 
     program: Program
-    number: int  # 0: the input; else that of the step
+    number: int  # inputs come first, then what steps make
     flat: bool
 
     def __repr__(self) -> str:
@@ -68,7 +68,8 @@ class Program:
 
     ``program = Program((3, 32, 32)); y = program.conv2d(program.input, weight); program.build(y);
     out = program(x)``. Each step takes values (``Value``) and returns the one that it makes;
-    ``program.input`` is the input. Weights are float32 on the CPU, and are copied when the program is built.
+    ``program.inputs`` are the inputs, ``program.input`` the first of them. Weights are float32 on the CPU,
+    and are copied when the program is built.
     Calls from several threads at once are fine, the result does not depend on the number of threads, and a
     program can be copied and pickled (it is then built again, from the tensors as they are at that time).
 
@@ -76,30 +77,29 @@ class Program:
     "relu6".
 
     Args:
-        input_shape: (channels, height, width) of one image, each at least 1; the batch may be any size in
-            each call.
+        input_shapes: per input (channels, height, width) of one image, or (features,) of a vector, each at
+            least 1; the batch, of all inputs alike, may be any size in each call.
 
     Raises:
-        ValueError: ``input_shape`` is another. Steps: TypeError, naming the argument, for a weight that is no
-        tensor, or a number or anything else in the place of a value; ValueError for weights of another shape,
-        dtype or device, a value of another program, or an unknown activation; RuntimeError for a step after
-        ``build``. Shapes that do not fit one another are found by ``build``.
+        ValueError: ``input_shapes`` are others. Steps: TypeError, naming the argument, for a weight that is
+        no tensor, or a number or anything else in the place of a value; ValueError for weights of another
+        shape, dtype or device, a value of another program, or an unknown activation; RuntimeError for a step
+        after ``build``. Shapes that do not fit one another are found by ``build``.
     """
 
-    def __init__(self, input_shape: Sequence[int]) -> None:
-        shape = tuple(int(size) for size in input_shape)
-        if len(shape) != 3 or min(shape) < 1:
+    def __init__(self, *input_shapes: Sequence[int]) -> None:
+        shapes = tuple(tuple(int(size) for size in shape) for shape in input_shapes)
+        if not shapes or any(len(shape) not in (1, 3) or min(shape) < 1 for shape in shapes):
             raise ValueError(
-                f"input_shape must be (channels, height, width), each at least 1, got {tuple(input_shape)}"
+                "input_shapes must be (channels, height, width) or (features,), each at least 1, "
+                f"got {', '.join(map(str, shapes)) or 'none'}"
             )
-        self.input_shape = shape
-        self.output_shape: tuple[int, int, int] | None = None
-        self._output_sizes: tuple[int, ...] = ()  # of one image; a flat output's are its features alone
+        self.input_shapes: tuple[tuple[int, ...], ...] = shapes
+        self.output_shapes: tuple[tuple[int, ...], ...] = ()  # as those of the inputs; empty before build()
         self._steps: list[tuple[str, dict[str, tuple[str, list[int]]]]] = []  # name, fields as words
         self._floats: list[Tensor] = []
         self._n_floats = 0
-        self._output = 0
-        self._output_flat = False
+        self._outputs: tuple[Value, ...] = ()
         self._handle = 0
         self._native: Any = None
 
@@ -107,8 +107,13 @@ class Program:
 
     @property
     def input(self) -> Value:
-        """The images that the program is called with."""
-        return Value(self, 0, False)
+        """The images that the program is called with; the first of several inputs."""
+        return self.inputs[0]
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """What the program is called with."""
+        return tuple(Value(self, i, len(shape) == 1) for i, shape in enumerate(self.input_shapes))
 
     def _value(self, name: str, value: Value) -> Value:
         """``value``, where it is one of this program's."""
@@ -159,7 +164,7 @@ class Program:
         if self._handle:
             raise RuntimeError("the program is built; make another one for other steps")
         self._steps.append((name, {key: self._field(key, given) for key, given in fields.items()}))
-        return Value(self, len(self._steps), flat)
+        return Value(self, len(self.input_shapes) + len(self._steps) - 1, flat)
 
     def conv(
         self,
@@ -357,24 +362,24 @@ class Program:
         """(channels, height, width) as one vector, as torch.flatten(x, 1)."""
         return self.step("flatten", x=self._value("x", x), flat=True)
 
-    def build(self, output: Value) -> Program:
+    def build(self, *outputs: Value) -> Program:
         """Checks shapes, lays out memory and weights.
 
-        ``output``: the value to return, that of a step. Returns the program itself.
+        ``outputs``: the values to return, those of steps. Returns the program itself.
 
-        Raises TypeError or ValueError for another ``output``, ValueError with the core's text where shapes do
+        Raises TypeError or ValueError for other ``outputs``, ValueError with the core's text where shapes do
         not fit one another; RuntimeError where there is no compiled module, or the program is built already.
         """
-        number = self._value("output", output).number
-        if number == 0:
-            raise ValueError("output must be the value of a step, got the input")
+        if not outputs:
+            raise ValueError("output must be the value of a step, got none")
+        if any(self._value("output", output).number < len(self.input_shapes) for output in outputs):
+            raise ValueError("output must be the value of a step, got an input")
         if self._handle:
             raise RuntimeError("the program is built already")
-        self._output, self._output_flat = number, output.flat
-        self._create()
+        self._create(outputs)
         return self
 
-    def _words(self, table: dict[str, Any]) -> list[int]:
+    def _words(self, table: dict[str, Any], outputs: Sequence[Value]) -> list[int]:
         """The description, by the core's own table (``_native.program_format``)."""
         words: list[int] = []
         for name, given in self._steps:
@@ -391,13 +396,15 @@ class Program:
                     raise TypeError(f"{field} of step {name!r} must be {kind}, got {what}")
                 step.extend(items)
             words.extend((code, len(step) + 2, *step))
-        # magic, version, input, steps, output, length
-        header = (table["magic"], table["version"], *self.input_shape, len(self._steps), self._output)
-        return [*header, len(header) + 1 + len(words), *words]
+        ends = [size for shape in self.input_shapes for size in (*shape, 1, 1)[:3]]
+        ends += [output.number for output in outputs]
+        counts = (len(self.input_shapes), len(self._steps), len(outputs))
+        header = (table["magic"], table["version"], *counts)
+        return [*header, len(header) + 1 + len(ends) + len(words), *ends, *words]
 
-    def _create(self) -> None:
+    def _create(self, outputs: tuple[Value, ...]) -> None:
         native = native_module()
-        words = self._words(native.program_format())
+        words = self._words(native.program_format(), outputs)
         description = torch.tensor(words, dtype=torch.int64)
         floats = torch.cat(self._floats) if self._floats else torch.zeros(1)
         status, handle = native.program_create(
@@ -407,47 +414,60 @@ class Program:
             raise ValueError(native.last_error())
         self._native = native
         self._handle = handle
-        self.output_shape = channels, height, width = native.program_output(handle)
-        self._output_sizes = (channels,) if self._output_flat else (channels, height, width)
+        self._outputs = outputs
+        shapes = native.program_outputs(handle)
+        self.output_shapes = tuple(
+            shape[:1] if output.flat else shape for output, shape in zip(outputs, shapes, strict=True)
+        )
 
     # ---- running ----
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x`` (N, *input_shape), float32 on the CPU -> (N, channels, height, width) of the output.
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Inputs (N, *shape), float32 on the CPU -> (N, channels, height, width) of each output.
 
-        A flat output is (N, features). Raises TypeError or ValueError for another x, and RuntimeError before
-        build().
+        A flat output is (N, features); several come as a tuple. Raises TypeError or ValueError for other
+        inputs, and RuntimeError before build().
         """
-        if not self._handle or self.output_shape is None:
+        if not self._handle:
             raise RuntimeError("the program is not built; call build() first")
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"x must be float32 on the cpu, got {x.dtype} on {x.device}")
-        shape = x.shape
-        if len(shape) != 4 or shape[1:] != self.input_shape:
-            raise ValueError(f"x must be (N, {', '.join(map(str, self.input_shape))}), got {tuple(shape)}")
-        return self._run(x, shape[0])
+        if len(inputs) != len(self.input_shapes):
+            raise TypeError(f"expected {len(self.input_shapes)} inputs, got {len(inputs)}")
+        for x, shape in zip(inputs, self.input_shapes, strict=True):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+            if x.dtype != torch.float32 or x.device.type != "cpu":
+                raise ValueError(f"x must be float32 on the cpu, got {x.dtype} on {x.device}")
+            if x.dim() != len(shape) + 1 or x.shape[1:] != shape:
+                raise ValueError(f"x must be (N, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+            if x.shape[0] != inputs[0].shape[0]:
+                raise ValueError(f"x must be {inputs[0].shape[0]} images as the first, got {x.shape[0]}")
+        results = self.run(inputs, inputs[0].shape[0])
+        return results[0] if len(results) == 1 else tuple(results)
 
-    def _run(self, x: Tensor, batch: int) -> Tensor:
-        """A call whose x was checked. Each line here counts: the call before has emptied the caches."""
-        if not x.is_contiguous():
-            x = x.detach().contiguous()
-        if x.is_neg():  # a view that says "negated": what lies in memory has the other sign
-            x = x.detach().resolve_neg()
-        out = x.new_empty((batch, *self._output_sizes))
+    def run(self, inputs: Sequence[Tensor], batch: int) -> list[Tensor]:
+        """A call whose inputs were checked: as many as there are, of these shapes, float32 on the CPU.
+
+        Each line here counts: the call before has emptied the caches.
+        """
+        tensors = []
+        for x in inputs:
+            if not x.is_contiguous():
+                x = x.detach().contiguous()
+            if x.is_neg():  # a view that says "negated": what lies in memory has the other sign
+                x = x.detach().resolve_neg()
+            tensors.append(x)
+        results = [x.new_empty((batch, *shape)) for shape in self.output_shapes]
+        tensors += results
         status = self._native.program_run(
             self._handle,
-            x.data_ptr(),
-            x.numel(),
-            out.data_ptr(),
-            out.numel(),
+            [t.data_ptr() for t in tensors],
+            [t.numel() for t in tensors],
             batch,
             torch.get_num_threads(),
         )
         if status != 0:
             raise RuntimeError(self._native.last_error())
-        return out
+        return results
 
     def memory(self) -> dict[str, int]:
         """``weight_bytes``, ``arena_bytes`` (image or pair), ``scratch_bytes`` (thread), ``arenas`` (number).
@@ -470,8 +490,8 @@ class Program:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.output_shape is not None:
-            self._create()
+        if self._outputs:
+            self._create(self._outputs)
 
     def __del__(self) -> None:
         handle, native = getattr(self, "_handle", 0), getattr(self, "_native", None)

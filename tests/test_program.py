@@ -514,6 +514,60 @@ TAKERS: dict[str, Callable[[Program, Any], object]] = {
 }
 
 
+@pytest.mark.parametrize("engine", ["", "planar", "lanes"])
+def test_several_inputs_and_outputs(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of few and of many channels, as images, residuals and vectors; outputs that are read again, one
+    that a sum could overwrite, one given twice.
+    """
+    monkeypatch.setenv("DSP_CPU_ENGINE", engine)
+    torch.manual_seed(0)
+    w1, w2, w3 = torch.randn(20, 3, 3, 3), torch.randn(20, 24, 3, 3) * 0.1, torch.randn(20, 20, 1, 1) * 0.2
+    v = torch.randn(5, 7)
+    program = Program((3, 8, 8), (24, 8, 8), (20, 8, 8), (7,))
+    a, b, c, d = program.inputs
+    assert (a.flat, d.flat) == (False, True)
+    first = program.conv2d(a, w1, padding=1)
+    second = program.conv2d(b, w2, padding=1, residual=first, activation="relu")
+    third = program.conv2d(second, w3, residual=c)
+    fourth = program.concat([third, c])
+    fifth = program.linear(d, v)
+    program = pickle.loads(pickle.dumps(program.build(fourth, first, fifth, second, first)))
+    assert program.output_shapes == ((40, 8, 8), (20, 8, 8), (5,), (20, 8, 8), (20, 8, 8))
+    inputs = [torch.randn(5, *shape) for shape in program.input_shapes]
+    inputs[1] = inputs[1].contiguous(memory_format=torch.channels_last)
+    given = program(*inputs)
+    x, y, z, f = (value.double() for value in inputs)
+    one = F.conv2d(x, w1.double(), padding=1)
+    two = (F.conv2d(y, w2.double(), padding=1) + one).relu()
+    expected = torch.cat([F.conv2d(two, w3.double()) + z, z], 1), one, f @ v.double().T, two, one
+    for have, want in zip(given, expected, strict=True):
+        close(have, want)
+    for n in range(5):  # two images at a time, or one: the same bits
+        alone = program(*(value[n : n + 1] for value in inputs))
+        assert all(torch.equal(p[n : n + 1], q) for p, q in zip(given, alone, strict=True))
+
+
+def test_refuses_inputs_of_another_number_shape_or_batch() -> None:
+    program = Program((3, 4, 4), (2,))
+    out = program.relu(program.inputs[0])
+    with pytest.raises(ValueError, match="input_shapes must be"):
+        Program()
+    with pytest.raises(ValueError, match="input_shapes must be"):
+        Program((3, 4, 4), (2, 2))
+    with pytest.raises(ValueError, match=r"output must be .*got none"):
+        program.build()
+    with pytest.raises(ValueError, match="output must be"):
+        program.build(out, program.inputs[1])
+    program.build(out, program.relu(program.inputs[1]))
+    x, y = torch.zeros(2, 3, 4, 4), torch.zeros(2, 2)
+    with pytest.raises(TypeError, match="expected 2 inputs, got 1"):
+        program(x)
+    with pytest.raises(ValueError, match=r"x must be \(N, 2\)"):
+        program(x, x)
+    with pytest.raises(ValueError, match="x must be 2 images"):
+        program(x, y[:1])
+
+
 @pytest.mark.parametrize("step", TAKERS)
 def test_numbers_and_other_programs_values_are_no_values(step: str) -> None:
     """A program has many steps, so that a number could be taken for one of them."""

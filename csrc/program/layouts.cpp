@@ -18,13 +18,13 @@ Value& at(Values* values, int64_t id) { return (*values)[static_cast<size_t>(id)
 
 // A convolution with stride 2 reads its input in place where even and odd columns lie apart. A convolution's
 // result can be written so if nobody else reads it.
-void choose_columns_apart(const Steps& steps, int64_t output, Values* values) {
+void choose_columns_apart(const Steps& steps, const std::vector<int64_t>& outputs, Values* values) {
   std::vector<bool> apart(values->size(), false);
   for (const auto& step : steps) {
     const ConvStep* conv = step->conv();
     apart[static_cast<size_t>(step->result)] = conv != nullptr && conv->can_write_apart();
   }
-  apart[static_cast<size_t>(output)] = false;
+  for (const int64_t id : outputs) apart[static_cast<size_t>(id)] = false;
   for (const auto& step : steps) {
     const ConvStep* conv = step->conv();
     const bool fits = conv != nullptr && conv->can_read_apart() && conv->most_padding() <= kMostPadding;
@@ -54,7 +54,7 @@ void choose_columns_apart(const Steps& steps, int64_t output, Values* values) {
 void choose_padding(const Steps& steps, Values* values) {
   for (const auto& step : steps) {
     const ConvStep* conv = step->conv();
-    if (conv == nullptr || conv->inputs.front() == 0) continue;
+    if (conv == nullptr || at(values, conv->inputs.front()).callers()) continue;
     const ConvShape& s = conv->geometry();
     Value& x = at(values, conv->inputs.front());
     if (conv->lanes()) {
@@ -81,8 +81,7 @@ void place_planes(Values* values) {
     planes.pitch = value.width + value.pad_w + value.pad_middle;
     planes.origin = value.pad_h * planes.pitch + value.pad_w;
     planes.plane = (value.height + 2 * value.pad_h) * planes.pitch + value.pad_w;
-    const bool callers = &value == &values->front();
-    if (!callers && value.height * value.width > 1) planes.plane = spread(planes.plane);
+    if (!value.callers() && value.height * value.width > 1) planes.plane = spread(planes.plane);
   }
 }
 
@@ -103,6 +102,10 @@ class Classes {
  private:
   std::vector<size_t> parent_;
 };
+
+// What the caller gives lies in planes; where these are few, lanes read them as they lie.
+constexpr int64_t kFewPlanes = 16;
+bool few_planes(const Value& value) { return value.callers() && value.channels <= kFewPlanes; }
 
 constexpr double kCyclesToConvert = 1.5;  // a value
 constexpr double kCyclesToPad = 0.3;
@@ -143,12 +146,12 @@ class Engines {
     std::vector<std::vector<size_t>> moves;
     for (Classes* classes : {&sums_, &alike_}) {
       std::vector<std::vector<size_t>> members(values_.size());
-      for (size_t v = 1; v < values_.size(); ++v)
+      for (size_t v = 0; v < values_.size(); ++v)
         if (may(v)) members[classes->of(v)].push_back(v);
       for (auto& list : members)
         if (!list.empty()) moves.push_back(std::move(list));
     }
-    for (size_t v = 1; v < values_.size(); ++v)
+    for (size_t v = 0; v < values_.size(); ++v)
       if (may(v)) moves.push_back({v});
     if (moves.size() * steps_.size() > kMostWork) return;
     double best = cycles();
@@ -205,16 +208,18 @@ class Engines {
  private:
   static size_t index(int64_t value) { return static_cast<size_t>(value); }
   bool flat(int64_t value) const { return values_[index(value)].flat(); }
-  bool may(size_t c) const { return c != 0 && can_[c] && !values_[c].flat(); }
+  bool callers(size_t value) const { return values_[value].callers(); }
+  bool may(size_t c) const { return !callers(c) && can_[c] && !values_[c].flat(); }
   void join(Classes* classes, int64_t a, int64_t b) const {
-    if (a != 0 && b != 0 && !flat(a) && !flat(b)) classes->join(index(a), index(b));
+    if (!callers(index(a)) && !callers(index(b)) && !flat(a) && !flat(b)) classes->join(index(a), index(b));
   }
   double convert(int64_t id, Layout from, std::vector<char>* converted) const {
     char& mark = (*converted)[index(id)];
     if (mark != 0) return 0;
     mark = 1;
     const double numel = static_cast<double>(values_[index(id)].numel());
-    return numel * (id == 0 && from == Layout::kPlanar ? kCyclesToPad : kCyclesToConvert);
+    return numel *
+           (few_planes(values_[index(id)]) && from == Layout::kPlanar ? kCyclesToPad : kCyclesToConvert);
   }
 
   const Steps& steps_;
@@ -270,8 +275,7 @@ void convert(Steps* steps, Values* values) {
         if (!conv->lanes()) {
           needs = Layout::kPlanar;
         } else if (has == Layout::kPlanar && conv->most_padding() > 0) {
-          // The caller's image with its padding, planar: it has few channels.
-          if (id == 0) {
+          if (few_planes(at(values, id))) {  // the caller's image with its padding
             id = copy_of(id, Layout::kPlanar);
             continue;
           }
@@ -347,7 +351,7 @@ void choose_places(const Steps& steps, Values* values) {
 
 }  // namespace
 
-void choose_layouts(int64_t output, Steps* steps, Values* values) {
+void choose_layouts(const std::vector<int64_t>& outputs, Steps* steps, Values* values) {
   choose_engines(*steps, values);
   convert(steps, values);
   for (size_t i = 0; i < steps->size(); ++i) {
@@ -356,10 +360,10 @@ void choose_layouts(int64_t output, Steps* steps, Values* values) {
       at(values, step.inputs[j]).last_use = static_cast<int64_t>(i);
     at(values, step.result).made = at(values, step.result).last_use = static_cast<int64_t>(i);
   }
-  at(values, output).last_use = static_cast<int64_t>(steps->size());
+  for (const int64_t id : outputs) at(values, id).last_use = static_cast<int64_t>(steps->size());
   choose_places(*steps, values);
   choose_padding(*steps, values);
-  choose_columns_apart(*steps, output, values);
+  choose_columns_apart(*steps, outputs, values);
   place_planes(values);
 }
 
@@ -370,8 +374,8 @@ size_t choose_pairs(const Steps& steps, Values* values) {
     if (conv != nullptr && conv->choose_pairs(*values)) first = std::min(first, i);
   }
   if (first == steps.size()) return first;
-  for (size_t v = 1; v < values->size(); ++v)
-    (*values)[v].second = (*values)[v].last_use >= static_cast<int64_t>(first);
+  for (Value& value : *values)
+    value.second = !value.callers() && value.last_use >= static_cast<int64_t>(first);
   return first;
 }
 

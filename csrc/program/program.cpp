@@ -17,8 +17,9 @@ Program::Program(const int64_t* words, int64_t words_numel, const float* floats,
   Description description = read_description(words, words_numel, floats, floats_numel);
   values_ = std::move(description.values);
   steps_ = std::move(description.steps);
-  output_ = description.output;
-  choose_layouts(output_, &steps_, &values_);
+  outputs_ = std::move(description.outputs);
+  for (const Value& value : values_) inputs_ += value.callers() ? 1 : 0;
+  choose_layouts(outputs_, &steps_, &values_);
   for (const auto& step : steps_) {
     if (ConvStep* conv = step->conv()) conv->lay_out(values_);
     scratch_floats_ = std::max(scratch_floats_, step->scratch_floats());
@@ -75,8 +76,9 @@ void Program::assign_memory() {
       const Value& value = values_[v];
       if (value.second != second) continue;
       ConvStep* conv = maker[v]->conv();
-      const size_t old = conv == nullptr ? 0 : static_cast<size_t>(conv->overwrites(values_));
-      if (old != 0) {
+      const int64_t overwritten = conv == nullptr ? -1 : conv->overwrites(values_);
+      if (overwritten >= 0) {
+        const size_t old = static_cast<size_t>(overwritten);
         if (stay_under(maker[old]->activation(), conv->activation())) conv->set_residual_stays();
         interval_of[v] = interval_of[old];
         Interval& shared = intervals[interval_of[v]];
@@ -88,7 +90,7 @@ void Program::assign_memory() {
       intervals.push_back({value.made, value.last_use, value.floats(), frame_of(value)});
     }
     const MemoryPlan plan = plan_memory(intervals, 16);
-    for (size_t v = 1; v < values_.size(); ++v) {
+    for (const size_t v : order) {
       if (values_[v].second == second) values_[v].offset = begin + plan.offsets[interval_of[v]];
     }
     if (second) second_ = plan.size;
@@ -113,6 +115,19 @@ struct dsp_program {
   dsp::Program program;
 };
 
+namespace dsp {
+namespace {
+
+void tell_shape(const Shape& of, int64_t shape[3]) {
+  require(shape != nullptr, "shape is null");
+  shape[0] = of.channels;
+  shape[1] = of.height;
+  shape[2] = of.width;
+}
+
+}  // namespace
+}  // namespace dsp
+
 extern "C" {
 
 dsp_status dsp_program_create(const int64_t* words, int64_t words_numel, const float* floats,
@@ -123,29 +138,47 @@ dsp_status dsp_program_create(const int64_t* words, int64_t words_numel, const f
   });
 }
 
-dsp_status dsp_program_run(dsp_program* program, const float* in, int64_t in_numel, float* out,
-                           int64_t out_numel, int64_t batch, int32_t threads) {
+dsp_status dsp_program_run(dsp_program* program, const float* const* in, const int64_t* in_numel,
+                           float* const* out, const int64_t* out_numel, int64_t batch, int32_t threads) {
   return dsp::guard([&] {
     using namespace dsp;
     require(program != nullptr, "program is null");
     require(batch >= 0, "batch is negative");
     require(threads >= 1, "threads is below 1");
-    const Value& x = program->program.input();
-    const Value& y = program->program.output();
-    check_tensor(in, in_numel, checked_mul(batch, x.numel(), "the size of in"), "in");
-    check_tensor(out, out_numel, checked_mul(batch, y.numel(), "the size of out"), "out");
+    require(in != nullptr && in_numel != nullptr && out != nullptr && out_numel != nullptr,
+            "in, out or their sizes are null");
+    for (int64_t i = 0; i < program->program.inputs(); ++i) {
+      const int64_t numel = checked_mul(batch, program->program.input(i).numel(), "the size of in");
+      check_tensor(in[i], in_numel[i], numel, "in");
+    }
+    for (int64_t i = 0; i < program->program.outputs(); ++i) {
+      const int64_t numel = checked_mul(batch, program->program.output(i).numel(), "the size of out");
+      check_tensor(out[i], out_numel[i], numel, "out");
+    }
     const auto run = [&] { program->program.run(in, out, batch, threads); };
     with_team(threads, run);
   });
 }
 
-dsp_status dsp_program_output(const dsp_program* program, int64_t shape[3]) {
+int64_t dsp_program_inputs(const dsp_program* program) {
+  return program == nullptr ? 0 : program->program.inputs();
+}
+
+int64_t dsp_program_outputs(const dsp_program* program) {
+  return program == nullptr ? 0 : program->program.outputs();
+}
+
+dsp_status dsp_program_input(const dsp_program* program, int64_t index, int64_t shape[3]) {
   return dsp::guard([&] {
-    dsp::require(program != nullptr && shape != nullptr, "program or shape is null");
-    const dsp::Value& y = program->program.output();
-    shape[0] = y.channels;
-    shape[1] = y.height;
-    shape[2] = y.width;
+    dsp::require(index >= 0 && index < dsp_program_inputs(program), "the program has no such input");
+    dsp::tell_shape(program->program.input(index), shape);
+  });
+}
+
+dsp_status dsp_program_output(const dsp_program* program, int64_t index, int64_t shape[3]) {
+  return dsp::guard([&] {
+    dsp::require(index >= 0 && index < dsp_program_outputs(program), "the program has no such output");
+    dsp::tell_shape(program->program.output(index), shape);
   });
 }
 

@@ -23,9 +23,13 @@ class Program {
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
-  void run(const float* in, float* out, int64_t batch, int threads);
-  const Value& input() const { return values_.front(); }
-  const Value& output() const { return values_[static_cast<size_t>(output_)]; }
+  void run(const float* const* in, float* const* out, int64_t batch, int threads);
+  int64_t inputs() const { return inputs_; }
+  int64_t outputs() const { return static_cast<int64_t>(outputs_.size()); }
+  const Value& input(int64_t i) const { return values_[static_cast<size_t>(i)]; }
+  const Value& output(int64_t i) const {
+    return values_[static_cast<size_t>(outputs_[static_cast<size_t>(i)])];
+  }
   dsp_program_memory memory() const;
 
  private:
@@ -33,12 +37,15 @@ class Program {
   void assign_memory();
   float* take_arena();
   void give_arena(float* arena);
-  void run_images(const float* in, float* out, int64_t images, float* arena, int threads) const;
+  void give(const Place& at, int64_t id, float* out) const;
+  void run_images(const float* const* in, float* const* out, int64_t first, int64_t images, float* arena,
+                  int threads) const;
 
   std::vector<Value> values_;
   std::vector<std::unique_ptr<Step>> steps_;
   std::unique_ptr<float, Free> weights_;  // of all steps, in the order in which they run
-  int64_t output_ = 0;
+  int64_t inputs_ = 0;
+  std::vector<int64_t> outputs_;
   size_t first_pair_ = 0;  // the first step for which images wait for one another
   int64_t second_ = 0;     // from a value of the first image to that of the second
   int64_t arena_floats_ = 0;

@@ -12,12 +12,11 @@ namespace {
 
 constexpr int64_t kMostSteps = 1 << 20;
 
-// Reads the words of one step and refuses to read beyond them. `step` is the number of the step: the values
-// before it are 0 to step.
+// Reads the words of one step and refuses to read beyond them. `last` is the last value before it.
 class Reader {
  public:
-  Reader(const int64_t* words, int64_t count, int64_t step, const Source& source, const float* floats)
-      : words_(words), count_(count), step_(step), source_(source), floats_(floats) {}
+  Reader(const int64_t* words, int64_t count, int64_t last, const Source& source, const float* floats)
+      : words_(words), count_(count), last_(last), source_(source), floats_(floats) {}
 
   int64_t next(int64_t least, int64_t most, const char* name) {
     if (at_ >= count_) fail(std::string("program: the step ends before its ") + name);
@@ -27,9 +26,9 @@ class Reader {
            std::to_string(least) + " to " + std::to_string(most));
     return value;
   }
-  int64_t value(const char* name) { return inputs.emplace_back(next(0, step_, name)); }
+  int64_t value(const char* name) { return inputs.emplace_back(next(0, last_, name)); }
   int64_t maybe_value(const char* name) {
-    const int64_t id = next(-1, step_, name);
+    const int64_t id = next(-1, last_, name);
     if (id >= 0) inputs.push_back(id);
     return id;
   }
@@ -62,7 +61,7 @@ class Reader {
 
  private:
   const int64_t* words_;
-  int64_t count_, step_;
+  int64_t count_, last_;
   const Source& source_;
   const float* floats_;
   int64_t at_ = 0;
@@ -134,26 +133,36 @@ Description read_description(const int64_t* words, int64_t words_numel, const fl
   if (words[1] != DSP_PROGRAM_VERSION)
     fail("program: the description's version is " + std::to_string(words[1]) + ", expected " +
          std::to_string(DSP_PROGRAM_VERSION));
-  require(words[7] == words_numel, "program: the description's length is not what it says");
-  const int64_t n_steps = words[5];
+  require(words[5] == words_numel, "program: the description's length is not what it says");
+  const int64_t n_inputs = words[2], n_steps = words[3], n_outputs = words[4];
   require(n_steps >= 1 && n_steps <= kMostSteps, "program: the number of steps is not 1 to 2^20");
-  require(words[6] >= 1 && words[6] <= n_steps, "program: the output is not the value of a step");
+  require(n_inputs >= 1 && n_inputs <= kMostSteps, "program: the number of inputs is not 1 to 2^20");
+  require(n_outputs >= 1 && n_outputs <= n_steps, "program: the number of outputs is not 1 to that of steps");
+  require(words_numel - DSP_PROGRAM_HEADER >= 3 * n_inputs + n_outputs,
+          "program: the description ends before its steps");
   Description d;
-  d.output = words[6];
-  d.values.push_back(checked_value({words[2], words[3], words[4]}));
-  const Source source(d.values, floats, floats_numel);
   int64_t at = DSP_PROGRAM_HEADER;
+  for (int64_t i = 0; i < n_inputs; ++i, at += 3) {
+    d.values.push_back(checked_value({words[at], words[at + 1], words[at + 2]}));
+    d.values.back().input = i;
+  }
+  for (int64_t i = 0; i < n_outputs; ++i, ++at) {
+    require(words[at] >= n_inputs && words[at] < n_inputs + n_steps,
+            "program: an output is not the value of a step");
+    d.outputs.push_back(words[at]);
+  }
+  const Source source(d.values, floats, floats_numel);
   for (int64_t i = 0; i < n_steps; ++i) {
     const std::string name = "program: step " + std::to_string(i);
     if (words_numel - at < 2) fail("program: the description ends before step " + std::to_string(i));
     const int64_t length = words[at + 1];
     if (length < 2 || length > words_numel - at) fail(name + " has a wrong length");
-    Reader read(words + at + 2, length - 2, i, source, floats);
+    Reader read(words + at + 2, length - 2, n_inputs + i - 1, source, floats);
     std::unique_ptr<Step> step = read_step(words[at], read);
     if (step == nullptr) fail(name + " has the unknown operation " + std::to_string(words[at]));
     if (read.left() != 0) fail(name + " has words to spare");
     step->inputs = std::move(read.inputs);
-    step->result = i + 1;
+    step->result = n_inputs + i;
     Value made = checked_value(step->shape(source));
     made.last_use = i;
     for (const int64_t id : step->inputs) d.values[static_cast<size_t>(id)].last_use = i;
@@ -162,7 +171,7 @@ Description read_description(const int64_t* words, int64_t words_numel, const fl
     at += length;
   }
   if (at != words_numel) fail("program: the description has words to spare");
-  d.values[static_cast<size_t>(d.output)].last_use = n_steps;
+  for (const int64_t id : d.outputs) d.values[static_cast<size_t>(id)].last_use = n_steps;
   return d;
 }
 

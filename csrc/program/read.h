@@ -10,9 +10,9 @@
 namespace dsp {
 
 struct Description {
-  std::vector<Value> values;  // the input, then what each step makes
+  std::vector<Value> values;  // the inputs, then what each step makes
   std::vector<std::unique_ptr<Step>> steps;
-  int64_t output = 0;
+  std::vector<int64_t> outputs;
 };
 
 // Throws Error unless every word is as dsp.h and steps.def say and all shapes fit one another.

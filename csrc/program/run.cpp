@@ -40,10 +40,30 @@ void Program::give_arena(float* arena) {
   free_arenas_.push_back(arena);  // take_arena() reserved the room
 }
 
+// One image of a value, to the caller.
+void Program::give(const Place& at, int64_t id, float* out) const {
+  const Value& y = at.value(id);
+  if (y.layout == Layout::kLanes) {
+    const PixelRows<const float> from = at.const_pixel_rows(id);
+    for (int64_t row = 0; row < y.height; ++row) {
+      for (int64_t x = 0; x < y.width; ++x) {
+        for (int64_t c = 0; c < y.channels; ++c)
+          out[(c * y.height + row) * y.width + x] = from(row)[x * from.pixel + y.place(c)];
+      }
+    }
+    return;
+  }
+  const Rows<const float> from = at.const_rows(id);
+  for (int64_t c = 0; c < y.channels; ++c) {
+    for (int64_t row = 0; row < y.height; ++row, out += y.width)
+      std::memcpy(out, from(c, row), static_cast<size_t>(y.width) * sizeof(float));
+  }
+}
+
 // One image, or two: these go one after the other until they can share vectors.
-void Program::run_images(const float* in, float* out, int64_t images, float* arena, int threads) const {
-  const Place at[2] = {{values_, in, arena, 0},
-                       {values_, in + (images - 1) * input().numel(), arena, second_}};
+void Program::run_images(const float* const* in, float* const* out, int64_t first, int64_t images,
+                         float* arena, int threads) const {
+  const Place at[2] = {{values_, in, first, arena, 0}, {values_, in, first + images - 1, arena, second_}};
   const size_t alone = images == 1 ? steps_.size() : first_pair_;
   for (int64_t n = 0; n < images; ++n) {
     for (size_t i = 0; i < alone; ++i) steps_[i]->run(at[n], threads);
@@ -56,35 +76,20 @@ void Program::run_images(const float* in, float* out, int64_t images, float* are
     }
     for (const Place& place : at) steps_[i]->run(place, threads);
   }
-  const Value& y = output();
   for (int64_t n = 0; n < images; ++n) {
-    if (y.layout == Layout::kLanes) {
-      const PixelRows<const float> from = at[n].const_pixel_rows(output_);
-      for (int64_t row = 0; row < y.height; ++row) {
-        for (int64_t x = 0; x < y.width; ++x) {
-          for (int64_t c = 0; c < y.channels; ++c)
-            out[(c * y.height + row) * y.width + x] = from(row)[x * from.pixel + y.place(c)];
-        }
-      }
-      out += y.numel();
-      continue;
-    }
-    const Rows<const float> from = at[n].const_rows(output_);
-    for (int64_t c = 0; c < y.channels; ++c) {
-      for (int64_t row = 0; row < y.height; ++row, out += y.width)
-        std::memcpy(out, from(c, row), static_cast<size_t>(y.width) * sizeof(float));
-    }
+    for (size_t i = 0; i < outputs_.size(); ++i)
+      give(at[n], outputs_[i], out[i] + (first + n) * at[n].value(outputs_[i]).numel());
   }
 }
 
-void Program::run(const float* in, float* out, int64_t batch, int threads) {
-  const auto some = [&](int64_t n, int64_t images, int inner) {
+void Program::run(const float* const* in, float* const* out, int64_t batch, int threads) {
+  const auto some = [&](int64_t first, int64_t images, int inner) {
     struct Lease {
       Program* program;
       float* arena;
       ~Lease() { program->give_arena(arena); }
     } lease{this, take_arena()};
-    run_images(in + n * input().numel(), out + n * output().numel(), images, lease.arena, inner);
+    run_images(in, out, first, images, lease.arena, inner);
   };
   // Whole images side by side while every thread has one, two at a time where that helps; what is left over
   // is shared layer by layer.

@@ -25,7 +25,7 @@ enum class Layout : int32_t {
   kLanes,   // pixel by pixel, `pixel` floats from one to the next: channels last
 };
 
-// One tensor of one image. It lies in the arena at `offset`, or in the caller's input.
+// One tensor of one image. It lies in the arena at `offset`, or is one of the caller's inputs.
 struct Value : Shape {
   explicit Value(const Shape& shape) : Shape(shape) {}
 
@@ -38,6 +38,8 @@ struct Value : Shape {
   int64_t place(int64_t channel) const {
     return places.empty() ? channel : places[static_cast<size_t>(channel)];
   }
+  int64_t input = -1;  // which of the caller's inputs it is; -1: none
+  bool callers() const { return input >= 0; }
   int64_t offset = 0;
   int64_t made = 0;      // the step that makes it
   int64_t last_use = 0;  // the step that reads it last; the number of steps: the caller does
@@ -74,13 +76,17 @@ struct PixelRows {
 // Where the values of one image are.
 struct Place {
   const std::vector<Value>& values;
-  const float* in;
+  const float* const* in;  // the caller's inputs
+  int64_t image;           // which of theirs
   float* arena;
   int64_t second;  // from a value of the first image to that of the second; 0 for the first
 
   const Value& value(int64_t id) const { return values[static_cast<size_t>(id)]; }
   float* write(int64_t id) const { return arena + value(id).offset + (value(id).second ? second : 0); }
-  const float* read(int64_t id) const { return id == 0 ? in : write(id); }
+  const float* read(int64_t id) const {
+    const Value& v = value(id);
+    return v.callers() ? in[v.input] + image * v.numel() : write(id);
+  }
   Rows<float> rows(int64_t id) const { return rows_at(write(id), value(id).planes); }
   Rows<const float> const_rows(int64_t id) const { return rows_at(read(id), value(id).planes); }
   PixelRows<float> pixel_rows(int64_t id) const { return pixels_at(write(id), value(id).view()); }

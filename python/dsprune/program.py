@@ -218,7 +218,7 @@ class ProgramCache:
             leaves = list(output) if isinstance(output, (list, tuple)) else [output]
             self._place = (next(i for i, leaf in enumerate(leaves) if leaf is not None), len(leaves))
             self._alone = len(leaves) == 1 and graph.process_outputs([x]) is x
-        result = program._run(x, x.shape[0])  # find() has seen to x
+        result = program.run((x,), x.shape[0])[0]  # find() has seen to x
         if self._alone:
             return result
         place, count = self._place

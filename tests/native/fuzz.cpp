@@ -46,6 +46,7 @@ struct Exact {
   }
   Exact(int64_t count, float value) : Exact(std::vector<float>(static_cast<size_t>(count), value)) {}
   Exact(const Exact&) = delete;
+  Exact(Exact&& other) noexcept : data(other.data), size(other.size) { other.data = nullptr; }
   Exact& operator=(const Exact&) = delete;
   ~Exact() { std::free(data); }
   float* data;
@@ -483,7 +484,8 @@ struct Network {
   std::vector<int64_t> words;
   std::vector<float> floats;
   std::vector<Tensor> values;
-  int64_t output = 0;
+  size_t inputs = 0;
+  std::vector<int64_t> outputs;
 };
 
 int64_t store(Network* net, const std::vector<float>& values) {
@@ -512,16 +514,20 @@ Network random_network() {
   // Often as CNNs have them: maps of whole or half vectors, halved by stride 2.
   const bool usual = chance(0.4);
   constexpr int64_t kUsual[] = {4, 8, 16, 32, 48};
-  Tensor input{between(1, 6),
-               usual ? kUsual[between(0, 4)] : random_size(),
-               usual ? kUsual[between(0, 4)] : random_size(),
-               {}};
-  for (int64_t i = 0; i < input.channels * input.height * input.width; ++i)
-    input.data.push_back(static_cast<double>(normal()));
-  net.values.push_back(input);
+  const auto random_input = [&](int64_t height, int64_t width) {
+    Tensor input{chance(0.9) ? between(1, 6) : between(15, 20), height, width, {}};
+    for (int64_t i = 0; i < input.channels * input.height * input.width; ++i)
+      input.data.push_back(static_cast<double>(normal()));
+    net.values.push_back(input);
+  };
+  const auto random_side = [&] { return usual ? kUsual[between(0, 4)] : random_size(); };
+  random_input(random_side(), random_side());
+  while (chance(0.3)) {  // often of one size with the first, so that they are concatenated and added
+    const Tensor first = net.values.front();
+    random_input(chance(0.7) ? first.height : random_side(), chance(0.7) ? first.width : random_side());
+  }
+  net.inputs = net.values.size();
   const int64_t steps = between(1, 8);
-  net.words = {
-      DSP_PROGRAM_MAGIC, DSP_PROGRAM_VERSION, input.channels, input.height, input.width, steps, 0, 0};
   for (int64_t i = 0; i < steps; ++i) {
     const int64_t id = chance(0.7) ? static_cast<int64_t>(net.values.size()) - 1
                                    : between(0, static_cast<int64_t>(net.values.size()) - 1);
@@ -656,10 +662,22 @@ Network random_network() {
     }
     net.values.push_back(y);
   }
-  net.words[5] = static_cast<int64_t>(net.values.size()) - 1;
-  net.output = chance(0.8) ? net.words[5] : between(1, net.words[5]);
-  net.words[6] = net.output;
-  net.words[7] = static_cast<int64_t>(net.words.size());
+  const int64_t inputs = static_cast<int64_t>(net.inputs);
+  const int64_t last = static_cast<int64_t>(net.values.size()) - 1;
+  net.outputs = {chance(0.8) ? last : between(inputs, last)};
+  while (chance(0.4) && static_cast<int64_t>(net.outputs.size()) <= last - inputs)
+    net.outputs.push_back(between(inputs, last));
+  std::vector<int64_t> head = {DSP_PROGRAM_MAGIC,
+                               DSP_PROGRAM_VERSION,
+                               inputs,
+                               last + 1 - inputs,
+                               static_cast<int64_t>(net.outputs.size()),
+                               0};
+  for (size_t i = 0; i < net.inputs; ++i)
+    head.insert(head.end(), {net.values[i].channels, net.values[i].height, net.values[i].width});
+  head.insert(head.end(), net.outputs.begin(), net.outputs.end());
+  head[5] = static_cast<int64_t>(head.size() + net.words.size());
+  net.words.insert(net.words.begin(), head.begin(), head.end());
   return net;
 }
 
@@ -672,36 +690,66 @@ void fuzz_program() {
   check(dsp_program_create(net.words.data(), static_cast<int64_t>(net.words.size()), floats.data, floats.size,
                            &program) == DSP_OK,
         "program refused");
-  const Tensor& x = net.values.front();
-  const Tensor& y = net.values[static_cast<size_t>(net.output)];
   // The first image is the one that the reference was computed for; each has the bits that it has alone.
   const int64_t batch = between(0, 7);
-  const int64_t x_numel = static_cast<int64_t>(x.data.size());
-  const int64_t y_numel = static_cast<int64_t>(y.data.size());
-  std::vector<float> in = random_floats(batch * x_numel);
-  for (size_t i = 0; batch > 0 && i < x.data.size(); ++i) in[i] = static_cast<float>(x.data[i]);
-  const Exact input(in);
+  std::vector<std::vector<float>> in;
+  for (size_t i = 0; i < net.inputs; ++i) {
+    const std::vector<double>& first = net.values[i].data;
+    in.push_back(random_floats(batch * static_cast<int64_t>(first.size())));
+    for (size_t j = 0; batch > 0 && j < first.size(); ++j) in[i][j] = static_cast<float>(first[j]);
+  }
+  // Images [begin, begin + count) on so many threads: of each output, what comes out.
+  const auto run = [&](int64_t begin, int64_t count, int32_t threads) {
+    std::vector<Exact> given, made;
+    for (size_t i = 0; i < in.size(); ++i) {
+      const int64_t numel = static_cast<int64_t>(net.values[i].data.size());
+      given.emplace_back(
+          std::vector<float>(in[i].begin() + begin * numel, in[i].begin() + (begin + count) * numel));
+    }
+    for (const int64_t id : net.outputs) {
+      const int64_t numel = static_cast<int64_t>(net.values[static_cast<size_t>(id)].data.size());
+      made.emplace_back(count * numel, std::numeric_limits<float>::quiet_NaN());
+    }
+    std::vector<const float*> from;
+    std::vector<float*> to;
+    std::vector<int64_t> from_numel, to_numel;
+    for (const Exact& x : given) {
+      from.push_back(x.data);
+      from_numel.push_back(x.size);
+    }
+    for (const Exact& y : made) {
+      to.push_back(y.data);
+      to_numel.push_back(y.size);
+    }
+    check(dsp_program_run(program, from.data(), from_numel.data(), to.data(), to_numel.data(), count,
+                          threads) == DSP_OK,
+          "program does not run");
+    std::vector<std::vector<float>> results;
+    for (const Exact& y : made) results.emplace_back(y.data, y.data + y.size);
+    return results;
+  };
   double scale = 1;
   for (const Tensor& t : net.values) {
     for (const double value : t.data) scale = std::max(scale, std::fabs(value));
   }
-  std::vector<float> alone;
+  std::vector<std::vector<float>> alone(net.outputs.size());
   for (int64_t n = 0; n < batch; ++n) {
-    const Exact image(std::vector<float>(in.begin() + n * x_numel, in.begin() + (n + 1) * x_numel));
-    Exact out(y_numel, std::numeric_limits<float>::quiet_NaN());
-    check(dsp_program_run(program, image.data, image.size, out.data, out.size, 1, 1) == DSP_OK,
-          "program does not run");
-    alone.insert(alone.end(), out.data, out.data + out.size);
+    const std::vector<std::vector<float>> image = run(n, 1, 1);
+    for (size_t i = 0; i < image.size(); ++i)
+      alone[i].insert(alone[i].end(), image[i].begin(), image[i].end());
   }
-  for (size_t i = 0; batch > 0 && i < y.data.size(); ++i) {
-    if (!(std::fabs(static_cast<double>(alone[i]) - y.data[i]) <= 1e-4 * scale)) die("program: wrong result");
+  for (size_t i = 0; batch > 0 && i < net.outputs.size(); ++i) {
+    const std::vector<double>& y = net.values[static_cast<size_t>(net.outputs[i])].data;
+    for (size_t j = 0; j < y.size(); ++j) {
+      if (!(std::fabs(static_cast<double>(alone[i][j]) - y[j]) <= 1e-4 * scale)) die("program: wrong result");
+    }
   }
   const auto work = [&](int32_t threads) {
-    Exact out(batch * y_numel, std::numeric_limits<float>::quiet_NaN());
-    check(dsp_program_run(program, input.data, input.size, out.data, out.size, batch, threads) == DSP_OK,
-          "program does not run");
-    for (size_t i = 0; i < alone.size(); ++i) {
-      if (std::memcmp(out.data + i, alone.data() + i, sizeof(float)) != 0)
+    const std::vector<std::vector<float>> all = run(0, batch, threads);
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (all[i].size() != alone[i].size() ||
+          (!all[i].empty() &&
+           std::memcmp(all[i].data(), alone[i].data(), all[i].size() * sizeof(float)) != 0))
         die("program: an image has other bits than alone");
     }
   };
@@ -743,18 +791,33 @@ void fuzz_bad_program() {
     return;
   }
   // Still a program, if another one: it has to run within its own sizes.
-  int64_t shape[3] = {0, 0, 0};
-  check(dsp_program_output(program, shape) == DSP_OK, "no output shape");
-  const int64_t in_numel = words[2] * words[3] * words[4];
-  const int64_t out_numel = shape[0] * shape[1] * shape[2];
+  std::vector<Exact> in, out;
+  std::vector<const float*> from;
+  std::vector<float*> to;
+  std::vector<int64_t> from_numel, to_numel;
   dsp_program_memory memory{};
   check(dsp_program_memory_use(program, &memory) == DSP_OK, "no memory use");
-  if (in_numel < (1 << 20) && out_numel < (1 << 20) && memory.arena_bytes < (1 << 26) &&
-      memory.scratch_bytes < (1 << 26)) {
-    const Exact in(in_numel, 1.0f);
-    Exact out(out_numel, 0.0f);
-    check(dsp_program_run(program, in.data, in.size, out.data, out.size, 1, 2) == DSP_OK,
-          "program does not run");
+  bool small = memory.arena_bytes < (1 << 26) && memory.scratch_bytes < (1 << 26);
+  int64_t shape[3] = {0, 0, 0};
+  check(dsp_program_input(program, dsp_program_inputs(program), shape) != DSP_OK, "an input beyond the last");
+  for (int64_t i = 0; small && i < dsp_program_inputs(program); ++i) {
+    check(dsp_program_input(program, i, shape) == DSP_OK, "no input shape");
+    from_numel.push_back(shape[0] * shape[1] * shape[2]);
+    small = from_numel.back() < (1 << 20);
+    if (small) in.emplace_back(from_numel.back(), 1.0f);
+  }
+  for (int64_t i = 0; small && i < dsp_program_outputs(program); ++i) {
+    check(dsp_program_output(program, i, shape) == DSP_OK, "no output shape");
+    to_numel.push_back(shape[0] * shape[1] * shape[2]);
+    small = to_numel.back() < (1 << 20);
+    if (small) out.emplace_back(to_numel.back(), 0.0f);
+  }
+  if (small) {
+    for (const Exact& x : in) from.push_back(x.data);
+    for (const Exact& y : out) to.push_back(y.data);
+    check(
+        dsp_program_run(program, from.data(), from_numel.data(), to.data(), to_numel.data(), 1, 2) == DSP_OK,
+        "program does not run");
   }
   dsp_program_destroy(program);
 }

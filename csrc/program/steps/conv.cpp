@@ -128,7 +128,7 @@ void ConvStep::lay_out(const std::vector<Value>& values) {
   const Plan plan = Plan::trusted(fields_.plan.data());
   const ConvShape& s = shape_;
   const auto value = [&](int64_t id) -> const Value& { return values[static_cast<size_t>(id)]; };
-  const bool callers = inputs.front() == 0;
+  const bool callers = value(inputs.front()).callers();
   const Value& x = value(inputs.front());
   const Planes& out = value(result).planes;
   const int64_t width = s.out_w;
@@ -179,7 +179,7 @@ void ConvStep::lay_out_lanes(const std::vector<Value>& values) {
 
 bool ConvStep::choose_pairs(const std::vector<Value>& values) {
   if (lanes_ || layout_.blocks.empty() || !layout_.pairs_fit()) return false;
-  if (adds() && residual() == 0) return false;  // the caller's images lie elsewhere
+  if (adds() && values[static_cast<size_t>(residual())].callers()) return false;  // lies elsewhere
   pairs_ = true;
   const int64_t residual_pitch = adds() ? values[static_cast<size_t>(residual())].planes.pitch : 0;
   layout_.build_tiles(shape_.out_plane(), values[static_cast<size_t>(result)].planes, residual_pitch,
@@ -188,14 +188,14 @@ bool ConvStep::choose_pairs(const std::vector<Value>& values) {
 }
 
 int64_t ConvStep::overwrites(const std::vector<Value>& values) const {
-  if (!adds() || residual() == inputs.front() || residual() == 0) return 0;
+  if (!adds() || residual() == inputs.front()) return -1;
   const Value& old = values[static_cast<size_t>(residual())];
   const Value& made = values[static_cast<size_t>(result)];
   const bool alike = old.layout == made.layout && old.pad_h == made.pad_h && old.pad_w == made.pad_w &&
                      old.pixel == made.pixel && old.planes.odd == made.planes.odd &&
                      old.planes.pitch == made.planes.pitch && old.planes.plane == made.planes.plane;
-  const bool free = old.last_use == made.made && old.second == made.second;
-  return alike && free ? residual() : 0;
+  const bool free = !old.callers() && old.last_use == made.made && old.second == made.second;
+  return alike && free ? residual() : -1;
 }
 
 // Where one run reads and writes.
@@ -316,7 +316,7 @@ void ConvStep::run(const Place& at, int threads) const {
 void ConvStep::run_pair(const Place& first, int64_t second) const {
   const Tensors t = tensors(first);
   fill_dead(t);
-  fill_dead(tensors({first.values, first.in, first.arena, second}));
+  fill_dead(tensors({first.values, first.in, first.image + 1, first.arena, second}));
   layout_.run(of_pairs_, 0, layout_.chunks(of_pairs_), 0, static_cast<int64_t>(layout_.blocks.size()), t.in,
               weights_.data(), layout_.bias.data(), t.out, t.out_planes, t.residual, t.residual_planes,
               fields_.activation, second);

@@ -46,7 +46,7 @@ class ConvStep final : public Step {
   // Two images, the second one's values `second` floats behind the first's.
   void run_pair(const Place& first, int64_t second) const;
 
-  // The value in whose place the result may be written, or 0: a residual that nobody reads later lies like
+  // The value in whose place the result may be written, or -1: a residual that nobody reads later lies like
   // its sum with it, and is read where the sum is written.
   int64_t overwrites(const std::vector<Value>& values) const;
   // The residual is where the result goes, and stays as it is if nothing is added.

@@ -1,7 +1,8 @@
-"""What docs/developing.md says that one touches to add an activation or a step of programs is enough.
+"""What docs/developing.md says that one touches to add an activation, a step of programs or an operator is
+enough.
 
-A copy of the tree gets both, is built and runs them: once with a parameter and the output to go by in the
-backward, once with the input.
+A copy of the tree gets them, is built and runs them: an activation with a parameter and the output to go by
+in the backward, another with the input.
 """
 
 from __future__ import annotations
@@ -15,37 +16,52 @@ import pytest
 from test_build import build_in_place, clean_environment, copy_tree
 
 ROWS_OF_THE_CORE = """
-DSP_CURVE(LEAKY_RELU, leaky_relu, 3, 1)
-DSP_CURVE(SILU, silu, 4, 0)
+DSP_CURVE(THRESHOLD, threshold, 3, 2)
+DSP_CURVE(ERF, erf, 4, 0)
 """
 
 CURVES = """
-DSP_INLINE Vec curve_leaky_relu(Vec v, const float* p) {
-  return add(max(zero(), v), mul(set1(p[0]), min(zero(), v)));
-}
-DSP_INLINE Vec curve_silu(Vec v, const float*) {
+DSP_INLINE Vec curve_threshold(Vec v, const float* p) {
   float lanes[kLanes];
   store(lanes, v);
-  for (int i = 0; i < kLanes; ++i) lanes[i] /= 1.0f + __builtin_expf(-lanes[i]);
+  for (int i = 0; i < kLanes; ++i) lanes[i] = lanes[i] <= p[0] ? p[1] : lanes[i];
+  return load(lanes);
+}
+DSP_INLINE Vec curve_erf(Vec v, const float*) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < kLanes; ++i) lanes[i] = __builtin_erff(lanes[i]);
   return load(lanes);
 }
 """
 
 ROWS_OF_PYTHON = """
     Activation(
-        "leaky_relu",
+        "threshold",
         3,
-        lambda x, slope: F.leaky_relu(x, slope),
-        lambda grad, y, slope: torch.where(y > 0, grad, grad * slope),
+        lambda x, least, value: F.threshold(x, least, value),
+        lambda grad, y, least, value: torch.where(y == value, 0, grad),
         "output",
-        ("slope",),
+        ("least", "value"),
     ),
     Activation(
-        "silu",
+        "erf",
         4,
-        lambda x: F.silu(x),
-        lambda grad, x: grad * torch.sigmoid(x) * (1 + x * torch.sigmoid(-x)),
+        lambda x: x.erf(),
+        lambda grad, x: grad * (-x * x).exp() * (2 / math.pi**0.5),
         "input",
+    ),
+"""
+
+OPERATORS = """
+    _activated(aten.threshold.default, named=lambda threshold, value: f"threshold({threshold}, {value})"),
+    _activated(aten.erf.default, named="erf"),
+    Operator(
+        (aten.repeat_interleave.self_int,),
+        "move",
+        step=lambda program, x, repeats, dim: program.step(
+            "repeat", x=x, scale_h=repeats if dim == 2 else 1, scale_w=repeats if dim == 3 else 1
+        ),
     ),
 """
 
@@ -100,12 +116,15 @@ std::unique_ptr<Step> make_step(const Fields<DSP_OP_REPEAT>& fields) {
 """
 
 USE = """
+import copy
+
 import torch
 import torch.nn.functional as F
 
 from dsp_kernels import GroupLayout, permuted_grouped_conv2d
 from dsp_kernels.backends import native_module
 from dsp_kernels.program import Program
+import dsprune
 
 assert native_module().cpu_isa() in ("generic", "neon")
 torch.manual_seed(0)
@@ -115,7 +134,7 @@ weight = torch.randn(layout.weight_numel((3, 3)), dtype=torch.float64, requires_
 bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
 residual = torch.randn(2, 7, 9, 10, dtype=torch.float64, requires_grad=True)
 inputs = (x, weight, bias, residual)
-ACTS = {"leaky_relu(0.25)": lambda v: F.leaky_relu(v, 0.25), "silu": F.silu}
+ACTS = {"threshold(0.25, -1)": lambda v: F.threshold(v, 0.25, -1.0), "erf": torch.erf}
 for name, act in ACTS.items():
 
     def call(*given, name=name, backend=None):
@@ -150,6 +169,33 @@ for name, act in ACTS.items():
     second = act(F.conv2d(first, dense[:, [0, 1, 2, 3, 4, 0, 1]], padding=1))
     repeated = second.repeat_interleave(2, 2).repeat_interleave(3, 3)
     torch.testing.assert_close(program(x.detach().float()), act(repeated).float(), rtol=1e-5, atol=1e-5)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(i, 6, 3, padding=1) for i in (3, 6, 6))
+        with torch.no_grad():
+            self.b.weight[:3, 2:4] = 0
+            self.c.weight[:, 1] = 0  # filter 1 of b goes, through the repetition
+
+    def forward(self, x):
+        y = self.b(F.threshold(self.a(x), 0.3, 0.1)).erf()
+        return F.threshold(self.c(y.repeat_interleave(2, 3)), 0.0, -0.5)
+
+
+model = Net().eval()
+packed = dsprune.pack(model, torch.randn(1, 3, 8, 8))
+layers = {getattr(layer, "dense_name", None): layer for layer in packed.modules()}
+assert layers["b"].weight.numel() == (2 * 4 + 3 * 6) * 9  # the filter that nobody reads is dead
+fused = [layers[name].activation for name in "abc"]
+assert fused == ["threshold(0.3, 0.1)", "erf", "threshold(0.0, -0.5)"]
+for size in (8, 11):
+    x = torch.randn(2, 3, size, size + 1)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+        torch.testing.assert_close(packed(x), expected.float(), rtol=1e-4, atol=1e-5)
+    assert packed.program_reason is None, packed.program_reason
 """
 
 
@@ -160,7 +206,7 @@ def insert(path: Path, before: str, text: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_an_activation_and_a_step(tmp_path: Path) -> None:
+def test_an_activation_a_step_and_an_operator(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path)
     insert(tree / "csrc/core/activations.def", "\n#undef DSP_CLAMP", ROWS_OF_THE_CORE)
     insert(tree / "csrc/core/activate.h", "\n// Out of line:", CURVES)
@@ -168,6 +214,7 @@ def test_an_activation_and_a_step(tmp_path: Path) -> None:
     insert(tree / "dsp_kernels/activations.py", "import torch.nn.functional", "import torch\n")
     insert(tree / "csrc/program/steps.def", "\n#undef DSP_STEP\n", FIELDS)
     (tree / "csrc/program/steps/repeat.cpp").write_text(STEP, encoding="utf-8")
+    insert(tree / "python/dsprune/operators.py", ")\n\n_UNKNOWN", OPERATORS)
     # The least instruction set, little optimised: the same sources in a fraction of the time.
     small = "-DDSP_WERROR=ON -DDSP_WIDE=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O0"
     built = build_in_place(tree, DSP_KERNELS_NATIVE="1", DSP_KERNELS_CUDA="0", DSP_KERNELS_CMAKE_ARGS=small)
@@ -175,7 +222,7 @@ def test_an_activation_and_a_step(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", USE],
         cwd=tree,
-        env=clean_environment(PYTHONPATH=str(tree)),
+        env=clean_environment(PYTHONPATH=f"{tree}:{tree / 'python'}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

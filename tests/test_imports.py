@@ -147,3 +147,23 @@ def test_nothing_private_is_taken_from_another_module() -> None:
 def test_no_two_modules_have_one_name() -> None:
     names = [path.stem for path in MODULES.values() if path.stem not in ROOMS]
     assert {name for name in names if names.count(name) > 1} == NAMESAKES
+
+
+# Beside the table of operators: what exported graphs are rewritten to before any pass sees them, and torch's
+# own backward of a pooling and a convolution, called.
+NAMES_OPERATORS = {
+    "dsprune.operators",
+    "dsprune.functional",
+    "dsp_kernels.conv.reference",
+    "dsp_kernels.tail",
+}
+
+
+def test_the_table_alone_names_operators() -> None:
+    """Passes ask ``dsprune.operators``: an operator is one row there."""
+
+    def names(path: Path) -> bool:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        return any(isinstance(node, ast.Attribute) and node.attr == "aten" for node in ast.walk(tree))
+
+    assert {module for module, path in MODULES.items() if names(path)} == NAMES_OPERATORS

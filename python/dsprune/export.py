@@ -26,10 +26,11 @@ from dsp_kernels import activations, tail
 from dsp_kernels.backends import choose
 
 from .compare import differs
-from .graph import as_inputs, aten, dynamic_shapes, evaluating, quiet, unwrap, widen_batch
+from .graph import as_inputs, dynamic_shapes, evaluating, quiet, unwrap, widen_batch
 from .inputs import noise_like, own_tensors, tensors_of
 from .io import target_file, write_atomically
 from .nn import PackedConv2d, PermutedGroupedConv2d
+from .operators import find
 from .pack import PackedNetwork
 
 __all__ = ["FORMS", "export_aoti", "export_onnx", "export_torch", "standard_network"]
@@ -37,7 +38,6 @@ __all__ = ["FORMS", "export_aoti", "export_onnx", "export_torch", "standard_netw
 FORMS = ("dense", "groups")
 ONNX_TOLERANCE = 1e-4
 OPSET = 18  # the oldest that torch's exporter writes
-ADAPTIVE_POOLS = {aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default}
 
 
 class _ProgramLinear(nn.Linear):
@@ -62,29 +62,14 @@ def _as_programs(network: nn.Module, backend: str | None) -> nn.Module:
     ):
         return network
     for node in list(network.graph.nodes):
-        dims: set[int] = set()
-        if node.op == "call_function" and node.target is aten.mean.dim and not node.kwargs:
-            given: Any = node.args[1]
-            dims = {d % 4 for d in ([given] if isinstance(given, int) else given)}
-        if dims == {2, 3}:
-            with network.graph.inserting_after(node):
-                pool = network.graph.call_function(tail.adaptive_avg_pool, (node.args[0], [1, 1]))
-            if len(node.args) > 2 and node.args[2]:
-                node.replace_all_uses_with(pool)
-            else:
-                with network.graph.inserting_after(pool):
-                    vector = network.graph.call_function(torch.flatten, (pool, 1))
-                node.replace_all_uses_with(vector)
-            network.graph.erase_node(node)
-        elif node.op == "call_function" and node.target in ADAPTIVE_POOLS:
-            size: Any = node.args[1]
-            node.target = tail.adaptive_avg_pool
-            node.args = (node.args[0], [size, size] if isinstance(size, int) else list(size))
+        export = find(node).export
+        if export is not None:
+            export(network.graph, node)
     vectors: set[fx.Node] = set()
     for node in network.graph.nodes:
-        if node.op == "call_function" and (
-            node.target is torch.flatten or (node.target is aten.relu.default and node.args[0] in vectors)
-        ):
+        row = find(node)
+        pointwise = row.kind == "pointwise" and not row.cast
+        if row.kind == "flatten" or (pointwise and node.args[0] in vectors):
             vectors.add(node)
         if node.op != "call_module" or node.args[0] not in vectors:
             continue

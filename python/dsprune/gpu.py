@@ -25,6 +25,7 @@ from dsp_kernels.conv import chain as chains
 from dsp_kernels.conv.triton import recording
 
 from .nn import PermutedGroupedConv2d
+from .operators import find
 from .watch import Watch
 
 __all__ = [
@@ -835,7 +836,7 @@ class GraphCache:
     def _make(self, x: torch.Tensor) -> tuple[Captured | None, str | None]:
         if not isinstance(self.network, fx.GraphModule):
             return None, "the network is no exported graph"
-        if any(node.target is torch.ops.aten.copy_.default for node in self.network.graph.nodes):
+        if any(find(node).writes for node in self.network.graph.nodes):
             return None, "the network writes into its input"
         try:
             chosen = backends.choose(self.backend, x.device.type, x.dtype)

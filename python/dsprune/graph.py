@@ -29,9 +29,8 @@ from .functional import is_simple, make_functional
 from .guards import Expression, evaluate, parse
 from .inputs import Signature, describe, own_tensors, tensors_of
 from .masks import copies_of_results, settle, settle_parametrizations
+from .operators import find
 from .state import containers_in, preserved, where_changed
-
-aten = torch.ops.aten
 
 __all__ = ["ConvInfo", "ExportError", "NetworkGraph", "prunable_convs", "trace"]
 
@@ -512,6 +511,14 @@ def arguments(node: fx.Node, defaults: Sequence[Any]) -> list[Any]:
     return out
 
 
+def named(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an ATen call by their names; those that it leaves out have their defaults."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False))
+    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return defaults | given | dict(node.kwargs)
+
+
 def owner_of(weight_name: str) -> str:
     """The module that a weight belongs to, or the tensor itself where it is no module's ``weight``."""
     owner, _, attribute = weight_name.rpartition(".")
@@ -529,7 +536,8 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in (aten.conv2d.default, aten.conv2d.padding):
+        kind = find(node).kind
+        if kind == "conv":
             x, weight, bias, stride, padding, dilation, groups = arguments(
                 node, [None, None, None, [1, 1], [0, 0], [1, 1], 1]
             )
@@ -563,7 +571,7 @@ def _sites(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> list[Sit
                     positions=shape[2] * shape[3],
                 )
             )
-        elif node.target is aten.linear.default:
+        elif kind == "linear":
             x, weight, bias = arguments(node, [None, None, None])
             weight_name, shape = parameter(weight), shape_of(node)
             if weight_name is None or shape is None or (bias is not None and parameter(bias) is None):
@@ -623,7 +631,7 @@ def _roles(graph: NetworkGraph) -> dict[fx.Node, tuple[bool, bool, bool]]:
     shortcuts: set[fx.Node] = set()
     last: set[fx.Node] = set()
     for node in nodes:
-        if node.op != "call_function" or node.target is not aten.add.Tensor:
+        if not find(node).sum:
             continue
         a, b = node.args[:2]
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):

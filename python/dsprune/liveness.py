@@ -11,130 +11,21 @@ linear layer, folds it into its bias, and every other consumer keeps reading it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .graph import NetworkGraph, Site, arguments, aten, hint, shape_of
+from .graph import NetworkGraph, Site, arguments, hint, named, shape_of
+from .operators import find
 
 __all__ = ["Liveness", "analyse"]
 
 NAN = float("nan")
 MAX_STATE = 1 << 22  # larger parameters are not followed position by position
-
-# Applied position by position: a constant position stays one.
-UNARY = {
-    aten.relu.default,
-    aten.relu6.default,
-    aten.hardtanh.default,
-    aten.sigmoid.default,
-    aten.hardswish.default,
-    aten.hardsigmoid.default,
-    aten.silu.default,
-    aten.gelu.default,
-    aten.tanh.default,
-    aten.leaky_relu.default,
-    aten.elu.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.neg.default,
-    aten.exp.default,
-    aten.abs.default,
-    aten.sqrt.default,
-    aten.rsqrt.default,
-    aten.clamp.default,
-    aten.clamp_min.default,
-    aten.clamp_max.default,
-    aten.softplus.default,
-    aten.mish.default,
-    aten.log.default,
-    aten.pow.Tensor_Scalar,
-    aten.selu.default,
-    aten.celu.default,
-    aten.reciprocal.default,
-    aten.square.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.add.Scalar,
-    aten.mul.Scalar,
-    aten.sub.Scalar,
-    aten.div.Scalar,
-    aten.rsub.Scalar,
-}
-BINARY = {
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.maximum.default,
-    aten.minimum.default,
-}
-# Move or copy elements without computing; run once on position labels to see what goes where.
-MOVES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.cat.default,
-    aten.stack.default,
-    aten.expand.default,
-    aten.flip.default,
-    aten.roll.default,
-    aten.repeat.default,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
-    aten.native_channel_shuffle.default,
-    aten.unflatten.int,
-    aten.unbind.int,
-    aten.movedim.int,
-    aten.narrow.default,
-    aten.t.default,
-    operator.getitem,
-}
-# Moves whose sizes may come from the input's, and moves that cut a piece out along one dimension.
-RESHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.repeat.default,
-    aten.unflatten.int,
-}
-CUTS = {aten.slice.Tensor, aten.select.int, aten.narrow.default}
-AVERAGE_POOLS = {aten.avg_pool2d.default}
-POOLS = AVERAGE_POOLS | {
-    aten.max_pool2d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten._adaptive_avg_pool2d.default,
-    aten.adaptive_max_pool2d.default,
-    aten.max_pool2d_with_indices.default,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_nearest2d.default,
-    aten.upsample_bilinear2d.vec,
-    aten.upsample_bilinear2d.default,
-}
-REDUCTIONS = {aten.mean.dim, aten.amax.default, aten.amin.default}
-BATCH_NORM = aten._native_batch_norm_legit_no_training.default
-BATCH_NORMS = {BATCH_NORM, aten.batch_norm.default}
 
 State = Any  # a float64 tensor (NaN: not constant), a tuple of them, or None for values that are no tensors
 
@@ -324,22 +215,8 @@ class _Analysis:
             return None  # a size
         if node in self.sites:
             return self._layer(node, self.sites[node])
-        target = node.target
-        if target in BATCH_NORMS:
-            return self._batch_norm(node)
-        if target in UNARY:
-            return self._unary(node)
-        if target in BINARY:
-            return self._binary(node)
-        if target in MOVES:
-            return self._move(node)
-        if target in POOLS:
-            return self._pool(node)
-        if target in REDUCTIONS:
-            return self._reduction(node)
-        if target is aten.pad.default or target is aten.constant_pad_nd.default:
-            return self._pad(node)
-        return self._unknown(node)
+        rule = RULES.get(find(node).kind)
+        return self._unknown(node) if rule is None else rule(self, node)
 
     def _unknown(self, node: fx.Node) -> State:
         self.unknown.add(str(node.target))
@@ -365,7 +242,7 @@ class _Analysis:
             for k, v in node.kwargs.items()
             if k not in ("memory_format", "device", "dtype", "layout")
         }
-        if node.target in (aten._to_copy.default, aten.to.dtype, aten.contiguous.default):
+        if find(node).cast:
             return next(iter(inputs.values())).to(node.meta["val"].dtype).to(torch.float64)
         return node.target(*[swap(a) for a in node.args], **kwargs)  # type: ignore[operator]
 
@@ -396,14 +273,15 @@ class _Analysis:
             nan = nan | state.isnan()
         result = torch.where(nan, NAN, result)
         zero = torch.zeros_like(nan)
-        if node.target is aten.mul.Tensor:  # zero times anything finite is zero
+        product = find(node).product
+        if product:
             for state in states.values():
                 zero = zero | state.eq(0)
             result = torch.where(zero, 0.0, result)
 
         def back(needed: torch.Tensor) -> None:
             for operand in operands:
-                if node.target is aten.mul.Tensor:
+                if product:
                     live = torch.zeros_like(zero)
                     own = states[operand].eq(0) & torch.ones_like(zero)
                     live = needed & (
@@ -418,7 +296,7 @@ class _Analysis:
 
     def _batch_norm(self, node: fx.Node) -> State:
         x, weight, bias, mean, var = node.args[:5]
-        eps = float(node.args[-1] if node.target is BATCH_NORM else node.args[7])  # type: ignore[arg-type]
+        eps = float(named(node)["eps"])
         assert isinstance(x, fx.Node)
         state, value = self.constant[x], shape_of(x)
         vectors = [
@@ -437,7 +315,7 @@ class _Analysis:
         self.back[node] = lambda needed: self._need(
             x, (needed[0] if isinstance(needed, tuple) else needed) & scale.ne(0)
         )
-        if node.target is BATCH_NORM:
+        if find(node).tuple:
             return (result, _varying(1), _varying(1))
         return result
 
@@ -448,9 +326,10 @@ class _Analysis:
         if not isinstance(state, torch.Tensor) or any(s != 1 for s in state.shape[2:]) or state.dim() != 4:
             return self._unknown(node)
         result = state.clone()
-        if node.target in AVERAGE_POOLS:
-            _, _, _, padding, _, include, divisor = arguments(node, [None, None, [], [0], False, True, None])
-            if divisor is not None or (include and any(p != 0 for p in padding)):
+        if find(node).average:
+            given = named(node)
+            pads = given.get("count_include_pad", True) and any(p != 0 for p in given.get("padding", ()))
+            if pads or given.get("divisor_override") is not None:
                 result = torch.where(result.eq(0), 0.0, NAN)
 
         def back(needed: Any) -> None:
@@ -477,16 +356,14 @@ class _Analysis:
         return state.reshape(kept).clone()
 
     def _pad(self, node: fx.Node) -> State:
-        if node.target is aten.pad.default:
-            x, pads, mode, fill = arguments(node, [None, [], "constant", None])
-        else:
-            x, pads, fill = arguments(node, [None, [], 0])
-            mode = "constant"
+        given = named(node)
+        x, pads, fill = node.args[0], given["pad"], given.get("value")
+        assert isinstance(x, fx.Node)
         state = self.constant[x]
         if not isinstance(state, torch.Tensor) or len(pads) > 4 or state.dim() != 4:
             return self._unknown(node)
         result = state.clone()
-        if mode == "constant":
+        if given.get("mode", "constant") == "constant":
             border = NAN if _is_size(fill) else float(fill or 0)
             result = torch.where(result == border, result, NAN)
         self.back[node] = lambda needed: self._need(x, needed)
@@ -495,8 +372,6 @@ class _Analysis:
     # movement -----------------------------------------------------------------------------------------------
 
     def _move(self, node: fx.Node) -> State:
-        if node.target is operator.getitem:
-            return self._getitem(node)
         sources: list[fx.Node] = []
         for argument in node.args:
             for item in argument if isinstance(argument, (list, tuple)) else [argument]:
@@ -530,9 +405,10 @@ class _Analysis:
 
     def _at_every_size(self, node: fx.Node, sources: list[fx.Node], labels: Any) -> bool:
         """Whether positions go where they go in the example at other sizes too."""
-        if _reads_sizes(node) and node.target not in RESHAPES:  # where it starts and ends, and by how much
+        row = find(node)
+        if _reads_sizes(node) and not row.resized:  # where it starts and ends, and by how much
             state = self.constant[sources[0]]
-            dim = arguments(node, [None, 0])[1] if node.target in CUTS else None
+            dim = arguments(node, [None, 0])[1] if row.cut else None
             if not isinstance(dim, int) or state.dim() == 0 or state.shape[dim] != 1:
                 return False
         values = node.meta["val"]
@@ -560,12 +436,9 @@ class _Analysis:
                 return numbered[value] if value in numbered else _concrete(value)
             return [swap(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-        target = (
-            aten.reshape.default
-            if node.target in (aten.view.default, aten._unsafe_view.default)
-            else node.target
-        )
-        result = target(*[swap(a) for a in node.args], **{k: swap(v) for k, v in node.kwargs.items()})  # type: ignore[operator]
+        # Numbers that are expanded have no strides that a view could keep.
+        target = cast(Callable[..., Any], find(node).copying or node.target)
+        result = target(*[swap(a) for a in node.args], **{k: swap(v) for k, v in node.kwargs.items()})
         if isinstance(result, (list, tuple)):
             return tuple(_compress(r) for r in result)
         return _compress(result)
@@ -625,6 +498,19 @@ class _Analysis:
 
         self.back[node] = back
         return state.clone()
+
+
+# By the kinds of ``operators``; layers with a weight are found by their sites.
+RULES: dict[str | None, Callable[[_Analysis, fx.Node], State]] = {
+    "pointwise": _Analysis._unary,
+    "elementwise": _Analysis._binary,
+    "move": _Analysis._move,
+    "item": _Analysis._getitem,
+    "pool": _Analysis._pool,
+    "reduction": _Analysis._reduction,
+    "pad": _Analysis._pad,
+    "norm": _Analysis._batch_norm,
+}
 
 
 def analyse(graph: NetworkGraph, masks: Mapping[str, torch.Tensor] | None = None) -> Liveness:

@@ -8,7 +8,6 @@ their dead channels, and are ordered so that each group of their consumer reads 
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,16 +20,13 @@ from torch import fx, nn
 from dsp_kernels import GroupLayout
 from dsp_kernels.layout import gray_order
 
-from .graph import NetworkGraph, Site, arguments, aten, shape_of
-from .liveness import BATCH_NORM, BINARY, POOLS, REDUCTIONS, UNARY, Liveness, analyse, kernel_sums
+from .graph import NetworkGraph, Site, named, shape_of
+from .liveness import Liveness, analyse, kernel_sums
 from .nn import PermutedGroupedConv2d
+from .operators import find
 from .packed_graph import PackedGraph
 
 __all__ = ["lower"]
-
-RELUS = {aten.relu.default}
-PADS = {aten.pad.default, aten.constant_pad_nd.default}
-CLAMPS = {aten.hardtanh.default, aten.relu6.default}
 
 
 class _Classes:
@@ -119,12 +115,7 @@ class _Lowering:
 
     def _is_flatten(self, node: fx.Node) -> bool:
         """(N, C, 1, 1) -> (N, C), whatever it is spelled like."""
-        if node.target not in (
-            aten.view.default,
-            aten._unsafe_view.default,
-            aten.reshape.default,
-            aten.flatten.using_ints,
-        ):
+        if not find(node).flattens:
             return False
         source, result = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
         return source is not None and result is not None and source[2:] == (1, 1) and result == source[:2]
@@ -134,7 +125,7 @@ class _Lowering:
         for node in self.nodes:
             site = self.sites.get(node)
             parents = [p for p in node.all_input_nodes if p.op != "get_attr"]
-            shape = shape_of(node)
+            shape, kind = shape_of(node), find(node).kind
             if site is not None:
                 if self._depthwise(site):
                     classes.union(site.x, node)
@@ -147,13 +138,13 @@ class _Lowering:
                 classes.pin(node, *parents)
             elif self._known_norm(node) and self._followed(parents[0]):
                 classes.union(parents[0], node)
-            elif node.target is operator.getitem and node.args[0].target is BATCH_NORM:  # type: ignore[union-attr]
+            elif kind == "item" and find(node.args[0]).kind == "norm":
                 classes.union(node.args[0], node)  # type: ignore[arg-type]
                 if node.args[1] != 0:
                     classes.pin(node)
-            elif node.target in UNARY and len(parents) == 1 and self._followed(parents[0]):
+            elif kind == "pointwise" and len(parents) == 1 and self._followed(parents[0]):
                 classes.union(parents[0], node)
-            elif node.target in BINARY and self._followed(node):
+            elif kind == "elementwise" and self._followed(node):
                 if any(p.op == "get_attr" for p in node.all_input_nodes):
                     classes.pin(node, *parents)
                 elif all(
@@ -165,7 +156,7 @@ class _Lowering:
                     classes.union(node, *parents)
                 else:
                     classes.pin(node, *parents)
-            elif node.target in POOLS and shape is not None and len(shape) == 4:
+            elif kind == "pool" and shape is not None and len(shape) == 4:
                 classes.union(node, parents[0])
                 classes.pin(*parents[1:])
             elif self._is_spatial_mean(node) or self._is_spatial_pad(node) or self._is_flatten(node):
@@ -174,7 +165,7 @@ class _Lowering:
                 classes.pin(node, *parents)
 
     def _is_spatial_pad(self, node: fx.Node) -> bool:
-        return node.target in PADS and self._followed(node) and len(cast(list[int], node.args[1])) <= 4
+        return find(node).kind == "pad" and self._followed(node) and len(cast(list[int], node.args[1])) <= 4
 
     def _followed(self, node: fx.Node) -> bool:
         shape = shape_of(node)
@@ -182,10 +173,10 @@ class _Lowering:
 
     def _is_spatial_mean(self, node: fx.Node) -> bool:
         """A reduction over height and width, and nothing else."""
-        if node.target not in REDUCTIONS:
+        if find(node).kind != "reduction":
             return False
         source = shape_of(node.args[0])  # type: ignore[arg-type]
-        given = arguments(node, [None, []])[1]
+        given = named(node).get("dim")
         dims = [given] if isinstance(given, int) else list(given or [])
         return source is not None and len(source) == 4 and {d % 4 for d in dims} == {2, 3}
 
@@ -242,13 +233,13 @@ class _Lowering:
         user = _sole_user(chain.end)
         if user is not None and self._known_norm(user) and user.args[0] is chain.end:
             item = _sole_user(user)
-            if item is not None and item.target is operator.getitem and item.args[1] == 0:
+            if item is not None and find(item).kind == "item" and item.args[1] == 0:
                 chain.inner += [chain.end, user]
                 chain.batch_norm, chain.end = user, item
         if not self._plain(chain.site):
             return
         user = _sole_user(chain.end)
-        if user is not None and user.target is aten.add.Tensor and user not in claimed and not user.kwargs:
+        if user is not None and find(user).sum and user not in claimed and not user.kwargs:
             a, b = user.args[0], user.args[1]
             other = b if a is chain.end else a
             same = isinstance(other, fx.Node) and other is not chain.end and other.op != "get_attr"
@@ -258,24 +249,24 @@ class _Lowering:
         user = _sole_user(chain.end)
         if user is None or user in claimed:
             return
-        if user.target in RELUS:
-            activation = "relu"
-        elif user.target in CLAMPS and (user.target is aten.relu6.default or self._clamp(user) == (0.0, 6.0)):
-            activation = "relu6"
-        else:
+        name_of = find(user).activation
+        activation = None if name_of is None else name_of(*user.args[1:], **user.kwargs)
+        if activation is None:
             return
         chain.inner.append(chain.end)
         chain.activation, chain.end = activation, user
 
-    def _clamp(self, node: fx.Node) -> tuple[float, float]:
-        values = [a for a in node.args[1:] if isinstance(a, (int, float))]
-        return (float(values[0]), float(values[1])) if len(values) == 2 else (-1.0, 1.0)
-
     def _known_norm(self, node: fx.Node) -> bool:
         """Whether a node is a BatchNorm whose four vectors, as far as it has them, are the model's own."""
-        return node.target is BATCH_NORM and all(
-            v is None or (isinstance(v, fx.Node) and v.op == "get_attr" and v.target in self.graph.tensors)
-            for v in node.args[1:5]
+        row = find(node)
+        return (
+            row.kind == "norm"
+            and row.tuple
+            and all(
+                v is None
+                or (isinstance(v, fx.Node) and v.op == "get_attr" and v.target in self.graph.tensors)
+                for v in node.args[1:5]
+            )
         )
 
     # layers -------------------------------------------------------------------------------------------------
@@ -478,7 +469,7 @@ class _Lowering:
                 env[node] = graph.call_module(name, (mapped(self.sites[node].x),))
             elif self._known_norm(node):
                 env[node] = self._emit_norm(graph, node, mapped, place, norms)
-            elif node.target is operator.getitem and self._known_norm(norm := cast(fx.Node, node.args[0])):
+            elif find(node).kind == "item" and self._known_norm(norm := cast(fx.Node, node.args[0])):
                 env[node] = env[norm]  # of its results, only the first can be read
             elif self._is_flatten(node):
                 env[node] = graph.call_function(torch.flatten, (mapped(node.args[0]), 1))  # type: ignore[arg-type]

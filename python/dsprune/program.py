@@ -6,44 +6,21 @@ import threading
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from dsp_kernels import backends
 from dsp_kernels._kept import Kept
 from dsp_kernels.program import Program, Value
 
-from .graph import aten
 from .nn import PermutedGroupedConv2d
+from .operators import find
+from .steps import Refused, value
 from .watch import Watch
 
 __all__ = ["ProgramCache", "to_program"]
 
-IDENTITY = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
 PLAIN = (torch.Tensor, nn.Parameter)
 KEPT_PROGRAMS = 8  # image sizes; the least recently used goes first
-
-
-class _Unsupported(Exception):
-    pass
-
-
-class _Size:
-    """A size that the graph reads, in the place of the number; whoever computes with it is refused."""
-
-    def __repr__(self) -> str:
-        return "a size of the input"
-
-
-SIZE = _Size()
-
-
-def _value(target: Any, given: Any) -> Value:
-    """What a step reads first, where that is computed from the image; numbers, sizes, weights are not."""
-    if not isinstance(given, Value):
-        what = repr(given) if isinstance(given, (int, float, _Size)) else f"a {type(given).__name__}"
-        raise _Unsupported(f"operator {target} on {what}")
-    return given
 
 
 class _Builder(fx.Interpreter):
@@ -52,11 +29,6 @@ class _Builder(fx.Interpreter):
     def __init__(self, network: fx.GraphModule, shape: tuple[int, ...]) -> None:
         super().__init__(network, garbage_collect_values=False)
         self.program = Program(shape)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and n.target is aten.sym_size.int:
-            return SIZE
-        return super().run_node(n)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.program.input
@@ -67,12 +39,16 @@ class _Builder(fx.Interpreter):
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(args[0]) if leaf is not None]
         if len(leaves) != 1 or not isinstance(leaves[0], Value):
-            raise _Unsupported("the network does not return one tensor")
+            raise Refused("the network does not return one tensor")
         return leaves[0]
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
-        x, program = _value(target, args[0]), self.program
+        program = self.program
+        try:
+            x = value(args[0])
+        except Refused as reason:
+            raise Refused(f"{target} {reason}") from None
         if isinstance(layer, PermutedGroupedConv2d) and layer._outer_padding is None:
             return program.conv(
                 x,
@@ -102,51 +78,18 @@ class _Builder(fx.Interpreter):
             )
         if isinstance(layer, nn.Linear):
             if not x.flat:
-                raise _Unsupported(f"{target} is a linear layer on more than a vector")
+                raise Refused(f"{target} is a linear layer on more than a vector")
             return program.linear(x, layer.weight, layer.bias)
-        raise _Unsupported(f"{target} is a {type(layer).__name__}")
+        raise Refused(f"{target} is a {type(layer).__name__}")
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        program = self.program
-        x: Any = args[0] if args else None
-        x = [_value(target, v) for v in x] if target is aten.cat.default else _value(target, x)
-        if target in IDENTITY:
-            return x
-        if target is aten.relu.default:
-            return program.relu(x)
-        clamped = target is aten.hardtanh.default and [float(a) for a in args[1:]] == [0.0, 6.0]
-        if target is aten.relu6.default or clamped:
-            return program.relu6(x)
-        if target is aten.add.Tensor and not kwargs:
-            if not isinstance(args[1], Value):
-                raise _Unsupported(f"operator {target} with a number or a constant")
-            if args[0].flat != args[1].flat:
-                raise _Unsupported("an addition of a vector and an image")
-            return program.add(*args)
-        if target is aten.max_pool2d.default:
-            return program.max_pool(x, *args[1:], **kwargs)
-        if target is aten.avg_pool2d.default and len(args) <= 6:
-            stride = args[2] if len(args) > 2 and args[2] else None
-            return program.avg_pool(x, args[1], stride, *args[3:], **kwargs)
-        if target in (aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default):
-            return program.adaptive_avg_pool(x, args[1])
-        if target is aten.mean.dim and not kwargs and not x.flat:
-            dims = {d % 4 for d in ([args[1]] if isinstance(args[1], int) else args[1])}
-            if dims == {2, 3}:
-                pooled = program.adaptive_avg_pool(x, 1)
-                keep = len(args) > 2 and bool(args[2])
-                return pooled if keep else program.flatten(pooled)
-        if target is torch.flatten and tuple(args[1:]) == (1,):
-            return program.flatten(x)
-        joins_channels = target is aten.cat.default and len(args) > 1 and args[1] == 1
-        if joins_channels and not any(value.flat for value in x):
-            return program.concat(x)
-        if target is F.batch_norm and not x.flat:
-            mean, var, weight, bias = args[1:5]
-            scale = torch.rsqrt(var.double() + args[7]) * (1.0 if weight is None else weight.double())
-            shift = -mean.double() * scale + (0.0 if bias is None else bias.double())
-            return program.affine(x, scale.float(), shift.float())
-        raise _Unsupported(f"operator {target}")
+        row = find(target)
+        if row.step is None:
+            raise Refused(f"operator {target}")
+        try:
+            return row.step(self.program, *args, **kwargs)
+        except Refused as reason:
+            raise Refused(f"operator {target} {reason}") from None
 
 
 def to_program(network: nn.Module, shape: tuple[int, ...]) -> tuple[Program | None, str | None]:
@@ -163,7 +106,7 @@ def to_program(network: nn.Module, shape: tuple[int, ...]) -> tuple[Program | No
         with torch.no_grad():
             output = fx.Interpreter.run(builder, None, enable_io_processing=False)
             return builder.program.build(cast(Value, output)), None
-    except _Unsupported as reason:
+    except Refused as reason:
         return None, str(reason.args[0]).partition("\n")[0]  # fx adds where in the graph it was
     except (ValueError, RuntimeError, TypeError) as error:
         return None, str(error).partition("\n")[0]

@@ -15,7 +15,7 @@ from dsp_kernels import GroupLayout
 
 from .calibration import input_batches
 from .graph import ExportError, clean_copy, evaluating, trace, unwrap
-from .liveness import BATCH_NORM, BATCH_NORMS
+from .operators import find
 from .structure import apply_structure
 
 __all__ = ["reconstruct"]
@@ -132,11 +132,11 @@ def _norms(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, str]:
     readers = Counter(
         str(getattr(node.args[3], "target", "")).rpartition(".")[0]
         for node in graph.module.graph.nodes
-        if node.target in BATCH_NORMS
+        if find(node).kind == "norm"
     )
     for site in graph.convs:
         users = list(site.node.users)
-        if site.uses != 1 or len(users) != 1 or users[0].target is not BATCH_NORM:
+        if site.uses != 1 or len(users) != 1 or find(users[0]).kind != "norm":
             continue
         if users[0].args[0] is not site.node:
             continue

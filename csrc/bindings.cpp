@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "dsp.h"
@@ -116,15 +117,151 @@ py::list program_outputs(Address program) {
   return shapes;
 }
 
-py::dict program_memory(Address program) {
-  dsp_program_memory memory{};
-  dsp_program_memory_use(at<const dsp_program>(program), &memory);
+// (name, dtype, shape, least, most) of an input or output; sizes as many as it has dimensions.
+dsp_tensor_info tensor_info(const py::tuple& given, std::string* name) {
+  *name = given[0].cast<std::string>();
+  const py::sequence shape = given[2];
+  dsp_tensor_info info{
+      name->c_str(), given[1].cast<int32_t>(), static_cast<int32_t>(shape.size()), {}, {}, {}};
+  int64_t* const sizes[] = {info.shape, info.least, info.most};
+  for (size_t row = 0; row < 3; ++row) {
+    const py::sequence from = given[2 + row];
+    if (from.size() != shape.size() || from.size() > DSP_MAX_RANK)
+      throw py::value_error("a tensor's sizes are not 1 to 4, or not as many as its bounds");
+    for (size_t i = 0; i < from.size(); ++i) sizes[row][i] = from[i].cast<int64_t>();
+  }
+  return info;
+}
+
+py::tuple tensor_info(const dsp_tensor_info& info) {
+  const auto sizes = [&](const int64_t* from) {
+    py::tuple result(info.rank);
+    for (int32_t i = 0; i < info.rank; ++i) result[static_cast<size_t>(i)] = from[i];
+    return result;
+  };
+  return py::make_tuple(info.name, info.dtype, sizes(info.shape), sizes(info.least), sizes(info.most));
+}
+
+// (status, the bytes of a program file)
+py::tuple program_file(Address words, int64_t words_numel, Address floats, int64_t floats_numel,
+                       const py::sequence& inputs, const py::sequence& outputs) {
+  std::vector<dsp_tensor_info> tensors;
+  std::vector<std::string> names(inputs.size() + outputs.size());
+  for (const py::sequence& list : {inputs, outputs}) {
+    for (const py::handle given : list)
+      tensors.push_back(tensor_info(given.cast<py::tuple>(), &names[tensors.size()]));
+  }
+  const auto write = [&](uint8_t* file, int64_t bytes, int64_t* needed) {
+    return dsp_program_file(at<const int64_t>(words), words_numel, at<const float>(floats), floats_numel,
+                            tensors.data(), static_cast<int32_t>(inputs.size()),
+                            static_cast<int32_t>(outputs.size()), file, bytes, needed);
+  };
+  int64_t needed = 0;
+  int status = write(nullptr, 0, &needed);
+  if (status != DSP_OK) return py::make_tuple(status, py::bytes());
+  py::bytes file(nullptr, static_cast<size_t>(needed));
+  status = write(reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(file.ptr())), needed, &needed);
+  return py::make_tuple(status, file);
+}
+
+py::tuple model_load(const std::string& path) {
+  dsp_model* model = nullptr;
+  int status = 0;
+  {
+    py::gil_scoped_release release;
+    status = dsp_model_load(path.c_str(), &model);
+  }
+  return py::make_tuple(status, reinterpret_cast<Address>(model));
+}
+
+py::tuple model_load_memory(Address data, int64_t bytes) {
+  dsp_model* model = nullptr;
+  int status = 0;
+  {
+    py::gil_scoped_release release;
+    status = dsp_model_load_memory(at<const void>(data), bytes, &model);
+  }
+  return py::make_tuple(status, reinterpret_cast<Address>(model));
+}
+
+void model_destroy(Address model) { dsp_model_destroy(at<dsp_model>(model)); }
+
+// The inputs, then the outputs: (name, dtype, shape, least, most) of each.
+py::tuple model_tensors(Address model) {
+  const auto* asked = at<const dsp_model>(model);
+  py::list lists[2];
+  dsp_tensor_info info{};
+  for (int32_t i = 0; i < dsp_model_inputs(asked); ++i) {
+    dsp_model_input(asked, i, &info);
+    lists[0].append(tensor_info(info));
+  }
+  for (int32_t i = 0; i < dsp_model_outputs(asked); ++i) {
+    dsp_model_output(asked, i, &info);
+    lists[1].append(tensor_info(info));
+  }
+  return py::make_tuple(lists[0], lists[1]);
+}
+
+// float32 arrays: (address, shape) of each.
+std::vector<dsp_tensor> tensors_at(const py::sequence& given) {
+  std::vector<dsp_tensor> tensors;
+  for (const py::handle item : given) {
+    const py::tuple pair = item.cast<py::tuple>();
+    const py::sequence shape = pair[1];
+    if (shape.size() > DSP_MAX_RANK) throw py::value_error("a tensor has more than 4 dimensions");
+    dsp_tensor tensor{at<void>(pair[0].cast<Address>()), DSP_FLOAT32, static_cast<int32_t>(shape.size()), {}};
+    for (size_t i = 0; i < shape.size(); ++i) tensor.shape[i] = shape[i].cast<int64_t>();
+    tensors.push_back(tensor);
+  }
+  return tensors;
+}
+
+// (status, the outputs' shapes) for inputs of these shapes.
+py::tuple model_plan(Address model, const py::sequence& inputs) {
+  const std::vector<dsp_tensor> given = tensors_at(inputs);
+  std::vector<dsp_tensor> made(static_cast<size_t>(dsp_model_outputs(at<const dsp_model>(model))));
+  int status = 0;
+  {
+    py::gil_scoped_release release;
+    status = dsp_model_plan(at<dsp_model>(model), given.data(), static_cast<int32_t>(given.size()),
+                            made.data(), static_cast<int32_t>(made.size()));
+  }
+  py::list shapes;
+  for (const dsp_tensor& tensor : made) {
+    py::tuple shape(tensor.rank);
+    for (int32_t i = 0; i < tensor.rank; ++i) shape[static_cast<size_t>(i)] = tensor.shape[i];
+    shapes.append(shape);
+  }
+  return py::make_tuple(status, shapes);
+}
+
+int model_run(Address model, const py::sequence& inputs, const py::sequence& outputs, int32_t threads) {
+  const std::vector<dsp_tensor> given = tensors_at(inputs);
+  const std::vector<dsp_tensor> made = tensors_at(outputs);
+  py::gil_scoped_release release;
+  return dsp_model_run(at<dsp_model>(model), given.data(), static_cast<int32_t>(given.size()), made.data(),
+                       static_cast<int32_t>(made.size()), threads);
+}
+
+py::dict memory_of(const dsp_program_memory& memory) {
   py::dict result;
   result["weight_bytes"] = memory.weight_bytes;
   result["arena_bytes"] = memory.arena_bytes;
   result["scratch_bytes"] = memory.scratch_bytes;
   result["arenas"] = memory.arenas;
   return result;
+}
+
+py::dict program_memory(Address program) {
+  dsp_program_memory memory{};
+  dsp_program_memory_use(at<const dsp_program>(program), &memory);
+  return memory_of(memory);
+}
+
+py::dict model_memory(Address model) {
+  dsp_program_memory memory{};
+  dsp_model_memory_use(at<const dsp_model>(model), &memory);
+  return memory_of(memory);
 }
 
 int lasso(int32_t operation, int32_t element, Address words, int64_t words_numel, Address numbers,
@@ -286,6 +423,7 @@ py::dict program_format() {
   py::dict format;
   format["magic"] = DSP_PROGRAM_MAGIC;
   format["version"] = DSP_PROGRAM_VERSION;
+  format["header"] = DSP_PROGRAM_HEADER;
   format["steps"] = steps;
   return format;
 }
@@ -354,6 +492,18 @@ void define_program(py::module_& m) {
   m.def("program_memory", &program_memory, py::arg("program"));
 }
 
+void define_runtime(py::module_& m) {
+  m.def("program_file", &program_file, py::arg("words"), py::arg("words_numel"), py::arg("floats"),
+        py::arg("floats_numel"), py::arg("inputs"), py::arg("outputs"));
+  m.def("model_load", &model_load, py::arg("path"));
+  m.def("model_load_memory", &model_load_memory, py::arg("data"), py::arg("bytes"));
+  m.def("model_destroy", &model_destroy, nogil, py::arg("model"));
+  m.def("model_tensors", &model_tensors, py::arg("model"));
+  m.def("model_plan", &model_plan, py::arg("model"), py::arg("inputs"));
+  m.def("model_run", &model_run, py::arg("model"), py::arg("inputs"), py::arg("outputs"), py::arg("threads"));
+  m.def("model_memory", &model_memory, py::arg("model"));
+}
+
 void define_norm(py::module_& m) {
   m.def("batch_norm_forward", &batch_norm_forward, nogil, py::arg("x"), py::arg("numel"), py::arg("batch"),
         py::arg("channels"), py::arg("pixels"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
@@ -419,6 +569,7 @@ PYBIND11_MODULE(_native, m) {
   define_core(m);
   define_conv(m);
   define_program(m);
+  define_runtime(m);
   define_norm(m);
   define_assignment(m);
   define_cuda(m);

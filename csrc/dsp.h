@@ -6,28 +6,13 @@
 #ifndef DSP_H_
 #define DSP_H_
 
-#include <stdint.h>
-
-#if defined(__GNUC__)
-#define DSP_API __attribute__((visibility("default")))
-#else
-#define DSP_API
-#endif
+#include "runtime/dsp_runtime.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define DSP_ABI_VERSION 7
-
-typedef enum dsp_status {
-  DSP_OK = 0,
-  DSP_INVALID_ARGUMENT = 1,
-  DSP_OUT_OF_MEMORY = 2,
-  DSP_INTERNAL = 3,
-  DSP_NO_DEVICE = 4, /* no CUDA driver, no such device, or built without CUDA */
-  DSP_CUDA_ERROR = 5 /* the CUDA runtime refused */
-} dsp_status;
+#define DSP_ABI_VERSION 9
 
 /* DSP_ACT_NONE = 0, DSP_ACT_RELU, ...: the rows of core/activations.def. */
 typedef enum dsp_activation_kind {
@@ -68,9 +53,6 @@ typedef struct dsp_conv2d_shape {
 } dsp_conv2d_shape;
 
 DSP_API int32_t dsp_abi_version(void);
-DSP_API const char* dsp_last_error(void);
-/* "avx512", "avx2", "neon" or "generic": what the kernels run as on this machine. */
-DSP_API const char* dsp_cpu_isa(void);
 /* The table of activations; null beyond its end. */
 DSP_API int32_t dsp_activation_count(void);
 DSP_API const dsp_activation_info* dsp_activation_at(int32_t index);
@@ -165,13 +147,6 @@ DSP_API const dsp_step_info* dsp_step_at(int32_t index);
 
 typedef struct dsp_program dsp_program;
 
-typedef struct dsp_program_memory {
-  int64_t weight_bytes;  /* prepared weights, biases and tables */
-  int64_t arena_bytes;   /* activations of one image, and those of a second one from where two go together */
-  int64_t scratch_bytes; /* per thread, at most */
-  int64_t arenas;        /* how many arenas exist now: one per image or pair in work at the same time */
-} dsp_program_memory;
-
 /* Copies what it needs from words and floats. */
 DSP_API dsp_status dsp_program_create(const int64_t* words, int64_t words_numel, const float* floats,
                                       int64_t floats_numel, dsp_program** program);
@@ -190,6 +165,12 @@ DSP_API dsp_status dsp_program_output(const dsp_program* program, int64_t index,
 DSP_API dsp_status dsp_program_memory_use(const dsp_program* program, dsp_program_memory* memory);
 /* No run may be under way. A null program is ignored. */
 DSP_API void dsp_program_destroy(dsp_program* program);
+/* A program file, for dsp_model_load, of a description whose inputs and outputs are so many of `tensors`,
+ * inputs first: with file = null sets needed, then with so many bytes writes them. The steps are not looked
+ * into. */
+DSP_API dsp_status dsp_program_file(const int64_t* words, int64_t words_numel, const float* floats,
+                                    int64_t floats_numel, const dsp_tensor_info* tensors, int32_t inputs,
+                                    int32_t outputs, uint8_t* file, int64_t bytes, int64_t* needed);
 
 /* Batch normalisation in training, float32, (batch, channels, pixels) contiguous:
  *   out = act((x - mean) / sqrt(variance + eps) * weight + bias + residual)

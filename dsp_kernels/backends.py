@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -19,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from . import activations
+from . import _compiled, activations
 
 __all__ = [
     "BACKENDS",
@@ -35,25 +34,13 @@ __all__ = [
 
 ENVIRONMENT = "DSP_KERNELS_BACKEND"
 
-_ABI_VERSION = 7
 _GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CAPABILITY = (8, 0)
-_BUILD_INFO = Path(__file__).with_name("_build_info.json")
 _log = logging.getLogger("dsp_kernels")
 _logged: set[tuple[str, str]] = set()
 _native: tuple[ModuleType | None, str | None] | None = None
 _triton: tuple[str | None] | None = None
 _chosen: dict[tuple[str | None, str | None, str, torch.dtype], str] = {}
-
-
-def _build_reason() -> str:
-    """Why the compiled module is missing, as the build left it."""
-    try:
-        info = json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
-        reason = info.get("native")  # null where the build succeeded
-    except (OSError, ValueError, AttributeError):
-        reason = None
-    return str(reason) if reason else "not built"
 
 
 def _forked() -> bool:
@@ -81,32 +68,17 @@ def _torch_team() -> int:
     return 0
 
 
-def _other_build(module: ModuleType) -> str | None:
-    """Why a module is not of this package's sources, or None."""
-    version = module.abi_version()
-    if version != _ABI_VERSION:
-        return f"built for ABI {version}, this package needs {_ABI_VERSION}"
-    other = activations.differences(module.activations())
-    return None if other is None else f"built from other sources: {other}"
-
-
 def _load_native() -> tuple[ModuleType | None, str | None]:
     global _native
     if _native is None:
-        try:
-            module = importlib.import_module("dsp_kernels._native")
-        except ModuleNotFoundError as error:
-            missing = error.name == "dsp_kernels._native"
-            _native = (None, _build_reason() if missing else f"cannot be loaded: {error}")
-        except ImportError as error:
-            _native = (None, f"cannot be loaded: {error}")
-        else:
-            reason = _other_build(module)
-            if reason is None:
+        module, reason = _compiled.load()
+        if module is not None:
+            other = activations.differences(module.activations())
+            if other is None:
                 module.use_team(_torch_team())
-                _native = (module, None)
             else:
-                _native = (None, f"{reason}: build it again")
+                module, reason = None, f"built from other sources: {other}: build it again"
+        _native = (module, reason)
     return _native
 
 

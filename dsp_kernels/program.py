@@ -34,6 +34,9 @@ _TAKES = {
     "plan": {"plan"},
 }
 
+_FLOAT32 = 0  # a dsp_dtype
+_UNBOUNDED = 1 << 31  # no size of an image reaches it
+
 
 def _window(
     kernel_size: IntPair, stride: IntPair, padding: IntPair, dilation: IntPair | None = None
@@ -402,13 +405,16 @@ class Program:
         header = (table["magic"], table["version"], *counts)
         return [*header, len(header) + 1 + len(ends) + len(words), *ends, *words]
 
+    def _parts(self, native: Any, outputs: tuple[Value, ...]) -> tuple[Tensor, Tensor]:
+        """The description's words, and its floats."""
+        words = torch.tensor(self._words(native.program_format(), outputs), dtype=torch.int64)
+        return words, torch.cat(self._floats) if self._floats else torch.zeros(1)
+
     def _create(self, outputs: tuple[Value, ...]) -> None:
         native = native_module()
-        words = self._words(native.program_format(), outputs)
-        description = torch.tensor(words, dtype=torch.int64)
-        floats = torch.cat(self._floats) if self._floats else torch.zeros(1)
+        words, floats = self._parts(native, outputs)
         status, handle = native.program_create(
-            description.data_ptr(), description.numel(), floats.data_ptr(), floats.numel()
+            words.data_ptr(), words.numel(), floats.data_ptr(), floats.numel()
         )
         if status != 0:
             raise ValueError(native.last_error())
@@ -478,6 +484,54 @@ class Program:
             raise RuntimeError("the program is not built; call build() first")
         memory: dict[str, int] = self._native.program_memory(self._handle)
         return memory
+
+    def same_steps(self, other: Program) -> bool:
+        """Whether both are built of the same steps with the same weights: all but the sizes of the images."""
+        native = native_module()
+        mine, theirs = self._parts(native, self._outputs), other._parts(native, other._outputs)
+        if mine[0].shape != theirs[0].shape or not torch.equal(mine[1], theirs[1]):
+            return False
+        header = native.program_format()["header"]
+        sizes = slice(header, header + 3 * len(self.input_shapes))
+        theirs[0][sizes] = mine[0][sizes]
+        return torch.equal(mine[0], theirs[0])
+
+    def file(
+        self,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        least: tuple[int, int] | None = None,
+        most: tuple[int | None, int | None] = (None, None),
+    ) -> bytes:
+        """The program as a file for ``dsp_model_load`` and :mod:`dsp_kernels.runtime`.
+
+        Args:
+            inputs, outputs: their names: printable ASCII without spaces, at most 255 characters.
+            least, most: of the heights and widths that the file allows for images (None in ``most``: no
+                bound); ``least`` None: the program's own sizes alone.
+
+        Raises RuntimeError before build(), ValueError for names or bounds that a file cannot have.
+        """
+        if not self._handle:
+            raise RuntimeError("the program is not built; call build() first")
+        native = native_module()
+        words, floats = self._parts(native, self._outputs)
+        infos = []
+        for name, shape in zip(inputs, self.input_shapes, strict=True):
+            lower, upper = shape, shape
+            if least is not None and len(shape) == 3:
+                lower = (shape[0], *least)
+                upper = (shape[0], *(_UNBOUNDED if size is None else size for size in most))
+            infos.append((name, _FLOAT32, (1, *shape), (0, *lower), (_UNBOUNDED, *upper)))
+        shapes = [(1, *shape) for shape in self.output_shapes]
+        status, data = native.program_file(
+            *(words.data_ptr(), words.numel(), floats.data_ptr(), floats.numel()),
+            infos,
+            [(name, _FLOAT32, *([shape] * 3)) for name, shape in zip(outputs, shapes, strict=True)],
+        )
+        if status != 0:
+            raise ValueError(native.last_error())
+        return bytes(data)
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from dsp_kernels import GroupLayout, activations, available_backends, backends, permuted_grouped_conv2d
+from dsp_kernels import (
+    GroupLayout,
+    _compiled,
+    activations,
+    available_backends,
+    backends,
+    permuted_grouped_conv2d,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +38,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def without_native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As if the module had not been built; returns where the build's record is looked for."""
     record = tmp_path / "_build_info.json"
-    monkeypatch.setattr(backends, "_BUILD_INFO", record)
+    monkeypatch.setattr(_compiled, "BUILD_INFO", record)
     _importing(monkeypatch, ModuleNotFoundError("No module", name="dsp_kernels._native"))
     return record
 
@@ -43,13 +50,13 @@ def _importing(monkeypatch: pytest.MonkeyPatch, result: object) -> None:
             raise result
         return result
 
-    monkeypatch.setattr(backends.importlib, "import_module", load)
+    monkeypatch.setattr(_compiled.importlib, "import_module", load)
 
 
 @pytest.fixture
 def with_native(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(
-        abi_version=lambda: backends._ABI_VERSION,
+        abi_version=lambda: _compiled.ABI_VERSION,
         activations=lambda: [(row.name, row.code, len(row.parameters)) for row in activations.ROWS],
         use_team=lambda runner: None,
     )

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from dsp_kernels import GroupLayout, activations, available_backends, backends, permuted_grouped_conv2d
+from dsp_kernels import (
+    GroupLayout,
+    _compiled,
+    activations,
+    available_backends,
+    backends,
+    permuted_grouped_conv2d,
+)
 
 WITHOUT_TRITON = "triton is not installed"
 
@@ -34,14 +41,14 @@ def device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) 
 def module(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> None:
     """As if the compiled module were this one."""
     made = {
-        "abi_version": lambda: backends._ABI_VERSION,
+        "abi_version": lambda: _compiled.ABI_VERSION,
         "activations": lambda: [(row.name, row.code, len(row.parameters)) for row in activations.ROWS],
         "build_info": lambda: {"cuda_architectures": "80;90"},
         "cuda_device_count": lambda: (0, 1),
         "last_error": lambda: "",
         "use_team": lambda runner: None,
     } | answers
-    monkeypatch.setattr(backends.importlib, "import_module", lambda name: SimpleNamespace(**made))
+    monkeypatch.setattr(_compiled.importlib, "import_module", lambda name: SimpleNamespace(**made))
     backends.forget()
 
 

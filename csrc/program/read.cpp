@@ -125,10 +125,8 @@ constexpr dsp_step_info kSteps[] = {
 
 }  // namespace
 
-Description read_description(const int64_t* words, int64_t words_numel, const float* floats,
-                             int64_t floats_numel) {
+int64_t description_steps(const int64_t* words, int64_t words_numel) {
   require(words != nullptr && words_numel >= DSP_PROGRAM_HEADER, "program: the description is too short");
-  require(floats_numel >= 0 && (floats != nullptr || floats_numel == 0), "program: floats is null");
   require(words[0] == DSP_PROGRAM_MAGIC, "program: the description does not start with the magic number");
   if (words[1] != DSP_PROGRAM_VERSION)
     fail("program: the description's version is " + std::to_string(words[1]) + ", expected " +
@@ -140,6 +138,36 @@ Description read_description(const int64_t* words, int64_t words_numel, const fl
   require(n_outputs >= 1 && n_outputs <= n_steps, "program: the number of outputs is not 1 to that of steps");
   require(words_numel - DSP_PROGRAM_HEADER >= 3 * n_inputs + n_outputs,
           "program: the description ends before its steps");
+  return DSP_PROGRAM_HEADER + 3 * n_inputs + n_outputs;
+}
+
+std::vector<Shape> description_inputs(const int64_t* words, int64_t words_numel) {
+  description_steps(words, words_numel);
+  std::vector<Shape> shapes;
+  for (const int64_t* at = words + DSP_PROGRAM_HEADER; shapes.size() < static_cast<size_t>(words[2]); at += 3)
+    shapes.push_back({at[0], at[1], at[2]});
+  return shapes;
+}
+
+std::vector<int64_t> description_for(const int64_t* words, int64_t words_numel,
+                                     const std::vector<Shape>& inputs) {
+  require(inputs.size() == description_inputs(words, words_numel).size(),
+          "program: the description has another number of inputs");
+  std::vector<int64_t> changed(words, words + words_numel);
+  auto at = changed.begin() + DSP_PROGRAM_HEADER;
+  for (const Shape& shape : inputs) {
+    *at++ = shape.channels;
+    *at++ = shape.height;
+    *at++ = shape.width;
+  }
+  return changed;
+}
+
+Description read_description(const int64_t* words, int64_t words_numel, const float* floats,
+                             int64_t floats_numel) {
+  description_steps(words, words_numel);
+  require(floats_numel >= 0 && (floats != nullptr || floats_numel == 0), "program: floats is null");
+  const int64_t n_inputs = words[2], n_steps = words[3], n_outputs = words[4];
   Description d;
   int64_t at = DSP_PROGRAM_HEADER;
   for (int64_t i = 0; i < n_inputs; ++i, at += 3) {

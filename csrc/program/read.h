@@ -19,4 +19,11 @@ struct Description {
 Description read_description(const int64_t* words, int64_t words_numel, const float* floats,
                              int64_t floats_numel);
 
+// Of a description's header alone, which is checked: where its steps begin, the inputs' shapes, and the same
+// description for inputs of other shapes.
+int64_t description_steps(const int64_t* words, int64_t words_numel);
+std::vector<Shape> description_inputs(const int64_t* words, int64_t words_numel);
+std::vector<int64_t> description_for(const int64_t* words, int64_t words_numel,
+                                     const std::vector<Shape>& inputs);
+
 }  // namespace dsp

@@ -124,6 +124,6 @@ gpu:
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f dsp_kernels/_native*.so dsp_kernels/_build_info.json
+	rm -rf dsp_kernels/_native*.so dsp_kernels/_build_info.json dsp_kernels/include dsp_kernels/lib
 	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 	rm -f $(VENV)

@@ -29,6 +29,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 BUILD_INFO = "_build_info.json"
+LIBRARY = ("include", "lib")  # folders of the package with what C programs need
 CUDA = {"": "AUTO", "0": "OFF", "1": "ON"}  # DSP_KERNELS_CUDA -> CMake's DSP_CUDA
 
 
@@ -93,6 +94,8 @@ class CMakeBuild(build_ext):
         # A module of an earlier build must not outlive the sources or the choice that made it.
         target.unlink(missing_ok=True)
         (target.parent / BUILD_INFO).unlink(missing_ok=True)
+        for folder in LIBRARY:
+            shutil.rmtree(target.parent / folder, ignore_errors=True)
 
         info: dict[str, str | None] = {
             "native": None,
@@ -142,7 +145,10 @@ class CMakeBuild(build_ext):
 
         self.call([*configure, "-B", str(folder)])
         self.call([cmake, "--build", str(folder)])
-        self.call([cmake, "--install", str(folder), "--component", "python", "--prefix", str(target.parent)])
+        for component in ("python", "runtime"):
+            self.call(
+                [cmake, "--install", str(folder), "--component", component, "--prefix", str(target.parent)]
+            )
         if not target.exists():
             raise SystemExit(f"CMake installed no {target.name} into {target.parent}")
 
@@ -157,7 +163,8 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         target = Path(self.get_ext_fullpath("dsp_kernels._native"))
-        return [str(p) for p in (target, target.parent / BUILD_INFO) if p.exists()]
+        library = [p for folder in LIBRARY for p in (target.parent / folder).rglob("*") if p.is_file()]
+        return [str(p) for p in (target, target.parent / BUILD_INFO, *library) if p.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         # Nothing is built in one place and mapped to another: both files are written where they stay.
@@ -168,7 +175,14 @@ class SourceDistribution(sdist):
     """An sdist without what an in-place build left in the tree."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        kept = [f for f in files if Path(f).name != BUILD_INFO and Path(f).suffix not in (".so", ".pyd")]
+        built = tuple(f"dsp_kernels/{folder}/" for folder in LIBRARY)
+        kept = [
+            f
+            for f in files
+            if Path(f).name != BUILD_INFO
+            and Path(f).suffix not in (".so", ".pyd")
+            and not Path(f).as_posix().startswith(built)
+        ]
         super().make_release_tree(base_dir, kept)
 
 

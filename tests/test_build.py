@@ -81,17 +81,30 @@ def test_no_source_includes_torch(path: Path) -> None:
         assert [i for i in includes if i.startswith(("pybind11", "Python"))] == []
 
 
-def test_the_header_is_plain_c_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "headers"),
+    [
+        (
+            '#include "dsp.h"\nint main(void) { return dsp_abi_version() != DSP_ABI_VERSION; }\n',
+            {"dsp.h", "dsp_runtime.h", "activations.def", "steps.def"},
+        ),
+        (
+            '#include "runtime/dsp_runtime.h"\nint main(void) { return dsp_runtime_version() != 1; }\n',
+            {"dsp_runtime.h"},
+        ),
+    ],
+)
+def test_the_headers_are_plain_c_of_their_own(text: str, headers: set[str], tmp_path: Path) -> None:
     """It compiles as strict C99, and beside itself reads only the compiler's and the C library's headers."""
     compiler = need_compiler()
     source = tmp_path / "user.c"
-    source.write_text('#include "dsp.h"\nint main(void) { return dsp_abi_version() != DSP_ABI_VERSION; }\n')
+    source.write_text(text)
     flags = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Wstrict-prototypes", "-Werror"]
     command = [compiler, *flags, "-I", str(ROOT / "csrc"), str(source)]
     done = subprocess.run([*command, "-MM"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours = [Path(word).name for word in done.stdout.replace("\\\n", " ").split(":")[1].split()]
-    assert set(ours) == {"user.c", "dsp.h", "activations.def", "steps.def"}
+    assert set(ours) == {"user.c", *headers}
     done = subprocess.run([*command, "-fsyntax-only"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

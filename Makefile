@@ -93,6 +93,8 @@ nightly: $(CHECKED) sanitized
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "nightly or not nightly"
 	$(SANITIZED)/tests/native/dsp_fuzz --seconds $(NIGHTLY_FUZZ_SECONDS) --seed $$(date +%j)
 	$(SANITIZED)/tests/native/dsp_fuzz_lasso --seconds $(NIGHTLY_FUZZ_SECONDS) --seed $$(date +%j)
+	ASAN_OPTIONS=allocator_may_return_null=1 $(SANITIZED)/tests/native/dsp_fuzz_file --seconds 60 \
+		--seed $$(date +%j)
 
 lint: $(VENV)
 	$(BIN)/ruff check .

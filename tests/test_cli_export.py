@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import dsprune
+from dsp_kernels import runtime
 from dsprune import cli
 from dsprune.models import cifar_resnet
 from dsprune.recipes import stages
@@ -36,6 +37,17 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     x = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(network(x), dsprune.pack(model.eval(), x)(x))
+
+
+def test_export_of_a_program(weights: Path, tmp_path: Path) -> None:
+    target = tmp_path / "net.dsp"
+    assert cli.main(["export", str(weights), "--size", "8", "--format", "program", "--to", str(target)]) == 0
+    model = cifar_resnet(20, in_channels=1)
+    model.load_state_dict(stages.read_weights(weights))
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        wanted = dsprune.pack(model.eval(), x)(x)
+    assert torch.equal(torch.from_numpy(runtime.load(target)(x.numpy())), wanted)
 
 
 @pytest.mark.parametrize(

@@ -577,6 +577,7 @@ class ExportFormat(StrEnum):
     onnx = "onnx"
     torch = "torch"
     aoti = "aoti"
+    program = "program"
 
 
 @app.command()
@@ -588,7 +589,10 @@ def export(
     ] = None,
     form: Annotated[
         ExportFormat,
-        typer.Option("--format", help="onnx: standard operators; torch: torch.export; aoti: compiled."),
+        typer.Option(
+            "--format",
+            help="onnx: standard operators; torch: torch.export; aoti: compiled; program: without torch.",
+        ),
     ] = ExportFormat.onnx,
     groups: Annotated[
         bool, typer.Option("--groups", help="ONNX: a convolution per group of filters.")
@@ -597,7 +601,7 @@ def export(
     depth: Annotated[int, typer.Option(help="Depth of cifar_resnet, for a FILE.")] = 20,
     size: Annotated[int, typer.Option(help="Side of the images in pixels, for a FILE.")] = 32,
 ) -> None:
-    """Write the packed network for another runtime: ONNX, torch.export or AOTInductor."""
+    """Write the packed network for another runtime: ONNX, torch.export, AOTInductor, our own."""
     import dsprune
     from dsprune.io import target_file
 
@@ -612,6 +616,8 @@ def export(
         dsprune.export_onnx(packed, source.example, out, form="groups" if groups else "dense")
     elif form is ExportFormat.torch:
         dsprune.export_torch(packed, source.example, out)
+    elif form is ExportFormat.program:
+        dsprune.export_program(packed, out, source.example.shape)
     else:
         dsprune.export_aoti(packed, source.example, out)
     typer.echo(f"{out}: {out.stat().st_size / 1e3:.0f} kB")

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dsp.h"
@@ -80,13 +81,21 @@ int batch_norm_backward(Address grad, Address x, Address y, int64_t numel, int64
                                  at<float>(grad_bias), threads);
 }
 
-py::tuple program_create(Address words, int64_t words_numel, Address floats, int64_t floats_numel) {
+// floats: (address, numel) of each piece
+py::tuple program_create(Address words, int64_t words_numel, const py::sequence& floats) {
+  std::vector<const float*> pieces;
+  std::vector<int64_t> numel;
+  for (const py::handle item : floats) {
+    const auto piece = item.cast<std::pair<Address, int64_t>>();
+    pieces.push_back(at<const float>(piece.first));
+    numel.push_back(piece.second);
+  }
   dsp_program* program = nullptr;
   int status = 0;
   {
     py::gil_scoped_release release;
-    status = dsp_program_create(at<const int64_t>(words), words_numel, at<const float>(floats), floats_numel,
-                                &program);
+    status = dsp_program_create_from(at<const int64_t>(words), words_numel, pieces.data(), numel.data(),
+                                     static_cast<int64_t>(pieces.size()), &program);
   }
   return py::make_tuple(status, reinterpret_cast<Address>(program));
 }
@@ -483,8 +492,7 @@ void define_conv(py::module_& m) {
 
 void define_program(py::module_& m) {
   m.def("program_format", &program_format);
-  m.def("program_create", &program_create, py::arg("words"), py::arg("words_numel"), py::arg("floats"),
-        py::arg("floats_numel"));
+  m.def("program_create", &program_create, py::arg("words"), py::arg("words_numel"), py::arg("floats"));
   m.def("program_run", &program_run, nogil, py::arg("program"), py::arg("tensors"), py::arg("numel"),
         py::arg("batch"), py::arg("threads"));
   m.def("program_destroy", &program_destroy, nogil, py::arg("program"));

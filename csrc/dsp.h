@@ -150,6 +150,11 @@ typedef struct dsp_program dsp_program;
 /* Copies what it needs from words and floats. */
 DSP_API dsp_status dsp_program_create(const int64_t* words, int64_t words_numel, const float* floats,
                                       int64_t floats_numel, dsp_program** program);
+/* The same from floats in several pieces: places count through all of them as if each began where the one
+ * before it ends. What a field names lies in one. */
+DSP_API dsp_status dsp_program_create_from(const int64_t* words, int64_t words_numel,
+                                           const float* const* floats, const int64_t* floats_numel,
+                                           int64_t pieces, dsp_program** program);
 /* One array for each input and output, of as many elements as `in_numel` and `out_numel` say:
  * (batch, channels, height, width), contiguous. Any number of threads may run one program at the same time.
  */

@@ -1,5 +1,6 @@
 """Types of the compiled module; addresses are integers, every call returns a status (0 is success)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 def abi_version() -> int: ...
@@ -94,7 +95,7 @@ def conv2d_grad_weight(
     dw: int,
     threads: int,
 ) -> int: ...
-def program_create(words: int, words_numel: int, floats: int, floats_numel: int) -> tuple[int, int]: ...
+def program_create(words: int, words_numel: int, floats: Sequence[tuple[int, int]]) -> tuple[int, int]: ...
 def program_run(
     program: int, tensors: list[int], numel: list[int], batch: int, threads: int
 ) -> int: ...  # the inputs, then the outputs

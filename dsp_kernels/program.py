@@ -405,17 +405,16 @@ class Program:
         header = (table["magic"], table["version"], *counts)
         return [*header, len(header) + 1 + len(ends) + len(words), *ends, *words]
 
-    def _parts(self, native: Any, outputs: tuple[Value, ...]) -> tuple[Tensor, Tensor]:
-        """The description's words, and its floats."""
+    def _parts(self, native: Any, outputs: tuple[Value, ...]) -> tuple[Tensor, list[Tensor]]:
+        """The description's words, and its floats: in the weights' own memory where that is in order."""
         words = torch.tensor(self._words(native.program_format(), outputs), dtype=torch.int64)
-        return words, torch.cat(self._floats) if self._floats else torch.zeros(1)
+        return words, [tensor.resolve_neg().contiguous() for tensor in self._floats]
 
     def _create(self, outputs: tuple[Value, ...]) -> None:
         native = native_module()
         words, floats = self._parts(native, outputs)
-        status, handle = native.program_create(
-            words.data_ptr(), words.numel(), floats.data_ptr(), floats.numel()
-        )
+        pieces = [(tensor.data_ptr(), tensor.numel()) for tensor in floats]  # not joined: that takes memory
+        status, handle = native.program_create(words.data_ptr(), words.numel(), pieces)
         if status != 0:
             raise ValueError(native.last_error())
         self._native = native
@@ -489,7 +488,7 @@ class Program:
         """Whether both are built of the same steps with the same weights: all but the sizes of the images."""
         native = native_module()
         mine, theirs = self._parts(native, self._outputs), other._parts(native, other._outputs)
-        if mine[0].shape != theirs[0].shape or not torch.equal(mine[1], theirs[1]):
+        if mine[0].shape != theirs[0].shape or not all(map(torch.equal, mine[1], theirs[1])):
             return False
         header = native.program_format()["header"]
         sizes = slice(header, header + 3 * len(self.input_shapes))
@@ -515,7 +514,8 @@ class Program:
         if not self._handle:
             raise RuntimeError("the program is not built; call build() first")
         native = native_module()
-        words, floats = self._parts(native, self._outputs)
+        words, pieces = self._parts(native, self._outputs)
+        floats = torch.cat([*pieces, torch.zeros(0)])
         infos = []
         for name, shape in zip(inputs, self.input_shapes, strict=True):
             lower, upper = shape, shape

@@ -13,8 +13,8 @@
 
 namespace dsp {
 
-Program::Program(const int64_t* words, int64_t words_numel, const float* floats, int64_t floats_numel) {
-  Description description = read_description(words, words_numel, floats, floats_numel);
+Program::Program(const int64_t* words, int64_t words_numel, const Floats& floats) {
+  Description description = read_description(words, words_numel, floats);
   values_ = std::move(description.values);
   steps_ = std::move(description.steps);
   outputs_ = std::move(description.outputs);
@@ -132,9 +132,14 @@ extern "C" {
 
 dsp_status dsp_program_create(const int64_t* words, int64_t words_numel, const float* floats,
                               int64_t floats_numel, dsp_program** program) {
+  return dsp_program_create_from(words, words_numel, &floats, &floats_numel, 1, program);
+}
+
+dsp_status dsp_program_create_from(const int64_t* words, int64_t words_numel, const float* const* floats,
+                                   const int64_t* floats_numel, int64_t pieces, dsp_program** program) {
   return dsp::guard([&] {
     dsp::require(program != nullptr, "program is null");
-    *program = new dsp_program{{words, words_numel, floats, floats_numel}};
+    *program = new dsp_program{{words, words_numel, dsp::Floats(floats, floats_numel, pieces)}};
   });
 }
 

@@ -18,7 +18,7 @@ struct Free {
 
 class Program {
  public:
-  Program(const int64_t* words, int64_t words_numel, const float* floats, int64_t floats_numel);
+  Program(const int64_t* words, int64_t words_numel, const Floats& floats);
   ~Program();
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;

@@ -15,8 +15,8 @@ constexpr int64_t kMostSteps = 1 << 20;
 // Reads the words of one step and refuses to read beyond them. `last` is the last value before it.
 class Reader {
  public:
-  Reader(const int64_t* words, int64_t count, int64_t last, const Source& source, const float* floats)
-      : words_(words), count_(count), last_(last), source_(source), floats_(floats) {}
+  Reader(const int64_t* words, int64_t count, int64_t last, const Source& source)
+      : words_(words), count_(count), last_(last), source_(source) {}
 
   int64_t next(int64_t least, int64_t most, const char* name) {
     if (at_ >= count_) fail(std::string("program: the step ends before its ") + name);
@@ -43,10 +43,11 @@ class Reader {
     const int64_t kind = next(0, dsp_activation_count() - 1, name);
     const int count = activation_parameters(static_cast<int32_t>(kind));
     if (count == 0) return make_activation(static_cast<int32_t>(kind), nullptr);
-    const int64_t at = next(0, source_.numel() - count, "the activation's parameters");
-    return make_activation(static_cast<int32_t>(kind), floats_ + at);
+    const char* parameters = "the activation's parameters";
+    const int64_t at = next(0, source_.floats().numel() - count, parameters);
+    return make_activation(static_cast<int32_t>(kind), source_.floats().find(at, count, parameters));
   }
-  int64_t floats(int64_t least, const char* name) { return next(least, source_.numel(), name); }
+  int64_t floats(int64_t least, const char* name) { return next(least, source_.floats().numel(), name); }
   std::vector<int32_t> plan(const char* name) {
     const int64_t count = next(0, left() - 1, name);
     std::vector<int32_t> words;
@@ -63,7 +64,6 @@ class Reader {
   const int64_t* words_;
   int64_t count_, last_;
   const Source& source_;
-  const float* floats_;
   int64_t at_ = 0;
 };
 
@@ -163,10 +163,8 @@ std::vector<int64_t> description_for(const int64_t* words, int64_t words_numel,
   return changed;
 }
 
-Description read_description(const int64_t* words, int64_t words_numel, const float* floats,
-                             int64_t floats_numel) {
+Description read_description(const int64_t* words, int64_t words_numel, const Floats& floats) {
   description_steps(words, words_numel);
-  require(floats_numel >= 0 && (floats != nullptr || floats_numel == 0), "program: floats is null");
   const int64_t n_inputs = words[2], n_steps = words[3], n_outputs = words[4];
   Description d;
   int64_t at = DSP_PROGRAM_HEADER;
@@ -179,13 +177,13 @@ Description read_description(const int64_t* words, int64_t words_numel, const fl
             "program: an output is not the value of a step");
     d.outputs.push_back(words[at]);
   }
-  const Source source(d.values, floats, floats_numel);
+  const Source source(d.values, floats);
   for (int64_t i = 0; i < n_steps; ++i) {
     const std::string name = "program: step " + std::to_string(i);
     if (words_numel - at < 2) fail("program: the description ends before step " + std::to_string(i));
     const int64_t length = words[at + 1];
     if (length < 2 || length > words_numel - at) fail(name + " has a wrong length");
-    Reader read(words + at + 2, length - 2, n_inputs + i - 1, source, floats);
+    Reader read(words + at + 2, length - 2, n_inputs + i - 1, source);
     std::unique_ptr<Step> step = read_step(words[at], read);
     if (step == nullptr) fail(name + " has the unknown operation " + std::to_string(words[at]));
     if (read.left() != 0) fail(name + " has words to spare");

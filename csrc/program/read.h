@@ -16,8 +16,7 @@ struct Description {
 };
 
 // Throws Error unless every word is as dsp.h and steps.def say and all shapes fit one another.
-Description read_description(const int64_t* words, int64_t words_numel, const float* floats,
-                             int64_t floats_numel);
+Description read_description(const int64_t* words, int64_t words_numel, const Floats& floats);
 
 // Of a description's header alone, which is checked: where its steps begin, the inputs' shapes, and the same
 // description for inputs of other shapes.

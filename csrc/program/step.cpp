@@ -8,10 +8,21 @@
 
 namespace dsp {
 
-std::vector<float> Source::take(int64_t at, int64_t count, const char* name) const {
-  if (at > numel_ || count > numel_ - at)
-    fail(std::string("program: ") + name + " reaches beyond the floats");
-  return std::vector<float>(floats_ + at, floats_ + at + count);
+Floats::Floats(const float* const* pieces, const int64_t* numel, int64_t count) {
+  require(count >= 0 && ((pieces != nullptr && numel != nullptr) || count == 0), "program: floats is null");
+  for (int64_t i = 0; i < count; ++i) {
+    require(numel[i] >= 0 && (pieces[i] != nullptr || numel[i] == 0), "program: floats is null");
+    pieces_.push_back(pieces[i]);
+    ends_.push_back(checked_add(this->numel(), numel[i], "program: floats"));
+  }
+}
+
+const float* Floats::find(int64_t at, int64_t count, const char* name) const {
+  const auto piece = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), at) - ends_.begin());
+  const bool there = count == 0 ? at <= numel() : piece < ends_.size() && count <= ends_[piece] - at;
+  if (at < 0 || !there) fail(std::string("program: ") + name + " reaches beyond the floats");
+  if (count == 0) return nullptr;
+  return pieces_[piece] + (at - (piece == 0 ? 0 : ends_[piece - 1]));
 }
 
 double Step::cycles(const std::vector<Value>&, Layout) const { return 0; }

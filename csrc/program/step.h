@@ -15,20 +15,36 @@ namespace dsp {
 constexpr int64_t kMostSize = int64_t{1} << 31;
 constexpr int64_t kMostPadding = 8;  // more air than that around a value is better made while copying
 
-// What a step is made from: the values before it, and the caller's floats.
+// The caller's floats: pieces of memory, counted through as if they lay one after the other.
+class Floats {
+ public:
+  Floats(const float* const* pieces, const int64_t* numel, int64_t count);
+  Floats(const float* only, int64_t numel) : Floats(&only, &numel, 1) {}
+  int64_t numel() const { return ends_.empty() ? 0 : ends_.back(); }
+  // Throws Error where they reach beyond the piece that they begin in.
+  const float* find(int64_t at, int64_t count, const char* name) const;
+
+ private:
+  std::vector<const float*> pieces_;
+  std::vector<int64_t> ends_;
+};
+
+// What a step is made from: the values before it, and the caller's floats, which stay until all steps have
+// placed their weights.
 class Source {
  public:
-  Source(const std::vector<Value>& values, const float* floats, int64_t numel)
-      : values_(values), floats_(floats), numel_(numel) {}
+  Source(const std::vector<Value>& values, const Floats& floats) : values_(values), floats_(floats) {}
   const Shape& shape(int64_t id) const { return values_[static_cast<size_t>(id)]; }
-  int64_t numel() const { return numel_; }
+  const Floats& floats() const { return floats_; }
   // Throws Error where they reach beyond the caller's.
-  std::vector<float> take(int64_t at, int64_t count, const char* name) const;
+  std::vector<float> take(int64_t at, int64_t count, const char* name) const {
+    const float* from = floats_.find(at, count, name);
+    return std::vector<float>(from, from + count);
+  }
 
  private:
   const std::vector<Value>& values_;
-  const float* floats_;
-  int64_t numel_;
+  const Floats& floats_;
 };
 
 class ConvStep;
@@ -43,7 +59,7 @@ class Step {
   std::vector<int64_t> inputs;  // in the order of its fields
   int64_t result = 0;
 
-  // Checks its inputs' shapes, copies its weights, and says the shape of the result. Called once, first.
+  // Checks its inputs' shapes, finds its weights, and says the shape of the result. Called once, first.
   virtual Shape shape(const Source& source) = 0;
   // Whether its result and all its inputs lie alike; else it says by `reads` what it takes.
   virtual bool alike() const { return true; }
@@ -55,7 +71,7 @@ class Step {
   // What it keeps: weights, biases, tables.
   virtual int64_t bytes() const { return 0; }
   virtual int64_t scratch_floats() const { return 0; }
-  // How many floats its prepared weights are; they move to `to`, unless that is null, and are read there.
+  // How many floats its prepared weights are; they are written to `to`, unless that is null, and read there.
   virtual int64_t place_weights(float* to);
   virtual const Activation& activation() const;
   // About what it takes with its values planar, or with channels last, in cycles, where these differ much.
@@ -79,20 +95,26 @@ class ChannelStep : public Step {
   virtual int64_t work(const Place& at) const { return at.value(result).numel(); }
 };
 
-// Weights that a step makes, and that move once to where those of all steps are.
+// A step's weights: the caller's until they are prepared, then where those of all steps are. There is no copy
+// in between, as the weights of a network may be most of what memory there is.
 class Weights {
  public:
-  std::vector<float> made;
-  const float* data() const { return placed_ == nullptr ? made.data() : placed_; }
-  int64_t count() const { return placed_ == nullptr ? static_cast<int64_t>(made.size()) : count_; }
-  void place(float* to) {
-    count_ = count();
-    std::copy(made.begin(), made.end(), to);
-    made = {};
+  Weights() = default;
+  Weights(const float* given, int64_t count) : given_(given), count_(count) {}
+  // How many they are when they are prepared.
+  int64_t count() const { return count_; }
+  void set_count(int64_t count) { count_ = count; }
+  const float* data() const { return placed_; }
+  // `prepare(given, to)` writes them.
+  template <class F>
+  void place(float* to, F&& prepare) {
+    prepare(given_, to);
+    given_ = nullptr;
     placed_ = to;
   }
 
  private:
+  const float* given_ = nullptr;
   const float* placed_ = nullptr;
   int64_t count_ = 0;
 };

@@ -71,8 +71,8 @@ Model::Model(std::unique_ptr<FileSource> source) : source_(std::move(source)) {
   for (const TensorInfo& info : inputs_) own_.push_back(image_of(info.shape, info.rank));
   const std::vector<Shape> stated = description_inputs(contents.words, contents.words_numel);
   require(stated == own_, "program file: its steps are for other inputs than it lists");
-  first_ =
-      std::make_shared<Program>(contents.words, contents.words_numel, contents.floats, contents.floats_numel);
+  first_ = std::make_shared<Program>(contents.words, contents.words_numel,
+                                     Floats(contents.floats, contents.floats_numel));
   require(static_cast<int64_t>(outputs_.size()) == first_->outputs(),
           "program file: its steps have another number of outputs than it lists");
   for (size_t i = 0; i < outputs_.size(); ++i) {
@@ -129,8 +129,8 @@ Model::Planned Model::made(const Sizes& sizes) {
   if (contents.checksum != checksum_)
     throw Error(DSP_IO_ERROR, "program file: it has changed since it was loaded");
   const std::vector<int64_t> words = description_for(contents.words, contents.words_numel, sizes);
-  return std::make_shared<Program>(words.data(), static_cast<int64_t>(words.size()), contents.floats,
-                                   contents.floats_numel);
+  return std::make_shared<Program>(words.data(), static_cast<int64_t>(words.size()),
+                                   Floats(contents.floats, contents.floats_numel));
 }
 
 Model::Planned Model::find(const Sizes& sizes) {

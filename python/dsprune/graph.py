@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from dsp_kernels.geometry import Geometry, pair
 from .functional import is_simple, make_functional
 from .guards import Expression, evaluate, parse
 from .inputs import Signature, describe, own_tensors, tensors_of
-from .masks import copies_of_results, settle, settle_parametrizations
+from .masks import copies_of_results, holding, settle, settle_parametrizations
 from .operators import find
 from .state import containers_in, preserved, where_changed
 
@@ -192,15 +193,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def masked_copy(model: nn.Module) -> nn.Module:
+def masked_copy(model: nn.Module, kept: Mapping[int, Any] = MappingProxyType({})) -> nn.Module:
     """A deep copy with its prune masks on and its parametrizations applied for good; the argument is left
-    alone.
+    alone. ``kept``: what of it is not copied, as a memo of ``copy.deepcopy``.
 
     ``copy.deepcopy`` alone raises on a model that carries prune masks: its ``weight`` is then not a graph
     leaf.
     """
     model = unwrap(model)
-    clone = copy.deepcopy(model, copies_of_results(model))
+    clone = copy.deepcopy(model, copies_of_results(model) | dict(kept))
     for module in clone.modules():
         if "_original_forward" in vars(module):  # Accelerate's autocast around the forward method
             del module.forward, module._original_forward
@@ -213,7 +214,7 @@ def clean_copy(model: nn.Module) -> nn.Module:
 
     Modules that share a weight share it in the copy too where their masks leave the same of it.
     """
-    clone = masked_copy(model)
+    clone = masked_copy(model, holding(unwrap(model)))
     settle(clone)
     return clone
 
@@ -485,7 +486,8 @@ def trace(model: nn.Module, example_input: Any, keywords: Mapping[str, Any] | No
     for node in list(module.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             module.graph.erase_node(node)  # the limits say the same
-    make_functional(module.graph)
+    if is_simple(module.graph):  # else it was traced again; what is written in place then are arguments
+        make_functional(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     tensors = {

@@ -284,24 +284,19 @@ class _Lowering:
         shift = -mean * scale
         return scale, shift if bias is None else shift + bias
 
-    def _folded(self, chain: _Chain) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """The layer's full weight and bias in float64, BatchNorm and constant channels folded in; whether it
-        has a bias.
+    def _folded(self, chain: _Chain) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """By what each filter of a layer is multiplied, and its bias, BatchNorm and constant channels folded
+        in: float64 of all filters, None where there is none.
         """
         site, tensors = chain.site, self.graph.tensors
-        weight = tensors[site.weight_name].detach().double()
-        has_bias = site.bias_name is not None or chain.batch_norm is not None
-        bias = weight.new_zeros(site.out_channels)
-        if site.bias_name is not None:
-            bias = bias + tensors[site.bias_name].detach().double()
+        bias = None if site.bias_name is None else tensors[site.bias_name].detach().double()
         constant = self._constants(site)
         if constant is not None:
-            bias, has_bias = bias + constant, True
-        if chain.batch_norm is not None:
-            scale, shift = self._norm(chain.batch_norm)
-            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-            bias = bias * scale + shift
-        return weight, bias, has_bias
+            bias = constant if bias is None else bias + constant
+        if chain.batch_norm is None:
+            return None, bias
+        scale, shift = self._norm(chain.batch_norm)
+        return scale, shift if bias is None else bias * scale + shift
 
     def _constants(self, site: Site) -> torch.Tensor | None:
         """What the constant channels add to each filter's result, in float64; None where there are none."""
@@ -316,8 +311,8 @@ class _Lowering:
 
     def _plain_layer(self, chain: _Chain) -> nn.Module:
         site = chain.site
-        weight, bias, has_bias = self._folded(chain)
-        like = self.graph.tensors[site.weight_name]
+        scale, bias = self._folded(chain)
+        like = self.graph.tensors[site.weight_name].detach()
         rows, columns = self.channels(site.node, site.out_channels), self.channels(site.x, site.in_channels)
         pairs = self.pairs[site.node][rows][:, columns]
         layer = PermutedGroupedConv2d(
@@ -326,23 +321,32 @@ class _Lowering:
             stride=site.stride,
             padding=site.padding,
             dilation=site.dilation,
-            bias=has_bias,
+            bias=bias is not None,
             activation=chain.activation,
             backend=self.backend,
-            device=like.device,
-            dtype=like.dtype,
+            device="meta",
         )
-        weight = weight[rows.to(weight.device)][:, columns.to(weight.device)]
-        with torch.no_grad():
-            layer.weight.copy_(layer.layout.pack(weight))
-            if layer.bias is not None:
-                layer.bias.copy_(bias[rows.to(bias.device)])
-        return layer
+        sets = layer.layout.groups
+        taps = site.kernel_size[0] * site.kernel_size[1]
+        if scale is None and len(sets) == 1 and _in_order(rows[list(sets[0][1])], site.out_channels):
+            whole = _in_order(columns[list(sets[0][0])], site.in_channels)
+        else:
+            whole = False
+        if whole:
+            weight = like.reshape(-1)  # the dense network's own memory
+        else:
+            weight, at = like.new_empty(layer.layout.weight_numel(site.kernel_size)), 0
+            for channels, filters in sets:
+                end = at + len(channels) * len(filters) * taps
+                part = weight[at:end].view(len(filters), len(channels), *site.kernel_size)
+                _write_rows(part, like, rows[list(filters)], columns[list(channels)], scale)
+                at = end
+        return _with_tensors(layer, weight, None if bias is None else bias[rows.to(bias.device)])
 
     def _grouped_layer(self, chain: _Chain) -> nn.Module:
         site = chain.site
-        weight, bias, has_bias = self._folded(chain)
-        like, groups = self.graph.tensors[site.weight_name], site.groups
+        scale, bias = self._folded(chain)
+        like, groups = self.graph.tensors[site.weight_name].detach(), site.groups
         rows = torch.arange(site.out_channels)
         if self._depthwise(site):
             rows = self.channels(site.node, site.out_channels)
@@ -355,37 +359,32 @@ class _Lowering:
             site.padding,
             site.dilation,
             groups,
-            has_bias,
-            device=like.device,
-            dtype=like.dtype,
+            bias is not None,
+            device="meta",
         )
-        with torch.no_grad():
-            layer.weight.copy_(weight[rows.to(weight.device)])
-            if layer.bias is not None:
-                layer.bias.copy_(bias[rows.to(bias.device)])
-        return layer
+        weight = like
+        if scale is not None or not _in_order(rows, site.out_channels):
+            weight = like.new_empty((len(rows), *like.shape[1:]))
+            _write_rows(weight, like, rows, None, scale)
+        return _with_tensors(layer, weight, None if bias is None else bias[rows.to(bias.device)])
 
     def _linear_layer(self, site: Site) -> nn.Module:
-        like = self.graph.tensors[site.weight_name]
+        like = self.graph.tensors[site.weight_name].detach()
         constant = self._constants(site)
         columns = torch.arange(site.in_channels)
         shape = shape_of(site.x)
         if shape is not None and len(shape) == 2:
             columns = self.channels(site.x, site.in_channels)
-        has_bias = site.bias_name is not None or constant is not None
-        layer = nn.Linear(len(columns), site.out_channels, has_bias, device=like.device, dtype=like.dtype)
+        bias = constant
+        if site.bias_name is not None:
+            own = self.graph.tensors[site.bias_name].detach().double()
+            bias = own if constant is None else constant + own
+        layer = nn.Linear(len(columns), site.out_channels, bias is not None, device="meta")
         folded = self.live.folded[site.node][columns].to(like.device)
-        with torch.no_grad():  # the largest weight of a network may be here: no copies of it
-            torch.index_select(like, 1, columns.to(like.device), out=layer.weight)
-            layer.weight.masked_fill_(folded, 0)
-            if has_bias:
-                bias = (
-                    like.new_zeros(site.out_channels, dtype=torch.float64) if constant is None else constant
-                )
-                if site.bias_name is not None:
-                    bias = bias + self.graph.tensors[site.bias_name].detach().double()
-                layer.bias.copy_(bias)
-        return layer
+        weight = like
+        if bool(folded.any()) or not _in_order(columns, site.in_channels):
+            weight = torch.index_select(like, 1, columns.to(like.device)).masked_fill_(folded, 0)
+        return _with_tensors(layer, weight, bias)
 
     # emission -----------------------------------------------------------------------------------------------
 
@@ -420,9 +419,10 @@ class _Lowering:
                     value = self.graph.tensors.get(path)
                     if value is None:
                         raise NotImplementedError(f"the graph reads {path!r}, which is no tensor")
-                    copied = value.detach().clone()
-                    is_parameter = isinstance(value, nn.Parameter)
-                    place(path, nn.Parameter(copied, requires_grad=False) if is_parameter else copied)
+                    if isinstance(value, nn.Parameter):
+                        place(path, nn.Parameter(value.detach(), requires_grad=False))
+                    else:
+                        place(path, value.detach().clone())
                 env[node] = graph.get_attr(path)
             return env[node]
 
@@ -515,6 +515,44 @@ class _Lowering:
         )
 
 
+def _in_order(indices: torch.Tensor, count: int) -> bool:
+    """Whether indices are 0, 1, ... to ``count``."""
+    return torch.equal(indices, torch.arange(count))
+
+
+BLOCK = 1 << 18  # values that are in float64 at the same time
+
+
+def _write_rows(
+    to: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor | None,
+    scale: torch.Tensor | None,
+) -> None:
+    """Writes the named filters of a weight, of the named channels, times their scales; a few at a time, as
+    whole copies in float64 would be the most memory that packing needs.
+    """
+    rows = rows.to(weight.device)
+    step = max(1, BLOCK // max(1, weight[:1].numel()))
+    for begin in range(0, len(rows), step):
+        some = rows[begin : begin + step]
+        values = weight.index_select(0, some)
+        if columns is not None:
+            values = values.index_select(1, columns.to(weight.device))
+        if scale is not None:
+            values = values.double() * scale[some].view(-1, *[1] * (weight.dim() - 1))
+        to[begin : begin + step].copy_(values)
+
+
+def _with_tensors(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """A layer that was made without memory, with these tensors; the bias in the weight's dtype."""
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)
+    return layer
+
+
 def _layout(pairs: torch.Tensor) -> GroupLayout:
     """Groups of filters with equal channels; one group over all of them where too many filters differ."""
     try:
@@ -529,6 +567,8 @@ def _layout(pairs: torch.Tensor) -> GroupLayout:
 
 def lower(graph: NetworkGraph, backend: str | None = None) -> fx.GraphModule:
     """The packed form of a traced network: a graph module of fused layers, named like the dense network's.
+
+    Weights that stay as they are, are the traced model's own memory.
 
     Args:
         graph: from ``dsprune.graph.trace``, of a model in evaluation mode.

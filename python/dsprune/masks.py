@@ -15,7 +15,18 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .state import tensors_in
 
-__all__ = ["bare", "copies_of_results", "hold", "masked", "masks_of", "settle", "settle_parametrizations"]
+__all__ = [
+    "bare",
+    "copies_of_results",
+    "hold",
+    "holding",
+    "masked",
+    "masks_of",
+    "renew_results",
+    "settle",
+    "settle_parametrizations",
+    "without_results",
+]
 
 
 def copies_of_results(model: nn.Module) -> dict[int, Any]:
@@ -30,6 +41,48 @@ def _hooks(module: nn.Module) -> Iterator[tuple[int, str]]:
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, prune.BasePruningMethod):
             yield key, hook._tensor_name
+
+
+def holding(model: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` wants as its memo to copy a model whose masks are applied next (``settle``):
+    masks and what they are on alone are of no further use, and may be the largest part of it.
+    """
+    found: list[Any] = []
+    unmasked: set[int] = set()
+    for module in model.modules():
+        hooks = list(_hooks(module))
+        names = {f"{tensor}_orig" for _, tensor in hooks}
+        unmasked |= {id(held) for name, held in module._parameters.items() if name not in names}
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # applied before the masks, in place
+        for key, tensor in hooks:
+            found += [module._forward_pre_hooks[key], module._buffers[f"{tensor}_mask"]]
+            found += [module._parameters[f"{tensor}_orig"], vars(module).get(tensor)]
+    return {id(thing): thing for thing in found if thing is not None and id(thing) not in unmasked}
+
+
+def without_results(model: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` wants as its memo to copy a model with no memory for what the masks leave;
+    ``renew_results`` brings it back.
+    """
+    results = [
+        vars(module).get(tensor)
+        for module in model.modules()
+        if not isinstance(module, parametrize.ParametrizationList)
+        for _, tensor in _hooks(module)
+    ]
+    return {
+        id(value): value.detach().new_zeros(()).expand(value.shape) for value in results if value is not None
+    }
+
+
+def renew_results(model: nn.Module) -> None:
+    """Computes what masks leave from the weights, as the next forward pass will."""
+    for module in model.modules():
+        for _, tensor in _hooks(module):
+            original, mask = module._parameters[f"{tensor}_orig"], module._buffers[f"{tensor}_mask"]
+            assert original is not None and mask is not None
+            setattr(module, tensor, original.detach() * mask.to(original.dtype))
 
 
 def masked(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

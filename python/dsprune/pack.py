@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ from .graph import (
 )
 from .inputs import Signature, describe, form_of, noise_like, own_tensors, tensors_of
 from .lower import iterate_layers, lower
-from .masks import bare, copies_of_results, hold, masked, masks_of
+from .masks import bare, copies_of_results, hold, masked, masks_of, renew_results, without_results
 from .nn import PackedBatchNorm2d, PackedConv2d, PermutedGroupedConv2d
 from .program import ProgramCache
 from .state import preserved, tensors_in
@@ -44,6 +45,7 @@ EXTRA = "_extra_state"  # torch's key for what ``get_extra_state`` gives
 __all__ = ["PackError", "PackedNetwork", "PackedState", "pack", "unpack"]
 
 
+LARGE = 32 << 20  # bytes of weights: their memory is wanted back at once
 KEPT_VARIANTS = 8  # plans for other sizes; the least recently used goes first
 
 
@@ -453,13 +455,19 @@ def _kernel_sizes(model: nn.Module, state: PackedState) -> dict[str, tuple[int, 
 
 def _seal(network: nn.Module) -> str:
     """A short text that differs where any tensor of a network's state does."""
-    total = 0
-    for name, value in network.state_dict(keep_vars=True).items():
-        if isinstance(value, torch.Tensor):
-            plain = value.detach().cpu().contiguous()
-            total = zlib.crc32(f"{name} {plain.dtype} {tuple(plain.shape)}".encode(), total)
-            total = zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy(), total)  # type: ignore[arg-type]
-    return f"{total:08x}"
+    state = network.state_dict(keep_vars=True)
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return f"{_sum(tensors.values(), ' '.join(tensors)):08x}"
+
+
+def _sum(tensors: Iterable[torch.Tensor], text: str = "") -> int:
+    """A number that is another where any of the tensors, or the text, is."""
+    total = zlib.crc32(text.encode())
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        total = zlib.crc32(f"{plain.dtype} {tuple(plain.shape)}".encode(), total)
+        total = zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy(), total)  # type: ignore[arg-type]
+    return total
 
 
 def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
@@ -559,40 +567,78 @@ def _replace_sharing(
 PACKED_LAYERS = (PermutedGroupedConv2d, PackedConv2d, PackedBatchNorm2d)
 
 
-def _compare(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Raises PackError where the two networks differ on the example or on noise of its shape, ValueError
-    where the dense one does not take it.
+@contextmanager
+def _trials(network: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients in the weights' own precision: where cuDNN may use TF32, which torch lets
+    it by default, the dense network is the one that is off.
+    """
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with torch.no_grad(), evaluating(network), exact:
+        yield
+
+
+def _trial(network: nn.Module, args: tuple[Any, ...], again: Callable[[], nn.Module]) -> list[torch.Tensor]:
+    """The outputs from the state, and on the arguments, as they were; both stay so. ``again`` makes the
+    network once more, for its parameters where the forward pass writes them: a copy of all takes much memory.
+    """
+    if (
+        isinstance(network, PackedNetwork) and network.fused
+    ):  # has no state, and keeps what it plans in a trial
+        return [out.clone() for out in tensors_of(network(*own_tensors(args)))]
+    parameters = list(network.parameters())
+    before = _sum(parameters)
+    with preserved(network):
+        outputs = [out.clone() for out in tensors_of(network(*own_tensors(args)))]
+    if _sum(parameters) != before:
+        for parameter, value in zip(parameters, again().parameters(), strict=True):
+            parameter.copy_(value)
+    return outputs
+
+
+def _expected(
+    dense: nn.Module, inputs: tuple[Any, ...], again: Callable[[], nn.Module]
+) -> list[list[torch.Tensor]]:
+    """What a dense network computes on the example and on noise of its shape. It runs before anything is
+    packed, so that its weights need not be there when the packed network's are. ValueError where it does not
+    take them.
     """
     try:
-        _differ(dense, packed, inputs)
-    except PackError:
-        raise
+        with _trials(dense):
+            return [_trial(dense, args, again) for args in (inputs, noise_like(inputs))]
     except Exception:  # whose fault is it?
         with evaluating(dense):
             check_takes(dense, inputs)
         raise
 
 
-def _differ(dense: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> None:
-    # Where cuDNN may use TF32, which torch lets it by default, the dense network is the one that is off.
-    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
-
-    def trial(net: nn.Module, args: tuple[Any, ...]) -> list[torch.Tensor]:
-        """The outputs from the state, and on the arguments, as they were; both stay so."""
-        # A graph has no state, keeps what it plans in a trial, and is of a network that writes no parameters.
-        with nullcontext() if packed.fused and net is packed else preserved(net, parameters=not packed.fused):
-            return [out.clone() for out in tensors_of(net(*own_tensors(args)))]
-
-    with torch.no_grad(), evaluating(dense), evaluating(packed), exact:
-        for args in (inputs, noise_like(inputs)):
-            expected, given = trial(dense, args), trial(packed, args)
-            if len(expected) != len(given):
-                raise PackError(f"{len(given)} outputs for {len(expected)}")
+def _compare(
+    packed: PackedNetwork,
+    inputs: tuple[Any, ...],
+    expected: list[list[torch.Tensor]],
+    dense: Callable[[], nn.Module],
+    again: Callable[[], nn.Module],
+) -> None:
+    """Raises PackError where a packed network's outputs are other than ``_expected``. ``dense`` makes the
+    dense network once more, ``again`` the layers of one that is not fused.
+    """
+    with _trials(packed):
+        for args, right in zip((inputs, noise_like(inputs)), expected, strict=True):
+            given = _trial(packed, args, again)
+            if len(right) != len(given):
+                raise PackError(f"{len(given)} outputs for {len(right)}")
             finite = all(bool(v.isfinite().all()) for v in tensors_of(args))
-            for e, g in zip(expected, given, strict=True):
+            for e, g in zip(right, given, strict=True):
                 reason = differs(e, g, finite_inputs=finite)
-                if reason is not None and not no_worse(dense, args, expected, given):
+                if reason is not None and not no_worse(dense().eval(), args, right, given):
                     raise PackError(reason)
+
+
+def _fused(
+    dense: nn.Module, inputs: tuple[Any, ...], backend: str | None
+) -> tuple[nn.Module, Limits, set[str]]:
+    """The graph of fused layers, what it is good for, and the weights of the layers that it knows."""
+    graph = trace(dense, inputs)
+    return lower(graph, backend), graph.limits, {site.weight_name for site in graph.sites}
 
 
 @torch.inference_mode(False)  # weights made in that mode could not tell a program when they are written
@@ -634,37 +680,59 @@ def pack(
             raise ValueError(f"backend: expected one of {sorted(backends)} or None, got {backend!r}")
         if backends[backend] is not None:
             raise ValueError(f"backend: {backend!r} cannot run here: {backends[backend]}")
-    if isinstance(inner, PackedNetwork):
-        inner = _unpacked(inner)
-    elif any(isinstance(module, PACKED_LAYERS) for module in inner.modules()):
-        inner = _with_dense_layers(inner)
-    clone, masks = clean_copy(inner), masks_of(inner)
+
+    def dense() -> nn.Module:
+        """The network to pack: made when it is wanted, so that no more weights are there than needed."""
+        if isinstance(inner, PackedNetwork):
+            return _unpacked(inner)
+        return _with_dense_layers(inner) if _has_packed_layers(inner) else inner
+
+    given = dense()
+    clone, masks, mode = clean_copy(given), masks_of(given), given.training
+    del given
     try:
         inputs, _ = Signature(clone.forward).bind(inputs, {})
     except TypeError as error:
         raise ValueError(f"example_input: the model does not take {describe(inputs)}: {error}") from error
-    skeleton = hollow(clone)
+
+    def copied() -> nn.Module:
+        return clean_copy(dense())
+
+    def replaced() -> nn.Module:
+        """The network with its layers replaced one by one."""
+        model = dense()
+        model = masked_copy(model, without_results(model))
+        network = _replace_layers(model if train else model.eval(), backend, train)
+        renew_results(network)
+        return network
+
+    skeleton, expected = hollow(clone), _expected(clone, inputs, copied)
     if train:
-        network = _replace_layers(masked_copy(inner), backend, True)
+        del clone
         packed = PackedNetwork(
-            network, skeleton, inputs, state=None, limits=None, backend=backend, masks=masks
+            replaced(), skeleton, inputs, state=None, limits=None, backend=backend, masks=masks
         )
-        packed.training = inner.training
-        _compare(clone, packed, inputs)
-        _name_unused(masks, network)
+        packed.training = mode
+        _compare(packed, inputs, expected, copied, replaced)
+        _name_unused(masks, packed.network)
         return packed
     clone.eval()
     reason: str | None = None
     limits: Limits | None
     state: PackedState | None
+    read: set[str] | None
     try:
-        graph = trace(clone, inputs)
-        network, limits = lower(graph, backend), graph.limits
+        network, limits, read = _fused(clone, inputs, backend)
         state = PackedState.of(clone, masks)
     except (ExportError, NotImplementedError) as error:
-        reason = str(error)
+        reason, read = str(error), None
+    large = sum(tensor.nbytes for tensor in clone.parameters()) >= LARGE
+    del clone
+    if large:
+        gc.collect()  # the graph is a circle of references, with all the weights that were dropped
+    if reason is not None:
         warnings.warn(f"layers are replaced one by one, nothing is fused or dropped: {reason}", stacklevel=2)
-        network, limits, state = _replace_layers(masked_copy(inner).eval(), backend, False), None, None
+        network, limits, state = replaced(), None, None
     packed = PackedNetwork(
         network,
         skeleton,
@@ -676,8 +744,8 @@ def pack(
         masks=masks,
     )
     packed.eval()
-    _compare(clone, packed, inputs)
-    _name_unused(masks, network, None if state is None else {site.weight_name for site in graph.sites})
+    _compare(packed, inputs, expected, copied, replaced)
+    _name_unused(masks, network, read)
     return packed
 
 
@@ -686,6 +754,10 @@ def _unpacked(packed: PackedNetwork) -> nn.Module:
     model, state = packed.dense_model(), packed.packed_state()
     fill(model, state, hold_all=True)
     return model.train(packed.training)
+
+
+def _has_packed_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, PACKED_LAYERS) for module in model.modules())
 
 
 def _with_dense_layers(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -483,6 +484,7 @@ double at(const Tensor& t, int64_t c, int64_t y, int64_t x) {
 struct Network {
   std::vector<int64_t> words;
   std::vector<float> floats;
+  std::vector<int64_t> begins;  // where each field's floats begin
   std::vector<Tensor> values;
   size_t inputs = 0;
   std::vector<int64_t> outputs;
@@ -491,6 +493,7 @@ struct Network {
 int64_t store(Network* net, const std::vector<float>& values) {
   const int64_t place = static_cast<int64_t>(net->floats.size());
   net->floats.insert(net->floats.end(), values.begin(), values.end());
+  net->begins.push_back(place);
   return place;
 }
 
@@ -681,15 +684,38 @@ Network random_network() {
   return net;
 }
 
+// A program from floats in pieces that end at `ends`, and are gone afterwards.
+dsp_status create(const std::vector<int64_t>& words, const std::vector<float>& floats,
+                  const std::vector<int64_t>& ends, dsp_program** program) {
+  std::vector<std::unique_ptr<Exact>> pieces;
+  std::vector<const float*> begins;
+  std::vector<int64_t> numel;
+  int64_t begin = 0;
+  for (const int64_t end : ends) {
+    pieces.push_back(
+        std::make_unique<Exact>(std::vector<float>(floats.begin() + begin, floats.begin() + end)));
+    begins.push_back(pieces.back()->data);
+    numel.push_back(end - begin);
+    begin = end;
+  }
+  const int64_t count = static_cast<int64_t>(words.size());
+  if (ends.size() == 1) return dsp_program_create(words.data(), count, begins[0], numel[0], program);
+  return dsp_program_create_from(words.data(), count, begins.data(), numel.data(),
+                                 static_cast<int64_t>(ends.size()), program);
+}
+
 void fuzz_program() {
   const Network net = random_network();
   constexpr const char* kEngines[] = {"", "planar", "lanes"};
   setenv("DSP_CPU_ENGINE", kEngines[between(0, 2)], 1);
-  const Exact floats(net.floats);
+  // What a field names lies in one piece.
+  std::vector<int64_t> ends;
+  for (const int64_t begin : net.begins) {
+    if (chance(0.3)) ends.push_back(begin);
+  }
+  ends.push_back(static_cast<int64_t>(net.floats.size()));
   dsp_program* program = nullptr;
-  check(dsp_program_create(net.words.data(), static_cast<int64_t>(net.words.size()), floats.data, floats.size,
-                           &program) == DSP_OK,
-        "program refused");
+  check(create(net.words, net.floats, ends, &program) == DSP_OK, "program refused");
   // The first image is the one that the reference was computed for; each has the bits that it has alone.
   const int64_t batch = between(0, 7);
   std::vector<std::vector<float>> in;
@@ -783,10 +809,12 @@ void fuzz_bad_program() {
   }
   if (chance(0.2)) net.words.resize(static_cast<size_t>(between(0, static_cast<int64_t>(net.words.size()))));
   const std::vector<int64_t> words(net.words);
-  const Exact floats(net.floats);
+  std::vector<int64_t> ends(static_cast<size_t>(between(0, 2)));
+  for (int64_t& end : ends) end = between(0, static_cast<int64_t>(net.floats.size()));
+  std::sort(ends.begin(), ends.end());
+  ends.push_back(static_cast<int64_t>(net.floats.size()));
   dsp_program* program = nullptr;
-  if (dsp_program_create(words.data(), static_cast<int64_t>(words.size()), floats.data, floats.size,
-                         &program) != DSP_OK) {
+  if (create(words, net.floats, ends, &program) != DSP_OK) {
     check(std::strlen(dsp_last_error()) > 0, "no reason given");
     return;
   }

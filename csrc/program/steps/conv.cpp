@@ -29,7 +29,7 @@ Shape ConvStep::shape(const Source& source) {
   if (f.residual >= 0 && !(source.shape(f.residual) == made))
     fail("program: a convolution's residual has another shape than its output");
   const int64_t numel = plan.pairs() * shape_.taps();
-  weights_.made = source.take(f.weight_at, numel, "weight");
+  weights_ = {source.floats().find(f.weight_at, numel, "weight"), numel};
   if (f.bias_at >= 0) bias_ = source.take(f.bias_at, made.channels, "bias");
   return made;
 }
@@ -46,7 +46,15 @@ int64_t ConvStep::bytes() const {
 }
 
 int64_t ConvStep::place_weights(float* to) {
-  if (to != nullptr) weights_.place(to);
+  const Plan plan = Plan::trusted(fields_.plan.data());
+  const auto prepare = [&](const float* given, float* prepared) {
+    if (lanes_) {
+      lane_conv_.prepare(plan, given, prepared);
+    } else {
+      prepare_weights(plan, shape_.kh, shape_.kw, given, prepared);
+    }
+  };
+  if (to != nullptr) weights_.place(to, prepare);
   return weights_.count();
 }
 
@@ -137,9 +145,6 @@ void ConvStep::lay_out(const std::vector<Value>& values) {
     lay_out_lanes(values);
     return;
   }
-  const std::vector<float> packed = std::move(weights_.made);
-  weights_.made.resize(packed.size());
-  prepare_weights(plan, s.kh, s.kw, packed.data(), weights_.made.data());
   layout_.set_blocks(plan, s);
   layout_.set_bias(bias_.empty() ? nullptr : bias_.data());
   if (layout_.blocks.empty()) return;
@@ -172,9 +177,7 @@ void ConvStep::lay_out_lanes(const std::vector<Value>& values) {
   lane_conv_.set_bias(bias_.empty() ? nullptr : bias_.data());
   if (!lane_conv_.set_views(plan, view(inputs.front()), view(result), adds() ? view(residual()) : View{}))
     fail("program: a convolution's values are too large");
-  const std::vector<float> packed = std::move(weights_.made);
-  weights_.made.resize(static_cast<size_t>(lane_conv_.weight_floats()));
-  lane_conv_.prepare(plan, packed.data(), weights_.made.data());
+  weights_.set_count(lane_conv_.weight_floats());
 }
 
 bool ConvStep::choose_pairs(const std::vector<Value>& values) {

@@ -67,7 +67,7 @@ class ConvStep final : public Step {
   void share_strips(const Tensors& t, int threads) const;
 
   Fields<DSP_OP_CONV> fields_;
-  Weights weights_;  // packed, until it is laid out
+  Weights weights_;
   std::vector<float> bias_;
   ConvShape shape_{};
   ConvLayout layout_;

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "conv/planar/kernel.h"
 #include "core/status.h"
 #include "program/fields.h"
@@ -13,8 +15,8 @@ class LinearStep final : public PlanarStep {
     const Shape& x = source.shape(fields_.x);
     if (x.height != 1 || x.width != 1) fail("program: linear needs a flat input");
     features_ = x.channels;
-    weight_.made =
-        source.take(fields_.weight_at, checked_mul(fields_.features, features_, "weight"), "weight");
+    const int64_t numel = checked_mul(fields_.features, features_, "weight");
+    weight_ = {source.floats().find(fields_.weight_at, numel, "weight"), numel};
     if (fields_.bias_at >= 0) bias_ = source.take(fields_.bias_at, fields_.features, "bias");
     return {fields_.features, 1, 1};
   }
@@ -22,7 +24,10 @@ class LinearStep final : public PlanarStep {
     return weight_.count() * static_cast<int64_t>(sizeof(float)) + bytes_of(bias_);
   }
   int64_t place_weights(float* to) override {
-    if (to != nullptr) weight_.place(to);
+    const auto copy = [&](const float* given, float* prepared) {
+      std::copy(given, given + weight_.count(), prepared);
+    };
+    if (to != nullptr) weight_.place(to, copy);
     return weight_.count();
   }
   const Activation& activation() const override { return fields_.activation; }

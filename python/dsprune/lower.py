@@ -134,7 +134,7 @@ class _Lowering:
                 elif site.kind == "linear":
                     classes.pin(node)
                 continue
-            if node.op in ("placeholder", "output", "get_attr"):
+            if node.op in ("placeholder", "output", "get_attr") or not parents:  # of weights alone
                 classes.pin(node, *parents)
             elif self._known_norm(node) and self._followed(parents[0]):
                 classes.union(parents[0], node)

@@ -23,7 +23,7 @@ CORE := CMakeLists.txt $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h'
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test nightly pytest bench gpu docs lint format sanitize sanitized unchecked clean
+.PHONY: help setup demo test nightly pytest bench gpu docs lint format sanitize sanitized aarch64 wheel unchecked clean
 
 help:
 	@echo "make setup      .venv with the package in it"
@@ -32,6 +32,7 @@ help:
 	@echo "make nightly    what takes long: the other tests, examples, long fuzzing"
 	@echo "make bench      benchmarks on this CPU: outputs/bench"
 	@echo "make gpu OUT=d  nine minutes on a GPU, with the system's Python: results under d"
+	@echo "make wheel      a manylinux wheel, installed into an empty environment and tried: dist"
 	@echo "make docs       the docstrings as HTML: outputs/docs"
 	@echo "make lint, format, sanitize, clean"
 
@@ -91,6 +92,9 @@ nightly: $(CHECKED) sanitized
 	$(PYTEST) -m "nightly and not alone"
 	$(PYTEST) -n 0 -m "nightly and alone"
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "nightly or not nightly"
+	$(if $(shell command -v qemu-aarch64-static && command -v aarch64-linux-gnu-g++),$(MAKE) aarch64,@echo \
+		"aarch64: left out, no qemu-aarch64-static or no aarch64-linux-gnu-g++")
+	$(MAKE) wheel
 	$(SANITIZED)/tests/native/dsp_fuzz --seconds $(NIGHTLY_FUZZ_SECONDS) --seed $$(date +%j)
 	$(SANITIZED)/tests/native/dsp_fuzz_lasso --seconds $(NIGHTLY_FUZZ_SECONDS) --seed $$(date +%j)
 	ASAN_OPTIONS=allocator_may_return_null=1 $(SANITIZED)/tests/native/dsp_fuzz_file --seconds 60 \
@@ -116,6 +120,20 @@ sanitized: $(VENV)
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DDSP_SANITIZE=ON -DDSP_WERROR=ON -DDSP_PYTHON=OFF
 	$(BIN)/cmake --build $(SANITIZED)
+
+# The core, the runtime and the C examples for aarch64, run by an emulator: Debian's g++-aarch64-linux-gnu and
+# qemu-user-static.
+AARCH64 := build/aarch64
+aarch64: $(VENV)
+	$(BIN)/cmake -S . -B $(AARCH64) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DDSP_TESTS=ON -DDSP_WERROR=ON \
+		-DDSP_PYTHON=OFF -DDSP_CUDA=OFF -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/tests/native/aarch64.cmake
+	$(BIN)/cmake --build $(AARCH64)
+	$(BIN)/ctest --test-dir $(AARCH64) -j $(PYTEST_JOBS) --output-on-failure --no-tests=error
+
+# Wheels of the Pythons on PATH, or of those in WHEEL_PYTHONS. A tag says from which C library on it runs: that of the
+# machine that builds it. WHEEL_TORCH=1 tries them with torch and all other requirements, too.
+wheel: $(CHECKED)
+	$(BIN)/python tests/try_wheel.py --out dist $(if $(WHEEL_TORCH),--torch) $(addprefix --python ,$(WHEEL_PYTHONS))
 
 sanitize: sanitized
 	$(BIN)/ctest --test-dir $(SANITIZED) -j $(PYTEST_JOBS) --output-on-failure --no-tests=error

@@ -7,6 +7,7 @@ have the bits of the packed network that was exported. The same in C: ``dsp_runt
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,13 @@ def _threads(value: Any) -> int:
 
 
 def _at(array: np.ndarray) -> tuple[int, tuple[int, ...]]:
-    return array.ctypes.data, array.shape
+    return array.__array_interface__["data"][0], array.shape  # array.ctypes imports ctypes
+
+
+def _plain(given: object) -> bool:
+    """Whether it is an array without a mask."""
+    masked = sys.modules.get("numpy.ma")  # imported by whoever has made one
+    return isinstance(given, np.ndarray) and not (masked and isinstance(given, masked.MaskedArray))
 
 
 class Network:
@@ -78,7 +85,7 @@ class Network:
             raise RuntimeError(f"the compiled module is not available: {reason}")
         if isinstance(source, bytes):
             self._kept = np.frombuffer(source, np.uint8)  # the core reads it again for other image sizes
-            status, handle = self._native.model_load_memory(self._kept.ctypes.data, len(source))
+            status, handle = self._native.model_load_memory(_at(self._kept)[0], len(source))
         else:
             status, handle = self._native.model_load(os.fsencode(source))
         self._check(status)
@@ -98,7 +105,7 @@ class Network:
             raise TypeError(f"expected {len(self.inputs)} inputs ({names}), got {len(given)}")
         arrays = []
         for x, info in zip(given, self.inputs, strict=True):
-            if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+            if not _plain(x):
                 raise TypeError(f"{info.name}: expected a NumPy array, got {type(x).__name__}")
             if x.dtype != np.float32:
                 raise ValueError(f"{info.name}: expected {info.dtype}, got {x.dtype}")
@@ -114,7 +121,7 @@ class Network:
         if len(given) != len(shapes):
             raise TypeError(f"out: expected {len(shapes)} arrays, got {len(given)}")
         for y, shape in zip(given, shapes, strict=True):
-            if not isinstance(y, np.ndarray) or isinstance(y, np.ma.MaskedArray):
+            if not _plain(y):
                 raise TypeError(f"out: expected a NumPy array, got {type(y).__name__}")
             if y.dtype != np.float32 or y.shape != shape:
                 raise ValueError(f"out: expected float32 {shape}, got {y.dtype} {y.shape}")

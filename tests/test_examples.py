@@ -46,6 +46,7 @@ MARKS: dict[str, list[str]] = {
 
 # Run by other tests.
 ELSEWHERE = {
+    "serve.py": "test_serving.py",
     "ddp_learn.py": "test_distributed.py",
     "export_torch.py": "test_example_pairs.py",
     "prune_transformers_resnet.py": "test_example_pairs.py",

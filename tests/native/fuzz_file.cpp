@@ -76,7 +76,7 @@ struct Net {
     add_step(DSP_OP_CONV, fields);
   }
 
-  Net() {
+  explicit Net(bool one_output = false) {
     const int64_t in = 1 + static_cast<int64_t>(below(4)), mid = 2 + static_cast<int64_t>(below(20));
     const int64_t size = 4 + static_cast<int64_t>(below(14)), features = 1 + static_cast<int64_t>(below(7));
     words = {DSP_PROGRAM_MAGIC, DSP_PROGRAM_VERSION, 1, 0, 2, 0, in, size, size, 7, 3};
@@ -88,11 +88,16 @@ struct Net {
     add_step(DSP_OP_FLATTEN, {5});                                        // 6
     const int64_t weight = add_floats(2 * mid * features);
     add_step(DSP_OP_LINEAR, {6, 1, features, weight, add_floats(features)});  // 7, an output
+    if (one_output) {
+      words.erase(words.begin() + DSP_PROGRAM_HEADER + 4);
+      words[4] = 1;
+    }
     words[5] = static_cast<int64_t>(words.size());
     const int64_t open = int64_t{1} << 31, half = (size - 2) / 2 + 1;
     tensors = {{"x", DSP_FLOAT32, 4, {1, in, size, size}, {0, in, 2, 2}, {open, in, open, open}},
                {"features", DSP_FLOAT32, 2, {1, features}, {1, features}, {1, features}},
                {"map", DSP_FLOAT32, 4, {1, mid, half, half}, {1, mid, half, half}, {1, mid, half, half}}};
+    if (one_output) tensors.pop_back();
     if (chance(0.5)) {
       std::copy(tensors[0].shape + 2, tensors[0].shape + 4, tensors[0].least + 2);
       std::copy(tensors[0].shape + 2, tensors[0].shape + 4, tensors[0].most + 2);
@@ -102,7 +107,8 @@ struct Net {
     int64_t needed = 0;
     const auto write = [&](uint8_t* to, int64_t bytes) {
       return dsp_program_file(words.data(), static_cast<int64_t>(words.size()), floats.data(),
-                              static_cast<int64_t>(floats.size()), tensors.data(), 1, 2, to, bytes, &needed);
+                              static_cast<int64_t>(floats.size()), tensors.data(), 1,
+                              static_cast<int32_t>(tensors.size()) - 1, to, bytes, &needed);
     };
     check(write(nullptr, 0) == DSP_OK, "a file has no size");
     Bytes bytes(static_cast<size_t>(needed));
@@ -244,9 +250,28 @@ void try_file(const Bytes& bytes, bool whole) {
   std::free(copy);
 }
 
+// A file for the examples, and three images for it.
+int write_example(const char* path, const char* images) {
+  engine.seed(1);
+  const Net net(true);
+  const Bytes bytes = net.file();
+  const int64_t* shape = net.tensors[0].shape;
+  std::vector<float> values(static_cast<size_t>(3 * shape[1] * shape[2] * shape[3]));
+  for (float& value : values) value = std::normal_distribution<float>(0, 1)(engine);
+  bool good = true;
+  const auto write = [&](const char* name, const void* from, size_t count) {
+    std::FILE* file = std::fopen(name, "wb");
+    good = file != nullptr && std::fwrite(from, 1, count, file) == count && std::fclose(file) == 0 && good;
+  };
+  write(path, bytes.data(), bytes.size());
+  write(images, values.data(), values.size() * sizeof(float));
+  return good ? 0 : 1;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
+  if (count == 4 && std::string(arguments[1]) == "--write") return write_example(arguments[2], arguments[3]);
   double seconds = 5;
   uint64_t seed = 1;
   for (int i = 1; i + 1 < count; i += 2) {

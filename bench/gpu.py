@@ -414,7 +414,7 @@ def network_row(
         if found is None:
             raise RuntimeError(cache.reason or "no graph")
         plans[chain] = found.prediction
-        return lambda: cache.run(found, x)
+        return lambda: cache.run(found, (x,))
 
     plans: dict[str, gpu.Prediction] = {}
     add("eager", eager)

@@ -302,7 +302,7 @@ def test_another_size_in_inference_mode_runs_as_without() -> None:
             packed(torch.randn(2, 4, 15, 15))
         ((kept, _),) = packed._variants.values()
         assert not any(p.is_inference() for p in kept.parameters())
-        reasons.append(packed._programs(kept).reason)
+        reasons.append(packed._runner(kept).reason)
     assert reasons[0] == reasons[1]
 
 

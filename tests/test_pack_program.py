@@ -14,7 +14,7 @@ from torch import nn
 
 import dsprune
 from dsp_kernels import available_backends
-from dsprune.program import KEPT_PROGRAMS, ProgramCache, to_program
+from dsprune.run.native import KEPT_PLANS, NativeRunner, to_program
 
 pytestmark = pytest.mark.skipif(
     available_backends()["native"] is not None, reason=f"native: {available_backends()['native']}"
@@ -27,8 +27,8 @@ def packed_of(make: type[nn.Module], seed: int = 0) -> dsprune.PackedNetwork:
     return dsprune.pack(model, torch.randn(1, 3, 16, 16))
 
 
-def cache(packed: dsprune.PackedNetwork) -> ProgramCache:
-    return packed._programs(packed.network)
+def cache(packed: dsprune.PackedNetwork) -> NativeRunner:
+    return packed._runner(packed.network)
 
 
 class Pools(nn.Module):
@@ -244,20 +244,20 @@ def test_inference_mode() -> None:
 def test_few_sizes_are_kept() -> None:
     packed = packed_of(nets.Plain)
     with torch.no_grad():
-        for size in range(8, 12 + KEPT_PROGRAMS):
+        for size in range(8, 12 + KEPT_PLANS):
             packed(torch.randn(1, 3, size, 9))
-    assert len(cache(packed)._programs) == KEPT_PROGRAMS
+    assert len(cache(packed)._plans) == KEPT_PLANS
 
 
-def test_copies_make_their_own_programs() -> None:
+def test_copies_make_their_own_plans() -> None:
     packed, x = packed_of(nets.Plain), torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         expected = packed(x)
     fresh = copy.copy(cache(packed))
-    assert not fresh._programs and fresh.network is packed.network
+    assert not fresh._plans and fresh.network is packed.network
     with torch.no_grad():
         program = fresh.find((x,))
-        assert program is not None and torch.equal(fresh.run(program, x), expected)
+        assert program is not None and torch.equal(fresh.run(program, (x,)), expected)
 
 
 def test_more_than_one_input_has_no_program() -> None:

@@ -92,11 +92,11 @@ def test_an_optimizer_of_other_weights_changes_nothing() -> None:
     packed, other = packed_net(), nn.Linear(2, 2)
     with torch.no_grad():
         packed(X)
-        kept = packed._programs(packed.network).find((X,))
+        kept = packed._runner(packed.network).find((X,))
     other(torch.ones(1, 2)).sum().backward()
     torch.optim.SGD(other.parameters(), 0.1, fused=True).step()
     with torch.no_grad():
-        assert kept is not None and packed._programs(packed.network).find((X,)) is kept
+        assert kept is not None and packed._runner(packed.network).find((X,)) is kept
 
 
 def by_numpy(weights: list[nn.Parameter]) -> None:

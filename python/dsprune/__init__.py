@@ -13,11 +13,12 @@ from .program_file import export_program
 from .regression import reconstruct
 from .report import Summary, summary
 from .resume import load_training, save_training
+from .run.coverage import Coverage, coverage
 from .structure import Structure, apply_structure, find_structure
 
 __all__ = [
-    "GroupLearner", "PackError", "PackedNetwork", "Structure", "Summary", "apply_structure",
-    "export_aoti", "export_onnx", "export_program", "export_torch", "find_structure", "group_filters",
-    "interop", "latency", "load", "load_training", "models", "nn", "pack", "prunable_convs", "reconstruct",
-    "save", "save_training", "standard_network", "summary", "unpack",
+    "Coverage", "GroupLearner", "PackError", "PackedNetwork", "Structure", "Summary", "apply_structure",
+    "coverage", "export_aoti", "export_onnx", "export_program", "export_torch", "find_structure",
+    "group_filters", "interop", "latency", "load", "load_training", "models", "nn", "pack",
+    "prunable_convs", "reconstruct", "save", "save_training", "standard_network", "summary", "unpack",
 ]  # fmt: skip

@@ -791,18 +791,18 @@ class GraphCache:
         # Graphs are made again where they are needed.
         return (_new_cache, (self.network, self.backend, self.capturer, self.kept, self.chain))
 
-    def find(self, args: tuple[Any, ...]) -> Captured | None:
-        """The graph to replay for these arguments; None where layers must run one by one (see ``reason``)."""
+    def find(self, leaves: Sequence[Any]) -> Captured | None:
+        """The graph to replay for these arguments, flat; None where layers run one by one (``reason``)."""
         with self._lock:
-            captured, self.reason = self._find(args)
+            captured, self.reason = self._find(leaves)
         return captured
 
-    def run(self, captured: Captured, x: torch.Tensor) -> Any:
+    def run(self, captured: Captured, leaves: Sequence[Any]) -> Any:
         """The graph's result, in memory of its own and in the form in which the network returns it."""
         with captured.lock, torch.no_grad():
             replay = captured.replay
             replay.enter()
-            replay.input.copy_(x)
+            replay.input.copy_(leaves[0])
             replay()
             outputs = tree_map_only(torch.Tensor, torch.clone, replay.outputs)
             replay.leave()
@@ -817,9 +817,9 @@ class GraphCache:
     def _key(self, x: torch.Tensor) -> Any:
         return tuple(x.shape), x.dtype, x.device
 
-    def _find(self, args: tuple[Any, ...]) -> tuple[Captured | None, str | None]:
-        x = args[0]
-        if len(args) != 1 or type(x) is not torch.Tensor or x.dim() != 4 or x.numel() == 0:
+    def _find(self, leaves: Sequence[Any]) -> tuple[Captured | None, str | None]:
+        x = leaves[0]
+        if len(leaves) != 1 or type(x) is not torch.Tensor or x.dim() != 4 or x.numel() == 0:
             return None, "the input is not one plain tensor of images"
         refused = self.capturer.refuses(x)
         if refused is not None:

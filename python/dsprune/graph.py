@@ -255,9 +255,13 @@ def hint(size: Any) -> int:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """The example shape of a node's value, or None where it is not one tensor."""
+    """The example shape of a node's value, or None where it is not one tensor, or goes by what is in one."""
     value = node.meta.get("val")
-    return tuple(hint(s) for s in value.shape) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    if any(isinstance(size, torch.SymInt) and size.node.hint is None for size in value.shape):
+        return None
+    return tuple(hint(size) for size in value.shape)
 
 
 def widen_batch(inputs: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dsp_kernels import GroupLayout, available_backends
 from dsp_kernels._kept import Kept
@@ -36,7 +36,8 @@ from .inputs import Signature, describe, form_of, noise_like, own_tensors, tenso
 from .lower import iterate_layers, lower
 from .masks import bare, copies_of_results, hold, masked, masks_of, renew_results, without_results
 from .nn import PackedBatchNorm2d, PackedConv2d, PermutedGroupedConv2d
-from .program import ProgramCache
+from .run import Runner
+from .run.native import NativeRunner
 from .state import preserved, tensors_in
 from .watch import Watch
 
@@ -194,7 +195,7 @@ class PackedNetwork(nn.Module):
         self._form = None if limits is None else form_of(inputs, {}, self._dtype())[0]
         # Planned again for other arguments, by these: the network and what it is good for.
         self._variants: Kept[Any, tuple[nn.Module, Limits]] = Kept(KEPT_VARIANTS)
-        self._caches: dict[nn.Module, Any] = {}
+        self._caches: dict[nn.Module, Runner] = {}
         # One tensor's shape and dtype, and the network that they fitted.
         self._fitting: tuple[Any, Any] = (None, None)
         # DistributedDataParallel would send these to all processes in each forward pass, and so mark them as
@@ -228,9 +229,10 @@ class PackedNetwork(nn.Module):
             network = self.network_for(args, kwargs)
             fits = x is not None and network is self.network and not torch.is_autocast_enabled(x.device.type)
             self._fitting = ((x.shape, x.dtype), network) if fits and x is not None else (None, None)
-        cache, given = self._programs(network), (*args, *kwargs.values())
-        found = cache.find(given)
-        return network(*args, **kwargs) if found is None else cache.run(found, given[0])
+        leaves = args if x is not None else tree_leaves((args, kwargs))
+        runner = self._runner(network)
+        found = runner.find(leaves)
+        return network(*args, **kwargs) if found is None else runner.run(found, leaves)
 
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
@@ -245,22 +247,26 @@ class PackedNetwork(nn.Module):
         """That of the weights."""
         return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), None)
 
-    def _programs(self, network: nn.Module) -> Any:
-        """What runs a fused network in one call: native programs on the CPU, CUDA graphs on a GPU."""
+    def _runner(self, network: nn.Module) -> Runner:
+        """What runs a fused network without gradients: native segments on the CPU, CUDA graphs on a GPU."""
         if network not in self._caches:
             first = next(network.parameters(), None)
-            kind = GraphCache if first is not None and first.is_cuda else ProgramCache
+            kind = GraphCache if first is not None and first.is_cuda else NativeRunner
             self._caches[network] = kind(network, self.backend)
         return self._caches[network]
 
+    def runner_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Runner:
+        """What runs a fused network for arguments as ``bind`` gives them. Raises as ``network_for``."""
+        return self._runner(self.network_for(args, kwargs))
+
     @property
     def program_reason(self) -> str | None:
-        """Why the last call of the fused network ran layer by layer; None where it was one native program or
-        one CUDA graph, or where there was none yet.
+        """Why not all of the fused network's last call was one native program or one CUDA graph; None where
+        it was, or where there was none yet. What ran where: ``coverage``.
         """
         if self._limits is None:
             return self.unfused_reason or "layers were replaced one by one"
-        return self._programs(self.network).reason
+        return self._runner(self.network).reason
 
     def network_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> nn.Module:
         """The network that runs for these arguments, as ``bind`` gives them: ``network``, or one planned

@@ -15,7 +15,7 @@ from dsp_kernels.program import Program
 
 from .io import target_file, write_atomically
 from .pack import PackedNetwork
-from .program import ProgramCache
+from .run.native import NativeRunner
 
 __all__ = ["export_program"]
 
@@ -40,10 +40,10 @@ def _program(packed: PackedNetwork, shape: tuple[int, int, int]) -> tuple[Progra
     native in it.
     """
     network = packed.network_for((torch.zeros(1, *shape),))
-    cache = packed._programs(network)
-    if not isinstance(cache, ProgramCache):
+    runner = packed.runner_for((torch.zeros(1, *shape),))
+    if not isinstance(runner, NativeRunner):
         raise ValueError("packed: is on a GPU; programs run on the CPU: move it there with .to('cpu')")
-    program, reason = cache._make(shape)
+    program, reason = runner.program(shape)
     if program is None or not isinstance(network, fx.GraphModule):
         raise ValueError(f"packed: is no native program as a whole: {reason}")
     return program, next(node.name for node in network.graph.nodes if node.op == "placeholder")
@@ -72,9 +72,10 @@ def _open_sizes(packed: PackedNetwork, program: Program) -> tuple[int, int] | No
     if least[0] > own[0] or least[1] > own[1]:
         return None
     others = [least, (own[0] + 1, own[1] + 2), (2 * own[0] + 1, own[1]), (own[0], 2 * own[1] + 3)]
-    cache = packed._programs(packed.network)
+    runner = packed.runner_for((torch.zeros(1, *shape),))
+    assert isinstance(runner, NativeRunner)
     for height, width in others:
-        other, _ = cache._make((channels, height, width))
+        other, _ = runner.program((channels, height, width))
         if other is None or not program.same_steps(other):
             return None
     return least

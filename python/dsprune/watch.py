@@ -80,15 +80,19 @@ class Watch:
         self._known = True
         return True
 
-    def refuses(self, x: torch.Tensor) -> str | None:
-        """Why a call with ``x`` must go through the layers; None where nobody would see the difference. Goes
-        by what ``changed`` has found.
+    def refuses(self, x: torch.Tensor, *others: torch.Tensor) -> str | None:
+        """Why a call with these tensors must go through the layers; None where nobody would see the
+        difference. Goes by what ``changed`` has found.
         """
         if transforming():
             return "forward-mode derivatives or a transform of torch.func may be wanted"
         if self._uncounted:
             return "weights made in inference mode do not tell when they are written"
-        if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self._weights)):
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or any(w.requires_grad for w in self._weights)
+            or any(o.requires_grad for o in others)
+        ):
             return "gradients are wanted"
         if any(self._hooks):
             return "a layer has hooks"

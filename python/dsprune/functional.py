@@ -125,7 +125,10 @@ def is_simple(graph: fx.Graph) -> bool:
 
 
 def make_functional(graph: fx.Graph) -> None:
-    """Rewrites batch_norm, dropout and in-place operators of a graph that ``is_simple``, in place."""
+    """Rewrites batch_norm, dropout and in-place operators of a graph that ``is_simple``, in place.
+
+    One that was traced again has nothing of these but what it writes into its arguments, which stays.
+    """
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if node.target is aten.dropout.default:
@@ -145,6 +148,8 @@ def make_functional(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif _in_place(node):
             written, function = node.args[0], _functional(node)
+            if isinstance(written, fx.Node) and written.op == "placeholder":
+                continue
             assert isinstance(written, fx.Node) and function is not None
             node.target = function
             for user in list(written.users):

@@ -42,9 +42,9 @@ from bench.environment import environment, keep_freed_memory
 from dsp_kernels.assignment import LassoTable, group_lasso, reference
 from dsp_kernels.assignment.plan import Layer, make_plan, tiling, vector_width
 from dsprune import GroupLearner, prunable_convs
+from dsprune.clock import medians
 from dsprune.io import write_atomically
 from dsprune.models import cifar_resnet, resnet18, resnet50
-from dsprune.recipes.latency import interleaved_medians
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet20": (lambda: cifar_resnet(20), (3, 32, 32)),
@@ -71,7 +71,7 @@ def interleaved(cells: dict[str, Callable[[], Any]], seconds: float, device: str
 
         return call
 
-    return interleaved_medians({name: whole(run) for name, run in cells.items()}, seconds=seconds)
+    return medians({name: whole(run) for name, run in cells.items()}, seconds=seconds)
 
 
 def prunable_weights(name: str, device: str = "cpu") -> list[Tensor]:

@@ -8,6 +8,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,17 @@ def peak_gflops(seconds: float = 0.5) -> float:
         flops = native.fma_rounds(100_000)
         best = max(best, 1e-9 * flops / (time.perf_counter() - start))
     return best
+
+
+@contextmanager
+def pinned(cores: int) -> Iterator[None]:
+    """The process on its first ``cores`` processors for the block, where the system lets one choose."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(before)[:cores]))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

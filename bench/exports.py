@@ -17,9 +17,9 @@ import dsprune
 from bench.baselines import without_zeros
 from bench.cases import Case, cases
 from bench.environment import environment, keep_freed_memory
+from dsprune.clock import medians
 from dsprune.export import FORMS
 from dsprune.io import write_atomically
-from dsprune.recipes.latency import interleaved_medians
 from dsprune.recipes.runtimes import onnxruntime_session
 
 TOLERANCE = 1e-4
@@ -79,7 +79,7 @@ def run_case(case: Case, threads: Sequence[int], seconds: float) -> list[dict[st
                 differences[label] = float(difference / max(1.0, float(expected.abs().max())))
                 if not differences[label] <= TOLERANCE:
                     raise RuntimeError(f"{case.name}: {label} differs by {differences[label]:.1e}")
-            times = interleaved_medians(calls, seconds=seconds)
+            times = medians(calls, seconds=seconds)
             best = min(LABELS.values(), key=lambda label: times[label])
             rows.append(
                 {

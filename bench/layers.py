@@ -17,9 +17,9 @@ from bench.cases import Case, cases
 from bench.environment import environment, peak_gflops
 from dsp_kernels import GroupLayout
 from dsp_kernels.program import Program
+from dsprune.clock import medians
 from dsprune.io import write_atomically
 from dsprune.nn import PermutedGroupedConv2d
-from dsprune.recipes.latency import interleaved_medians
 
 # Packed forms; the others are dense. "packed" and "merged" (as one group) are programs of one layer.
 PACKED = ("packed", "merged", "operator")
@@ -156,7 +156,7 @@ def run_layer(case: LayerCase, batch: int, threads: int, seconds: float, peak: f
     with torch.no_grad():
         expected = calls["torch"]()
         worst = max(float((calls[name]() - expected).abs().max()) for name in calls)
-    times = interleaved_medians(calls, seconds=seconds)
+    times = medians(calls, seconds=seconds)
     layout = case.layer.layout
     return {
         "layer": case.name,

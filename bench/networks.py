@@ -22,12 +22,12 @@ from torch.nn.utils import prune
 import dsprune
 from bench.baselines import narrow, without_zeros
 from bench.cases import Case, cases
-from bench.environment import environment
+from bench.environment import environment, pinned
 from bench.memory import in_process
-from bench.timing import in_turns, pinned
+from dsprune.clock import in_turns, medians
 from dsprune.io import write_atomically
-from dsprune.recipes.latency import dense_forms, interleaved_medians
 from dsprune.recipes.runtimes import onnx_file, runtime_forms
+from dsprune.recipes.timing import dense_forms
 
 TOLERANCE = 1e-4
 
@@ -173,7 +173,7 @@ def run_training(case: Case, threads: tuple[int, ...], seconds: float) -> list[d
             ),
             "packed": train_step(packed, images, labels),
         }
-        times = interleaved_medians(calls, seconds=seconds)
+        times = medians(calls, seconds=seconds)
         best = min(("masked", "masked channels_last"), key=lambda name: times[name])
         rows.append(
             {

@@ -15,7 +15,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import dsprune
 from dsprune.recipes.data import digits
-from dsprune.recipes.latency import best_dense, compare
+from dsprune.recipes.timing import best_dense, compare
 
 CONFIG = ResNetConfig(
     num_channels=1, embedding_size=16, hidden_sizes=[16, 32, 64], depths=[2, 2, 2], layer_type="basic",

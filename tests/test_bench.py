@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import baselines, bench_assignment, cases, device, environment, exports, networks
-from bench.timing import in_turns
 from dsprune import summary
+from dsprune.clock import in_turns, medians
 from dsprune.models import cifar_resnet
 from dsprune.recipes import runtimes
 
@@ -94,8 +94,9 @@ def test_times_are_taken_in_turns_on_both_clocks() -> None:
     calls = {"idle": lambda: (order.append("i"), time.sleep(0.002)), "busy": lambda: sum(range(20000))}
     times = in_turns(calls, seconds=0.01, least=3)
     idle = times["idle"]
-    assert idle.bursts >= 3 and idle.wall_least >= 2 and idle.cpu_median < idle.wall_median
-    assert 0 < times["busy"].cpu_least <= times["busy"].cpu_median
+    assert len(idle.wall) >= 3 and min(idle.wall) >= 2 and max(idle.thread) < min(idle.wall)
+    busy = times["busy"].to_json()
+    assert 0 < busy["cpu_least"] <= busy["cpu_median"] and busy["bursts"] >= 3
     for wrong in ({"seconds": 0}, {"least": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             in_turns(calls, **wrong)
@@ -155,14 +156,14 @@ def test_command_refuses_a_missing_folder(tmp_path: Path) -> None:
 
 def test_calls_take_turns_in_bursts() -> None:
     order: list[str] = []
-    times = networks.interleaved_medians(
+    times = medians(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")},  # type: ignore[dict-item, return-value]
         seconds=0.01,
     )
     assert set(times) == {"a", "b"} and all(t > 0 for t in times.values())
     assert "ab" in "".join(order) and "ba" in "".join(order)
     with pytest.raises(ValueError, match="seconds: expected more than 0"):
-        networks.interleaved_medians({}, seconds=0)
+        medians({}, seconds=0)
 
 
 @pytest.mark.parametrize(

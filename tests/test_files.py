@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dsprune
+from dsprune import clock
 from dsprune.files import parse_json, tensors_to_bytes
-from dsprune.recipes import folders, latency, training
+from dsprune.recipes import folders, training
 from dsprune.recipes.checkpoint import CheckpointError, read_checkpoint, read_json, restore, write_checkpoint
 from dsprune.recipes.demo import Timing
 from dsprune.recipes.runs import Config, Run
@@ -344,7 +345,7 @@ def test_seconds_are_finite(seconds: float) -> None:
     with pytest.raises(ValueError, match="seconds"):
         Timing(seconds=seconds)
     with pytest.raises(ValueError, match="seconds"):
-        latency.interleaved_medians({"a": lambda: None}, seconds=seconds)
+        clock.medians({"a": lambda: None}, seconds=seconds)
 
 
 def test_groups_are_not_without_bound() -> None:

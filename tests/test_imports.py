@@ -22,7 +22,7 @@ PRIVATE = {
     "dsp_kernels.conv.cuda: dsp_kernels.conv.triton._precision",
 }
 CIRCLES = {"dsprune.recipes.data, dsprune.recipes.folders"}
-NAMESAKES = {"latency"}
+NAMESAKES: set[str] = set()
 
 
 class Import(NamedTuple):

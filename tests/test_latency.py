@@ -17,10 +17,10 @@ from torch import nn
 
 import dsprune
 from dsp_kernels import available_backends
-from dsprune import latency
+from dsprune import clock, latency
 from dsprune.latency import Candidate, Curve, CurveCache, LayerShape, Search
 from dsprune.models import cifar_resnet
-from dsprune.recipes.latency import dense_forms
+from dsprune.recipes.timing import dense_forms
 from dsprune.structure import Structure
 
 pytestmark = pytest.mark.alone
@@ -56,7 +56,7 @@ def test_the_clock_takes_turns(threads: int, monkeypatch: pytest.MonkeyPatch) ->
     """Two calls of 4 and 12 ms on a clock of our own; most are held up by something."""
     torch.set_num_threads(threads)
     now, order = [0.0], []
-    monkeypatch.setattr(latency.time, "thread_time" if threads == 1 else "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock.time, "thread_time" if threads == 1 else "perf_counter", lambda: now[0])
 
     def call(name: str, ms: float) -> None:
         order.append(name)

@@ -357,9 +357,9 @@ def oneshot(
     """Prune a trained network without training: group, cut, least squares on a few images, pack."""
     import dsprune
     from dsprune.recipes.data import ImageData
-    from dsprune.recipes.latency import random_images
     from dsprune.recipes.oneshot import BATCH, agreement, chosen, one_shot, read_data
     from dsprune.recipes.runs import Run
+    from dsprune.recipes.timing import random_images
     from dsprune.recipes.training import evaluate
 
     _threads(threads)
@@ -556,9 +556,10 @@ def bench(
 ) -> None:
     """Time the dense network against the packed one: interleaved in one run, medians."""
     import dsprune
-    from dsprune.recipes import latency
+    from dsprune.clock import check_seconds
+    from dsprune.recipes import timing
 
-    latency.check_seconds(seconds)
+    check_seconds(seconds)
     _threads(threads)
     source = _source(run, file, None, arch, depth, size)
     model = source.model
@@ -566,8 +567,8 @@ def bench(
     channels, side = source.example.shape[1], source.example.shape[2]
     rows = {}
     for count in batch or [1, 128]:
-        images = latency.random_images(count, channels, side)
-        rows[str(count)] = latency.compare(source.dense, packed, images, seconds=seconds, inductor=inductor)
+        images = timing.random_images(count, channels, side)
+        rows[str(count)] = timing.compare(source.dense, packed, images, seconds=seconds, inductor=inductor)
     _out().print(_latency_table(rows, source.title))
 
 
@@ -632,7 +633,7 @@ def _is_packed(model: nn.Module) -> bool:
 def _latency_table(rows: dict[str, dict[str, float]], title: str, threads: int = 0) -> Table:
     import torch
 
-    from dsprune.recipes.latency import PACKED_FORMS, best_dense
+    from dsprune.recipes.timing import PACKED_FORMS, best_dense
 
     threads = threads or torch.get_num_threads()
     table = Table(

@@ -8,17 +8,13 @@ and timed against the dense one, the prediction corrected, and the search repeat
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import platform
 import statistics
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from dsp_kernels import GroupLayout
 from dsp_kernels.backends import choose, native_module
 from dsp_kernels.program import Program
 
+from .clock import interleaved
 from .graph import evaluating
 from .io import write_atomically
 from .nn import PermutedGroupedConv2d
@@ -90,99 +87,6 @@ class Latency:
         kinds = {name: field.type for name, field in cls.__dataclass_fields__.items()}
         convert: dict[Any, Callable[[Any], Any]] = {"float": float, "int": int, "str": str}
         return cls(**{name: convert[kind](data[name]) for name, kind in kinds.items()})
-
-
-# ---- timing ----
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def freed_memory_kept(size: int = 1 << 28) -> Iterator[None]:
-    """Has the C library keep what is freed in the block, up to about ``size`` bytes, for later allocations.
-
-    Whether glibc gives the end of its heap back to the system after each call, and fetches it again (zeroed,
-    page by page) in the next one, hangs on where in the heap some other object happens to lie; a dense
-    network on a CPU takes up to half as long again where it does. Here free memory is put below a block that
-    stays. Nothing is changed for good, and on other systems nothing is done.
-    """
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    library = ctypes.CDLL(None)
-    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
-    part = 1 << 16  # below the size from which on glibc asks the system for each block
-    blocks = [library.malloc(part) for _ in range(size // part)]
-    last = library.malloc(part)
-    for block in blocks:
-        library.free(block)
-    try:
-        yield
-    finally:
-        library.free(last)
-
-
-def interleaved(
-    calls: Sequence[Callable[[], Any]], device: torch.device, *, seconds: float = 0.2, least: int = 9
-) -> list[float]:
-    """The duration of each call, in milliseconds, measured in turns: for comparing forms with one another.
-
-    Bursts of calls, of at least 2 ms each, take turns, so that what else the machine does meets all forms. A
-    form's duration is the lower quintile of its bursts: where other processes take the processor away, most
-    bursts are lengthened, and a median says how busy the machine was. With one thread on a CPU the clock is
-    the thread's own processor time, for the same reason; else it is wall-clock time, on a GPU with a
-    synchronisation before and after each burst. Gradients are off while the calls run, each is first called
-    three times, and on a CPU freed memory is kept for the next call (``freed_memory_kept``).
-
-    Args:
-        calls: functions without arguments, at least one; what they return is dropped.
-        device: where they run: ``torch.device("cpu")`` or a CUDA device.
-        seconds: spent on each call, about; at most three times that on a slow machine, unless ``least`` asks
-            for more. More than 0.
-        least: bursts of each call, at least 1.
-
-    Returns:
-        Milliseconds per call, in the order of ``calls``.
-
-    Raises:
-        TypeError, ValueError: an argument that is not of this form. What a call raises.
-    """
-    calls = list(calls)
-    if not calls or not all(callable(call) for call in calls):
-        raise TypeError(f"calls: expected functions without arguments, at least one, got {calls!r}")
-    if not isinstance(device, torch.device):
-        raise TypeError(f"device: expected a torch.device, got {device!r}")
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"seconds: expected more than 0, got {seconds!r}")
-    if isinstance(least, bool) or not isinstance(least, int) or least < 1:
-        raise ValueError(f"least: expected an integer of at least 1, got {least!r}")
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time if alone else time.perf_counter
-
-    def burst(call: Callable[[], Any], count: int) -> float:
-        _synchronise(device)
-        start = clock()
-        for _ in range(count):
-            call()
-        _synchronise(device)
-        return 1e3 * (clock() - start) / count
-
-    with torch.no_grad(), freed_memory_kept() if device.type == "cpu" else nullcontext():
-        counts, turns = [], least
-        for call in calls:
-            once = max(1e-4, min(burst(call, 1) for _ in range(3)))
-            counts.append(min(1000, math.ceil(2 / once)))
-            turns = max(turns, min(200, int(1e3 * seconds / (once * counts[-1]))))
-        samples: list[list[float]] = [[] for _ in calls]
-        end = time.perf_counter() + 3 * seconds * len(calls)
-        while len(samples[-1]) < least or (len(samples[-1]) < turns and time.perf_counter() < end):
-            for number, (call, count) in enumerate(zip(calls, counts, strict=True)):
-                samples[number].append(burst(call, count))
-    return [sorted(times)[len(times) // 5] for times in samples]
 
 
 # ---- curves of layers ----

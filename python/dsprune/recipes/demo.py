@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from dsprune import picture
-from dsprune.recipes import latency, stages, training
+from dsprune.clock import check_seconds
+from dsprune.recipes import stages, training
 from dsprune.recipes.checkpoint import CheckpointError, write_json
 from dsprune.recipes.data import ImageData
 from dsprune.recipes.runs import Config, Run
+from dsprune.recipes.timing import best_dense, compare, random_images
 from dsprune.recipes.training import Progress, Silent
 
 TOLERANCE = 1e-4
@@ -40,7 +42,7 @@ class Timing:
     inductor: bool = False
 
     def __post_init__(self) -> None:
-        latency.check_seconds(self.seconds)
+        check_seconds(self.seconds)
 
 
 def run_demo(
@@ -169,10 +171,10 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """For each batch size (as text, for JSON), milliseconds of every dense form and of "packed"."""
     return {
-        str(batch): latency.compare(
+        str(batch): compare(
             dense,
             packed,
-            latency.random_images(batch, data.channels, data.size),
+            random_images(batch, data.channels, data.size),
             seconds=timing.seconds,
             inductor=timing.inductor,
         )
@@ -189,7 +191,7 @@ def draw_run(
     cost, accuracy = report["cost"], report["test_accuracy"]
     images = len(data.train) + len(data.validation) + len(data.test)
     times = {
-        int(batch): {"dense": latency.best_dense(row)[1], "packed": row["packed"]}
+        int(batch): {"dense": best_dense(row)[1], "packed": row["packed"]}
         for batch, row in report["latency_ms"].items()
     }
     return picture.draw_report(

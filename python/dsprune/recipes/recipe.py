@@ -22,11 +22,12 @@ import torch
 from torch import nn
 
 from dsprune import picture
-from dsprune.recipes import latency, stages, training
+from dsprune.recipes import stages, training
 from dsprune.recipes.checkpoint import read_json, write_bytes, write_json
 from dsprune.recipes.data import ImageData
 from dsprune.recipes.demo import TOLERANCE, DemoError, Timing, open_or_create
 from dsprune.recipes.runs import Config, Run
+from dsprune.recipes.timing import best_dense, compare, random_images
 from dsprune.recipes.training import Progress, Silent
 
 PUBLISHED = {
@@ -344,10 +345,10 @@ def _measured(
     dense: nn.Module, packed: nn.Module, channel_pruned: nn.Module, data: ImageData, timing: Timing
 ) -> dict[str, dict[str, float]]:
     return {
-        str(batch): latency.compare(
+        str(batch): compare(
             dense,
             packed,
-            latency.random_images(batch, data.channels, data.size).to(data.device),
+            random_images(batch, data.channels, data.size).to(data.device),
             seconds=timing.seconds,
             inductor=timing.inductor,
             channel_pruned=channel_pruned,
@@ -459,7 +460,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     forms = list(next(iter(times.values())))
     rows = []
     for batch, row in times.items():
-        value = latency.best_dense(row)[1]
+        value = best_dense(row)[1]
         rows.append(
             [
                 batch,

@@ -111,7 +111,7 @@ def make_learned(
 
 def make_pruned(run: Run, data: ImageData, *, resume: bool = False) -> Structure | None:
     """Find the structure for the run's target and hold it by masks; the structure, where it was found now."""
-    from dsprune.recipes.latency import random_images
+    from dsprune.recipes.timing import random_images
     from dsprune.structure import apply_structure, find_structure
 
     if resume and run.has("pruned"):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
+from dsprune.clock import medians
 from dsprune.recipes.runtimes import runtime_forms
 
 Call = Callable[[], torch.Tensor]
@@ -58,47 +56,6 @@ def dense_forms(
     return forms
 
 
-def check_seconds(seconds: float) -> None:
-    """Raises ValueError for a duration that is not above 0 and finite."""
-    if isinstance(seconds, bool) or not 0 < seconds < math.inf:
-        raise ValueError(f"seconds: expected more than 0 and less than infinity, got {seconds!r}")
-
-
-def interleaved_medians(
-    calls: Mapping[str, Call], *, seconds: float = 0.5, warmup: int = 3
-) -> dict[str, float]:
-    """The median duration of each call, in milliseconds.
-
-    The calls take turns, so that whatever else the machine does meets all of them. A turn is a burst of about
-    20 ms (one call at least), of which the first call is not counted where there are more: each form is
-    measured with the caches as it leaves them itself, not as the others do. `seconds` is the time spent on
-    each, with at least five turns.
-
-    Raises ValueError for `seconds` that are not above 0.
-    """
-    check_seconds(seconds)
-    # no_grad, not inference_mode: a compiled form was traced so, and all are to run alike.
-    with torch.no_grad():
-        bursts: dict[str, int] = {}
-        for name, call in calls.items():
-            for _ in range(warmup):
-                start = time.perf_counter()
-                call()
-                bursts[name] = max(1, min(200, int(0.02 / (time.perf_counter() - start))))
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        end = time.perf_counter() + seconds * len(calls)
-        turns = 0
-        while turns < 5 or time.perf_counter() < end:
-            for name, call in calls.items():
-                for i in range(bursts[name]):
-                    start = time.perf_counter()
-                    call()
-                    if i > 0 or bursts[name] == 1:
-                        samples[name].append(time.perf_counter() - start)
-            turns += 1
-    return {name: 1e3 * statistics.median(times) for name, times in samples.items()}
-
-
 def compare(
     dense: nn.Module,
     packed: nn.Module,
@@ -121,18 +78,7 @@ def compare(
     if channel_pruned is not None:
         other = channel_pruned.eval()
         forms["channel pruning"] = lambda: other(images)
-    if images.is_cuda:
-        forms = {name: _waited(call) for name, call in forms.items()}
-    return interleaved_medians(forms, seconds=seconds)
-
-
-def _waited(call: Call) -> Call:
-    def run() -> torch.Tensor:
-        out = call()
-        torch.cuda.synchronize()
-        return out
-
-    return run
+    return medians(forms, seconds=seconds, device=images.device)
 
 
 def best_dense(times: Mapping[str, float]) -> tuple[str, float]:

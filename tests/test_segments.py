@@ -408,6 +408,24 @@ def test_what_multiplies_little_stays_in_torch() -> None:
     assert covered.reasons == {UNKNOWN: 3, "aten.relu.default": 2, "aten.max_pool2d.default": 1}
 
 
+def test_large_linear_layers_by_themselves_stay_in_torch() -> None:
+    """They would be kept twice, to be read from memory as before."""
+
+    class Head(nn.Module):
+        def __init__(self, features: int) -> None:
+            super().__init__()
+            self.net = network(lambda m, x: m.b(F.relu(m.a(x))))
+            self.fc = nn.Linear(16 * 8 * 8, features)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.fc(unknown(self.net(x)).flatten(1))
+
+    x = torch.randn(2, 3, 8, 8)
+    for features, layers in ((8, 0), (300, 1)):
+        covered = dsprune.coverage(dsprune.pack(Head(features).eval(), x), x)
+        assert covered.reasons.get("Linear", 0) == layers and (covered.native == 1.0) == (layers == 0)
+
+
 def test_a_step_that_fails_costs_its_operator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found when the program is built: one by one, the operator is found and the rest stays native."""
     model = network(lambda m, x: m.c(F.relu(m.b(F.max_pool2d(m.a(x), 2, 2)))))

@@ -7,7 +7,8 @@ that can run, and so on. So no path leaves a segment and comes back to it.
 
 A segment that multiplies little pays for its call and for copies at its ends with nothing: one of fewer than
 ``LEAST_MACS`` multiply-adds for each number that it takes or gives runs in torch, unless the whole network is
-one segment.
+one segment. So does one whose only work is linear layers with more than ``MOST_WEIGHTS`` weights: it would
+read them from memory as torch does, and keep a copy of them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .shape_inference import Shapes, batch_of, image_of
 __all__ = ["LEAST_MACS", "Mismatch", "Plan", "Segment", "plan"]
 
 LEAST_MACS = 4
+MOST_WEIGHTS = 1 << 18  # a mebibyte
 
 
 class Mismatch(RuntimeError):
@@ -290,11 +292,19 @@ class _Planner:
                 if not item.outputs:
                     continue  # read for sizes alone
                 ends = sum(_numel(self.images[n]) for n in (*item.inputs, *item.outputs))
-                if sum(self.shapes.macs.get(n, 0) for n in item.nodes) < LEAST_MACS * ends:
+                macs = sum(self.shapes.macs.get(n, 0) for n in item.nodes)
+                if macs < LEAST_MACS * ends or self._reads_weights_alone(item):
                     kept += item.nodes
                     continue
             kept.append(item)
         return kept
+
+    def _reads_weights_alone(self, part: _Part) -> bool:
+        working = [n for n in part.nodes if self.shapes.macs.get(n, 0)]
+        layers = [self.network.get_submodule(str(n.target)) for n in working if n.op == "call_module"]
+        if len(layers) < len(working) or not all(isinstance(layer, nn.Linear) for layer in layers):
+            return False
+        return sum(cast(torch.Tensor, layer.weight).numel() for layer in layers) > MOST_WEIGHTS
 
     def _ends(self, part: _Part) -> None:
         """What a part takes and gives. Sizes of its values are known without it."""

@@ -273,6 +273,23 @@ py::dict model_memory(Address model) {
   return memory_of(memory);
 }
 
+// (operation, channels last, shape, multiply-adds, seconds) of each step; with the status.
+py::tuple program_profile(Address program) {
+  int64_t count = 0;
+  int status = dsp_program_profile(at<dsp_program>(program), nullptr, 0, &count);
+  std::vector<dsp_program_step> steps(static_cast<size_t>(count));
+  if (status == DSP_OK) {
+    py::gil_scoped_release release;
+    status = dsp_program_profile(at<dsp_program>(program), steps.data(), count, &count);
+  }
+  py::list rows;
+  for (const dsp_program_step& step : steps)
+    rows.append(py::make_tuple(step.operation, step.channels_last != 0,
+                               py::make_tuple(step.shape[0], step.shape[1], step.shape[2]), step.macs,
+                               step.seconds));
+  return py::make_tuple(status, rows);
+}
+
 int lasso(int32_t operation, int32_t element, Address words, int64_t words_numel, Address numbers,
           int64_t numbers_numel, int64_t groups, Address penalties, int32_t threads) {
   return dsp_lasso(operation, element, at<const int64_t>(words), words_numel, at<const double>(numbers),
@@ -498,6 +515,7 @@ void define_program(py::module_& m) {
   m.def("program_destroy", &program_destroy, nogil, py::arg("program"));
   m.def("program_outputs", &program_outputs, py::arg("program"));
   m.def("program_memory", &program_memory, py::arg("program"));
+  m.def("program_profile", &program_profile, py::arg("program"));
 }
 
 void define_runtime(py::module_& m) {

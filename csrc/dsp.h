@@ -168,6 +168,20 @@ DSP_API int64_t dsp_program_outputs(const dsp_program* program);
 DSP_API dsp_status dsp_program_input(const dsp_program* program, int64_t index, int64_t shape[3]);
 DSP_API dsp_status dsp_program_output(const dsp_program* program, int64_t index, int64_t shape[3]);
 DSP_API dsp_status dsp_program_memory_use(const dsp_program* program, dsp_program_memory* memory);
+
+/* What a program runs, in that order: copies between layouts are steps of operation 0. */
+typedef struct dsp_program_step {
+  int32_t operation;
+  int32_t channels_last; /* how its result lies */
+  int64_t shape[3];      /* channels, height and width of its result */
+  int64_t macs;          /* of a convolution: what its structure needs */
+  double seconds;        /* of the thread's clock */
+} dsp_program_step;
+
+/* Runs one image, all ones, on the calling thread and says what each step took. Fills `steps`, which has room
+ * for steps_numel of them; `count` gets how many there are. With steps_numel 0 nothing runs. */
+DSP_API dsp_status dsp_program_profile(dsp_program* program, dsp_program_step* steps, int64_t steps_numel,
+                                       int64_t* count);
 /* No run may be under way. A null program is ignored. */
 DSP_API void dsp_program_destroy(dsp_program* program);
 /* A program file, for dsp_model_load, of a description whose inputs and outputs are so many of `tensors`,

@@ -533,6 +533,32 @@ class Program:
             raise ValueError(native.last_error())
         return bytes(data)
 
+    def profile(self) -> list[dict[str, Any]]:
+        """What each step takes of one image, on this thread: a row a step in the order in which they run.
+
+        The image is all ones. A row has ``step`` (its name; "copy": to another layout), ``layout`` of
+        its result ("planar" or "lanes"), ``shape`` (channels, height, width), ``macs`` (of a convolution, as
+        its structure needs) and ``seconds`` of the thread's clock.
+
+        Raises RuntimeError before build().
+        """
+        if not self._handle:
+            raise RuntimeError("the program is not built; call build() first")
+        status, rows = self._native.program_profile(self._handle)
+        if status != 0:
+            raise RuntimeError(self._native.last_error())
+        names = {code: name for name, (code, _) in self._native.program_format()["steps"].items()}
+        return [
+            {
+                "step": names.get(operation, "copy"),
+                "layout": "lanes" if last else "planar",
+                "shape": shape,
+                "macs": macs,
+                "seconds": seconds,
+            }
+            for operation, last, shape, macs, seconds in rows
+        ]
+
     def __len__(self) -> int:
         return len(self._steps)
 

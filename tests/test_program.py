@@ -403,6 +403,65 @@ def test_bits_depend_on_neither_threads_nor_batch() -> None:
         torch.set_num_threads(before)
 
 
+def bottlenecks(monkeypatch: pytest.MonkeyPatch, chain_bytes: str, engine: str = "lanes") -> Program:
+    """Residual blocks as in ResNet-50; in the last the 3x3 convolution reads what its sum is written over."""
+    monkeypatch.setenv("DSP_CPU_CHAIN", chain_bytes)
+    monkeypatch.setenv("DSP_CPU_ENGINE", engine)
+    generator = torch.Generator().manual_seed(0)
+    program = Program((12, 11, 13))
+
+    def conv(
+        x: Value, channels: int, out: int, kernel: int, seed: int, residual: Value | None = None
+    ) -> Value:
+        layout = random_layout(channels, out, 2, seed)
+        weight = torch.randn(layout.weight_numel(kernel), generator=generator) / (kernel * channels**0.5)
+        bias = torch.randn(out, generator=generator)
+        padding = kernel // 2
+        return program.conv(
+            x, weight, layout, bias, kernel_size=kernel, padding=padding, residual=residual, activation="relu"
+        )
+
+    y = conv(program.input, 12, 40, 1, 1)
+    for seed in (2, 6):
+        inner = conv(conv(y, 40, 24, 1, seed), 24, 24, 3, seed + 1)
+        y = conv(inner, 24, 40, 1, seed + 2, residual=y)
+    y = conv(conv(y, 40, 40, 3, 10), 40, 40, 1, 11, residual=y)
+    return program.build(conv(y, 40, 7, 3, 12))
+
+
+def test_chains_give_the_bits_of_single_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    single = bottlenecks(monkeypatch, "1000000000")
+    chained = bottlenecks(monkeypatch, "1")
+    assert (
+        chained.memory()["arena_bytes"] > single.memory()["arena_bytes"]
+    )  # values of a chain live side by side
+    x = torch.randn(3, 12, 11, 13)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = single(x)
+        close(expected, bottlenecks(monkeypatch, "1", "planar")(x))
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(chained(x), expected)
+            assert torch.equal(chained(x[:1]), expected[:1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_profile_names_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chain_bytes in ("1", "1000000000"):
+        program = bottlenecks(monkeypatch, chain_bytes)
+        rows = program.profile()
+        convs = [row for row in rows if row["step"] == "conv"]
+        assert len(convs) == len(program) and {row["layout"] for row in convs} == {"lanes"}
+        layout = random_layout(40, 7, 2, 12)
+        assert convs[-1]["shape"] == (7, 11, 13) and convs[-1]["macs"] == layout.pairs * 9 * 11 * 13
+        assert all(row["macs"] > 0 and row["seconds"] > 0 for row in convs)
+    with pytest.raises(RuntimeError, match="not built"):
+        Program((3, 4, 4)).profile()
+
+
 def test_concurrent_callers_get_their_own_results() -> None:
     program = small_network()
     inputs = [torch.randn(2, 3, 32, 32) for _ in range(4)]

@@ -1,7 +1,7 @@
 // The convolution's engines, layer by layer: the share of the core's measured peak that each one reaches on
 // one thread. Layers of ResNet-18 and ResNet-50 at 224 x 224, random groups of random channels.
 //   cmake -S . -B build/bench -DDSP_BENCH=ON -DDSP_PYTHON=OFF -DDSP_CUDA=OFF && cmake --build build/bench
-//   build/bench/dsp_bench_engines [--keep 0.5] [--groups 2] [--sorted] [--rounds 15]
+//   build/bench/dsp_bench_engines [--keep 0.5] [--groups 2] [--sorted] [--rounds 15] [--only "1x1 64 256"]
 // Times are of the thread's clock; of the rounds, in each of which every engine and the peak is measured
 // once, the best counts. --sorted: a group's filters are neighbours.
 #include <algorithm>
@@ -158,12 +158,14 @@ int main(int argc, char** argv) {
   double keep = 0.5;
   int groups = 2, rounds = 15;
   bool sorted = false;
+  std::string only;
   for (int i = 1; i < argc; ++i) {
     const auto value = [&] { return i + 1 < argc ? argv[++i] : "0"; };
     if (std::strcmp(argv[i], "--keep") == 0) keep = std::atof(value());
     if (std::strcmp(argv[i], "--groups") == 0) groups = std::max(1, std::atoi(value()));
     if (std::strcmp(argv[i], "--rounds") == 0) rounds = std::max(1, std::atoi(value()));
     if (std::strcmp(argv[i], "--sorted") == 0) sorted = true;
+    if (std::strcmp(argv[i], "--only") == 0) only = value();
   }
   const Layer layers[] = {
       {"3x3", 64, 64, 56, 3, 1},     {"3x3", 128, 128, 28, 3, 1},    {"3x3", 256, 256, 14, 3, 1},
@@ -177,6 +179,9 @@ int main(int argc, char** argv) {
   std::printf("%s, keep %.2f, %d groups%s\n", dsp_cpu_isa(), keep, groups, sorted ? " of neighbours" : "");
   std::printf("layer                     peak GFLOP/s   lanes  planar  lanes' filters\n");
   for (const Layer& layer : layers) {
+    const std::string title =
+        std::string(layer.name) + " " + std::to_string(layer.in) + " " + std::to_string(layer.out);
+    if (title.find(only) == std::string::npos) continue;
     const std::vector<int32_t> words = make_plan(layer.in, layer.out, groups, keep, sorted);
     const Plan plan(words.data(), static_cast<int64_t>(words.size()));
     const int64_t pad = layer.kernel / 2;

@@ -72,9 +72,10 @@ DSP_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 DSP_INLINE Vec max_nan(Vec a, Vec b) {
   return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
 }
-// The lanes whose bit in `mask` is set: from and to their own places; the others are 0, or left alone.
-DSP_INLINE Vec load_mask(const float* p, uint32_t mask) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+// The lanes whose bit in `mask` is set: from and to their own places; the others are those of v, or left
+// alone.
+DSP_INLINE Vec merge_mask(Vec v, const float* p, uint32_t mask) {
+  return _mm512_mask_loadu_ps(v, static_cast<__mmask16>(mask), p);
 }
 DSP_INLINE void store_mask(float* p, Vec v, uint32_t mask) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), v);
@@ -147,6 +148,15 @@ DSP_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 DSP_INLINE Vec max_nan(Vec a, Vec b) {
   return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
 }
+DSP_INLINE __m256i lanes_of(uint32_t mask) {
+  const __m256i bits = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits), bits);
+}
+DSP_INLINE Vec merge_mask(Vec v, const float* p, uint32_t mask) {
+  const __m256i lanes = lanes_of(mask);
+  return _mm256_blendv_ps(v, _mm256_maskload_ps(p, lanes), _mm256_castsi256_ps(lanes));
+}
+DSP_INLINE void store_mask(float* p, Vec v, uint32_t mask) { _mm256_maskstore_ps(p, lanes_of(mask), v); }
 DSP_INLINE Vec keep_lanes(Vec v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(n))); }
 DSP_INLINE Vec where_positive(Vec sign, Vec v) {
   return _mm256_and_ps(v, _mm256_cmp_ps(sign, zero(), _CMP_NLE_UQ));
@@ -217,6 +227,20 @@ DSP_INLINE Vec div(Vec a, Vec b) { return a / b; }
 DSP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 DSP_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 DSP_INLINE Vec max_nan(Vec a, Vec b) { return (a != a) | (b < a) ? a : b; }
+DSP_INLINE Vec merge_mask(Vec v, const float* p, uint32_t mask) {
+  if (mask == (1u << kLanes) - 1u) return load(p);
+  for (int i = 0; i < kLanes; ++i)
+    if ((mask >> i & 1u) != 0) v[i] = p[i];
+  return v;
+}
+DSP_INLINE void store_mask(float* p, Vec v, uint32_t mask) {
+  if (mask == (1u << kLanes) - 1u) {
+    store(p, v);
+    return;
+  }
+  for (int i = 0; i < kLanes; ++i)
+    if ((mask >> i & 1u) != 0) p[i] = v[i];
+}
 DSP_INLINE Vec keep_lanes(Vec v, int n) {
   for (int i = n; i < kLanes; ++i) v[i] = 0;
   return v;
@@ -240,18 +264,6 @@ DSP_INLINE void fma_to(Vec& c, Vec a, Vec b) { c = fma(a, b, c); }
 #endif
 
 #if !defined(__AVX512F__)
-DSP_INLINE Vec load_mask(const float* p, uint32_t mask) {
-  float lanes[kLanes] = {};
-  for (int i = 0; i < kLanes; ++i)
-    if ((mask >> i & 1u) != 0) lanes[i] = p[i];
-  return load(lanes);
-}
-DSP_INLINE void store_mask(float* p, Vec v, uint32_t mask) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int i = 0; i < kLanes; ++i)
-    if ((mask >> i & 1u) != 0) p[i] = lanes[i];
-}
 DSP_INLINE Vec load_expand(const float* p, uint32_t mask) {
   float lanes[kLanes] = {};
   for (int i = 0; i < kLanes; ++i)

@@ -25,6 +25,7 @@ Program::Program(const int64_t* words, int64_t words_numel, const Floats& floats
     scratch_floats_ = std::max(scratch_floats_, step->scratch_floats());
   }
   place_weights();
+  chains_ = find_chains(steps_, values_);
   first_pair_ = choose_pairs(steps_, &values_);
   assign_memory();
 }
@@ -68,6 +69,12 @@ void Program::assign_memory() {
     maker[static_cast<size_t>(step->result)] = step.get();
     order.push_back(static_cast<size_t>(step->result));
   }
+  std::vector<int64_t> chain_begin, chain_end;  // by step
+  for (const Chain& chain : chains_) {
+    chain_begin.resize(chain.end, static_cast<int64_t>(chain.begin));
+    chain_end.resize(chain.end, static_cast<int64_t>(chain.end) - 1);
+  }
+  chain_end.push_back(static_cast<int64_t>(steps_.size()));
   std::vector<size_t> interval_of(values_.size());
   int64_t begin = 0;
   for (const bool second : {false, true}) {
@@ -82,12 +89,13 @@ void Program::assign_memory() {
         if (stay_under(maker[old]->activation(), conv->activation())) conv->set_residual_stays();
         interval_of[v] = interval_of[old];
         Interval& shared = intervals[interval_of[v]];
-        shared.end = value.last_use;
+        shared.end = chain_end[static_cast<size_t>(value.last_use)];
         shared.size = std::max(shared.size, value.floats());
         continue;
       }
       interval_of[v] = intervals.size();
-      intervals.push_back({value.made, value.last_use, value.floats(), frame_of(value)});
+      intervals.push_back({chain_begin[static_cast<size_t>(value.made)],
+                           chain_end[static_cast<size_t>(value.last_use)], value.floats(), frame_of(value)});
     }
     const MemoryPlan plan = plan_memory(intervals, 16);
     for (const size_t v : order) {
@@ -97,6 +105,32 @@ void Program::assign_memory() {
     begin += plan.size;
   }
   arena_floats_ = begin + second_;
+}
+
+std::vector<dsp_program_step> Program::profile() {
+  std::vector<double> seconds(steps_.size(), 0.0);
+  std::vector<std::vector<float>> memory;
+  std::vector<const float*> in;
+  std::vector<float*> out;
+  for (int64_t i = 0; i < inputs(); ++i)
+    in.push_back(memory.emplace_back(static_cast<size_t>(input(i).numel()), 1.0f).data());
+  for (int64_t i = 0; i < outputs(); ++i)
+    out.push_back(memory.emplace_back(static_cast<size_t>(output(i).numel())).data());
+  {
+    const Lease arena(this);
+    run_images(in.data(), out.data(), 0, 1, arena.floats, 1, seconds.data());
+  }
+  std::vector<dsp_program_step> made;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Value& y = values_[static_cast<size_t>(steps_[i]->result)];
+    const ConvStep* conv = steps_[i]->conv();
+    made.push_back({steps_[i]->operation,
+                    y.layout == Layout::kLanes ? 1 : 0,
+                    {y.channels, y.height, y.width},
+                    conv == nullptr ? 0 : conv->macs(),
+                    seconds[i]});
+  }
+  return made;
 }
 
 dsp_program_memory Program::memory() const {
@@ -191,6 +225,19 @@ dsp_status dsp_program_memory_use(const dsp_program* program, dsp_program_memory
   return dsp::guard([&] {
     dsp::require(program != nullptr && memory != nullptr, "program or memory is null");
     *memory = program->program.memory();
+  });
+}
+
+dsp_status dsp_program_profile(dsp_program* program, dsp_program_step* steps, int64_t steps_numel,
+                               int64_t* count) {
+  return dsp::guard([&] {
+    using namespace dsp;
+    require(program != nullptr && count != nullptr, "program or count is null");
+    *count = program->program.step_count();
+    if (steps_numel == 0) return;
+    require(steps != nullptr && steps_numel >= *count, "steps has no room for all of them");
+    const std::vector<dsp_program_step> made = program->program.profile();
+    std::copy(made.begin(), made.end(), steps);
   });
 }
 

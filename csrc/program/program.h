@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dsp.h"
+#include "program/chains.h"
 #include "program/step.h"
 
 namespace dsp {
@@ -24,6 +25,8 @@ class Program {
   Program& operator=(const Program&) = delete;
 
   void run(const float* const* in, float* const* out, int64_t batch, int threads);
+  // Every step in the order in which they run, with the time that one image takes in it on this thread.
+  std::vector<dsp_program_step> profile();
   int64_t inputs() const { return inputs_; }
   int64_t outputs() const { return static_cast<int64_t>(outputs_.size()); }
   const Value& input(int64_t i) const { return values_[static_cast<size_t>(i)]; }
@@ -31,18 +34,29 @@ class Program {
     return values_[static_cast<size_t>(outputs_[static_cast<size_t>(i)])];
   }
   dsp_program_memory memory() const;
+  int64_t step_count() const { return static_cast<int64_t>(steps_.size()); }
 
  private:
   void place_weights();
   void assign_memory();
+  void run_chains(const Place& at, size_t end, int threads, double* seconds) const;
   float* take_arena();
   void give_arena(float* arena);
+  struct Lease {
+    explicit Lease(Program* owner) : program(owner), floats(owner->take_arena()) {}
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    ~Lease() { program->give_arena(floats); }
+    Program* program;
+    float* floats;
+  };
   void give(const Place& at, int64_t id, float* out) const;
   void run_images(const float* const* in, float* const* out, int64_t first, int64_t images, float* arena,
-                  int threads) const;
+                  int threads, double* seconds = nullptr) const;
 
   std::vector<Value> values_;
   std::vector<std::unique_ptr<Step>> steps_;
+  std::vector<Chain> chains_;
   std::unique_ptr<float, Free> weights_;  // of all steps, in the order in which they run
   int64_t inputs_ = 0;
   std::vector<int64_t> outputs_;

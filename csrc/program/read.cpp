@@ -189,6 +189,7 @@ Description read_description(const int64_t* words, int64_t words_numel, const Fl
     if (read.left() != 0) fail(name + " has words to spare");
     step->inputs = std::move(read.inputs);
     step->result = n_inputs + i;
+    step->operation = static_cast<int32_t>(words[at]);
     Value made = checked_value(step->shape(source));
     made.last_use = i;
     for (const int64_t id : step->inputs) d.values[static_cast<size_t>(id)].last_use = i;

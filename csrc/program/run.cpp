@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <new>
 
 #include "core/pages.h"
@@ -10,6 +11,15 @@
 #include "program/steps/conv.h"
 
 namespace dsp {
+namespace {
+
+double thread_seconds() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+}  // namespace
 
 float* Program::take_arena() {
   {
@@ -60,14 +70,38 @@ void Program::give(const Place& at, int64_t id, float* out) const {
   }
 }
 
+// The steps before `end`, for one image. The time of each is added to `seconds`, unless that is null.
+void Program::run_chains(const Place& at, size_t end, int threads, double* seconds) const {
+  const auto timed = [seconds](size_t step, const auto& body) {
+    const double start = seconds == nullptr ? 0 : thread_seconds();
+    body();
+    if (seconds != nullptr) seconds[step] += thread_seconds() - start;
+  };
+  for (const Chain& chain : chains_) {
+    if (chain.begin >= end) break;
+    const size_t last = std::min(chain.end, end);
+    const int64_t plane = chain.pixels == 0 ? 0 : steps_[chain.begin]->conv()->geometry().out_plane();
+    const int64_t turns = chain.pixels == 0 ? 0 : (plane + chain.pixels - 1) / chain.pixels;
+    if (turns == 0 || (threads > 1 && turns < 3 * int64_t{threads})) {
+      for (size_t i = chain.begin; i < last; ++i) timed(i, [&] { steps_[i]->run(at, threads); });
+      continue;
+    }
+    auto body = [&](int64_t turn) {
+      const int64_t first = turn * chain.pixels;
+      const int64_t pixels = std::min(chain.pixels, plane - first);
+      for (size_t i = chain.begin; i < last; ++i)
+        timed(i, [&] { steps_[i]->conv()->run_pixels(at, first, pixels); });
+    };
+    parallel_for(threads, turns, body);
+  }
+}
+
 // One image, or two: these go one after the other until they can share vectors.
 void Program::run_images(const float* const* in, float* const* out, int64_t first, int64_t images,
-                         float* arena, int threads) const {
+                         float* arena, int threads, double* seconds) const {
   const Place at[2] = {{values_, in, first, arena, 0}, {values_, in, first + images - 1, arena, second_}};
   const size_t alone = images == 1 ? steps_.size() : first_pair_;
-  for (int64_t n = 0; n < images; ++n) {
-    for (size_t i = 0; i < alone; ++i) steps_[i]->run(at[n], threads);
-  }
+  for (int64_t n = 0; n < images; ++n) run_chains(at[n], alone, threads, seconds);
   for (size_t i = alone; i < steps_.size(); ++i) {
     const ConvStep* conv = steps_[i]->conv();
     if (conv != nullptr && conv->pairs()) {
@@ -84,12 +118,8 @@ void Program::run_images(const float* const* in, float* const* out, int64_t firs
 
 void Program::run(const float* const* in, float* const* out, int64_t batch, int threads) {
   const auto some = [&](int64_t first, int64_t images, int inner) {
-    struct Lease {
-      Program* program;
-      float* arena;
-      ~Lease() { program->give_arena(arena); }
-    } lease{this, take_arena()};
-    run_images(in, out, first, images, lease.arena, inner);
+    const Lease arena(this);
+    run_images(in, out, first, images, arena.floats, inner);
   };
   // Whole images side by side while every thread has one, two at a time where that helps; what is left over
   // is shared layer by layer.

@@ -58,6 +58,7 @@ class Step {
 
   std::vector<int64_t> inputs;  // in the order of its fields
   int64_t result = 0;
+  int32_t operation = 0;  // its code; 0: a copy into another layout
 
   // Checks its inputs' shapes, finds its weights, and says the shape of the result. Called once, first.
   virtual Shape shape(const Source& source) = 0;

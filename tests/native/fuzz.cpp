@@ -546,8 +546,8 @@ Network random_network() {
         s.height = x.height;
         s.width = x.width;
         if (usual && chance(0.8)) {
-          constexpr int64_t kKernels[] = {3, 3, 1, 5, 7};
-          s.kernel_h = s.kernel_w = kKernels[between(0, 4)];
+          constexpr int64_t kKernels[] = {3, 3, 1, 1, 5, 7};
+          s.kernel_h = s.kernel_w = kKernels[between(0, 5)];
           s.padding_h = s.padding_w = chance(0.8) ? s.kernel_h / 2 : between(0, 4);
           s.stride_h = s.stride_w = chance(0.5) ? 1 : 2;
           if (chance(0.8)) s.dilation_h = s.dilation_w = 1;
@@ -557,7 +557,7 @@ Network random_network() {
                s.dilation_w > 3 || s.padding_h > 9 || s.padding_w > 9);
       y.height = out_size(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
       y.width = out_size(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
-      y.channels = between(1, 8);
+      y.channels = x.height * x.width <= 300 && chance(0.2) ? between(9, 90) : between(1, 8);
       const int64_t residual = chance(0.5) ? find_value(net, y.channels, y.height, y.width) : -1;
       const Layout layout = random_layout(x.channels, y.channels);
       const std::vector<int32_t> plan = layout.plan();
@@ -708,6 +708,7 @@ void fuzz_program() {
   const Network net = random_network();
   constexpr const char* kEngines[] = {"", "planar", "lanes"};
   setenv("DSP_CPU_ENGINE", kEngines[between(0, 2)], 1);
+  setenv("DSP_CPU_CHAIN", chance(0.5) ? "1" : "0", 1);
   // What a field names lies in one piece.
   std::vector<int64_t> ends;
   for (const int64_t begin : net.begins) {

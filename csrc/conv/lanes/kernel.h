@@ -19,11 +19,14 @@ constexpr int64_t part_terms(int64_t terms) {
   return parts <= 1 ? terms : ((terms + parts - 1) / parts + 2) / 3 * 3;
 }
 
-// Neighbouring results of a block that go to channels within one vector's length of each other.
+// Where results go that are not neighbours. As runs: neighbouring lanes of one vector go to neighbouring
+// channels. As windows: neighbouring results of a block, on their way through another vector, go to channels
+// within one vector's length.
 struct LanePiece {
-  int32_t channel;  // of lane 0
-  int32_t from;     // the first of the block's results that goes there
+  int32_t channel;  // of lane 0; of a run it may be below 0, where that lane is not meant
   uint32_t mask;    // which lanes are meant
+  int32_t last;     // of runs, 1: the vector's last
+  int32_t from;     // of windows: the first of the block's results that goes there
 };
 
 // One part of the sums of one block of filters, over neighbouring pixels.
@@ -46,8 +49,8 @@ struct LaneArgs {
   const float* bias;      // vectors x lanes
   int32_t tail;           // lanes of the last vector that are filters; all of them unless masks are free
   const Activation* activation;
-  const LanePiece* pieces;  // null: the results are neighbours, from `out` on
-  int32_t n_pieces;
+  const LanePiece* pieces;  // one after the other; null: the results are neighbours, from `out` on
+  int32_t windows;          // how many pieces there are; 0: they are runs
 };
 
 // `tiles` tiles of a fixed number of pixels, from number `pixel` on.

@@ -12,14 +12,37 @@ namespace DSP_ISA {
 // Results that are not whole vectors side by side. Out of line: it is long, and the loops come first.
 __attribute__((noinline)) inline void lane_scatter(const LaneArgs& a, int64_t pixel, int pixels,
                                                    const float* values, int width) {
+  const bool curve = a.activation->curve;
+  const Vec least = set1(a.activation->least);
+  const Vec most = set1(a.activation->most);
   for (int p = 0; p < pixels; ++p, values += width) {
     float* to = a.out + a.out_at[pixel + p];
     const float* from = a.residual == nullptr ? nullptr : a.residual + a.residual_at[pixel + p];
-    for (int32_t i = 0; i < a.n_pieces; ++i) {
-      const LanePiece piece = a.pieces[i];
-      Vec v = load_expand(values + piece.from, piece.mask);
-      if (from != nullptr) v = add(v, load_mask(from + piece.channel, piece.mask));
-      store_mask(to + piece.channel, activate(v, *a.activation), piece.mask);
+    for (int32_t i = 0; i < a.windows; ++i) {
+      const LanePiece window = a.pieces[i];
+      Vec v = load_expand(values + window.from, window.mask);
+      if (from != nullptr) v = add(v, merge_mask(zero(), from + window.channel, window.mask));
+      if (__builtin_expect(curve, 0)) apply_curve(&v, 1, *a.activation);
+      store_mask(to + window.channel, min(most, max(least, v)), window.mask);
+    }
+    if (a.windows != 0) continue;
+    const LanePiece* piece = a.pieces;
+    for (int f = 0; f < width; f += kLanes) {
+      Vec v = load(values + f);
+      if (from != nullptr) {
+        Vec more = zero();
+        for (const LanePiece* i = piece;; ++i) {
+          more = merge_mask(more, from + i->channel, i->mask);
+          if (i->last != 0) break;
+        }
+        v = add(v, more);
+      }
+      if (__builtin_expect(curve, 0)) apply_curve(&v, 1, *a.activation);
+      v = min(most, max(least, v));
+      for (bool more = true; more; ++piece) {
+        store_mask(to + piece->channel, v, piece->mask);
+        more = piece->last == 0;
+      }
     }
   }
 }

@@ -44,11 +44,28 @@ void LaneConv::add_block(const std::vector<int32_t>& order, size_t first, int32_
   block.channel = place(mine[0]);
   const bool whole = k.masks_are_free || filters % k.lanes == 0;
   if (!whole || place(mine[filters - 1]) - block.channel != filters - 1) {
+    for (int32_t i = 0; i < filters; ++i) {
+      const int32_t lane = i % k.lanes;
+      if (lane == 0 || place(mine[i]) != place(mine[i - 1]) + 1) {
+        if (lane == 0 && i > 0) pieces_.back().last = 1;
+        pieces_.push_back({place(mine[i]) - lane, 0, 0, 0});
+      }
+      pieces_.back().mask |= 1u << lane;
+    }
+    pieces_.back().last = 1;
+    const auto begin = pieces_.begin() + block.piece_begin;
+    std::vector<LanePiece> windows;
     for (int32_t i = 0; i < filters;) {
-      LanePiece piece{place(mine[i]), i, 0};
-      for (; i < filters && place(mine[i]) - piece.channel < k.lanes; ++i)
-        piece.mask |= 1u << (place(mine[i]) - piece.channel);
-      pieces_.push_back(piece);
+      LanePiece window{place(mine[i]), 0, 0, i};
+      for (; i < filters && place(mine[i]) - window.channel < k.lanes; ++i)
+        window.mask |= 1u << (place(mine[i]) - window.channel);
+      windows.push_back(window);
+    }
+    // A window is twice a run's work where the machine can expand a vector, else much more.
+    block.windows = k.masks_are_free && 2 * static_cast<int64_t>(windows.size()) < pieces_.end() - begin;
+    if (block.windows) {
+      pieces_.erase(begin, pieces_.end());
+      pieces_.insert(pieces_.end(), windows.begin(), windows.end());
     }
     block.pieces = static_cast<int32_t>(pieces_.size()) - block.piece_begin;
   }
@@ -280,8 +297,8 @@ void LaneConv::run_blocks(const float* in, const float* weights, const float* re
       continue;
     args.tail = static_cast<int32_t>(block.filters - (block.vectors - 1) * k.lanes);
     args.pieces = block.pieces == 0 ? nullptr : pieces_.data() + block.piece_begin;
-    args.n_pieces = block.pieces;
     const int64_t shift = block.pieces == 0 ? block.channel : 0;
+    args.windows = block.windows ? block.pieces : 0;
     args.out = out + shift;
     args.residual = residual == nullptr ? nullptr : residual + shift;
     const int64_t most = k.max_pixels[block.vectors];
@@ -311,6 +328,14 @@ void LaneConv::run_blocks(const float* in, const float* weights, const float* re
       k.tiles[block.vectors - 1][size - 1](args, large * (size + 1), tiles - large);
     } while (step < block.steps);
   }
+}
+
+void LaneConv::run_pixels(const float* in, const float* weights, const float* residual, float* out,
+                          const Activation& activation, bool settled, int64_t pixel, int64_t pixels) const {
+  const int64_t chunk = chunk_pixels();
+  for (const int64_t end = pixel + pixels; pixel < end; pixel += chunk)
+    run_blocks(in, weights, residual, out, activation, settled, pixel, std::min(chunk, end - pixel), 0,
+               blocks_.size());
 }
 
 void LaneConv::run(const float* in, const float* weights, const float* residual, float* out,

@@ -27,6 +27,7 @@ struct LaneBlock {
   int64_t cost;                 // of all blocks before
   int32_t channel;              // of the first filter
   int32_t piece_begin, pieces;  // 0: its filters are neighbours
+  bool windows;                 // what the pieces are
 };
 
 class LaneConv {
@@ -46,6 +47,10 @@ class LaneConv {
   // settled: where nothing is added to the residual, it is in place already.
   void run(const float* in, const float* weights, const float* residual, float* out,
            const Activation& activation, bool settled, int threads) const;
+
+  // The same for some of the pixels, on this thread.
+  void run_pixels(const float* in, const float* weights, const float* residual, float* out,
+                  const Activation& activation, bool settled, int64_t pixel, int64_t pixels) const;
 
   int64_t table_bytes() const;
   int64_t scratch_bytes() const;

@@ -122,6 +122,10 @@ std::vector<int32_t> ConvStep::groups_of_filters() const {
   return groups;
 }
 
+int64_t ConvStep::macs() const {
+  return Plan::trusted(fields_.plan.data()).pairs() * shape_.taps() * shape_.out_plane();
+}
+
 int64_t ConvStep::most_padding() const { return std::max(shape_.ph, shape_.pw); }
 
 bool ConvStep::can_write_apart() const {
@@ -314,6 +318,11 @@ void ConvStep::run(const Place& at, int threads) const {
   } else {
     share_strips(t, threads);
   }
+}
+
+void ConvStep::run_pixels(const Place& at, int64_t pixel, int64_t pixels) const {
+  lane_conv_.run_pixels(at.read(inputs.front()), weights_.data(), adds() ? at.read(residual()) : nullptr,
+                        at.write(result), fields_.activation, residual_stays_, pixel, pixels);
 }
 
 void ConvStep::run_pair(const Place& first, int64_t second) const {

@@ -23,10 +23,19 @@ class ConvStep final : public Step {
   bool reads(size_t input, Layout layout) const override;
   const Activation& activation() const override { return fields_.activation; }
   void run(const Place& at, int threads) const override;
+  // In lanes: some pixels of the result, on this thread.
+  void run_pixels(const Place& at, int64_t pixel, int64_t pixels) const;
   ConvStep* conv() override { return this; }
 
   // ---- what the choice of layouts asks; then laid out, once ----
   const ConvShape& geometry() const { return shape_; }
+  // Each pixel of the result needs that pixel of the input alone.
+  bool pointwise() const {
+    const ConvShape& s = shape_;
+    return s.taps() == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0;
+  }
+  int64_t weight_floats() const { return weights_.count(); }
+  int64_t macs() const;  // that its structure needs, of one image
   int64_t most_padding() const;
   // Whether its result, or its input, may have even and odd columns apart.
   bool can_write_apart() const;

@@ -6,6 +6,7 @@ process has imported both this package and torch, the operators are registered (
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -70,7 +71,9 @@ class _AfterTorch:
                 # One of ours that is being imported finishes first, and whoever wants it has it then.
                 ours = {m for m in sys.modules if m.startswith(f"{__name__}.")}
                 if not ours - _WITHOUT_TORCH:
-                    _register()
+                    # What is wrong is said by the first name that is used; torch itself is there.
+                    with contextlib.suppress(Exception):
+                        _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

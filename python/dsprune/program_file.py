@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from dsp_kernels.program import Program
 from .io import target_file, write_atomically
 from .pack import PackedNetwork
 from .run.native import NativeRunner
+from .run.segments import Plan, plan
 
 __all__ = ["export_program"]
 
@@ -35,18 +36,33 @@ def _image_shape(input_shape: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _program(packed: PackedNetwork, shape: tuple[int, int, int]) -> tuple[Program, str]:
-    """The native program for images of a shape, and the input's name. Raises ValueError with what is not
-    native in it.
-    """
-    network = packed.network_for((torch.zeros(1, *shape),))
-    runner = packed.runner_for((torch.zeros(1, *shape),))
+def _program(packed: PackedNetwork, shape: tuple[int, int, int]) -> Program:
+    """The native program for images of a shape. Raises ValueError with what is not native in the network."""
+    x = torch.zeros(1, *shape)
+    if not packed.fused:
+        reason = packed.unfused_reason or "its layers were replaced one by one, as for training"
+        raise ValueError(f"packed: is no native program: {reason}")
+    runner = packed.runner_for((x,))
     if not isinstance(runner, NativeRunner):
         raise ValueError("packed: is on a GPU; programs run on the CPU: move it there with .to('cpu')")
-    program, reason = runner.program(shape)
-    if program is None or not isinstance(network, fx.GraphModule):
-        raise ValueError(f"packed: is no native program as a whole: {reason}")
-    return program, next(node.name for node in network.graph.nodes if node.op == "placeholder")
+    with torch.no_grad():
+        found = runner.plan([x])
+    if found is None:
+        raise ValueError(f"packed: is no native program: {runner.reason}")
+    program = _whole(found)
+    if program is None:
+        names = ", ".join(f"{name} ({count})" for name, count in found.torch.items())
+        raise ValueError(
+            f"packed: is no native program as a whole: in torch run {names or 'its outputs'}; {found.reason}"
+        )
+    return program
+
+
+def _whole(found: Plan) -> Program | None:
+    """The one program that a plan is, for any batch, or None."""
+    whole = found.whole and len(found.segments) == 1 and not found.exact
+    program = found.segments[0].program if whole else None
+    return program if program is not None and len(program.input_shapes) == 1 else None
 
 
 def _open_sizes(packed: PackedNetwork, program: Program) -> tuple[int, int] | None:
@@ -72,10 +88,10 @@ def _open_sizes(packed: PackedNetwork, program: Program) -> tuple[int, int] | No
     if least[0] > own[0] or least[1] > own[1]:
         return None
     others = [least, (own[0] + 1, own[1] + 2), (2 * own[0] + 1, own[1]), (own[0], 2 * own[1] + 3)]
-    runner = packed.runner_for((torch.zeros(1, *shape),))
-    assert isinstance(runner, NativeRunner)
     for height, width in others:
-        other, _ = runner.program((channels, height, width))
+        with torch.no_grad():  # not through the runner, which would keep all of these
+            found = plan(cast(fx.GraphModule, packed.network), [torch.empty(0, channels, height, width)])
+        other = _whole(found)
         if other is None or not program.same_steps(other):
             return None
     return least
@@ -90,8 +106,8 @@ def export_program(packed: PackedNetwork, path: str | os.PathLike[str], input_sh
     image sizes do where the graph and the steps are the same for them, from the smallest such size on.
 
     Args:
-        packed: from ``pack`` or ``load``, on the CPU, one that runs as one native program
-            (``packed.program_reason`` is None).
+        packed: from ``pack`` or ``load``, on the CPU, that takes one image tensor and runs as one native
+            program (``packed.program_reason`` is None); several outputs are ``output0``, ``output1``, ...
         path: the file to write. Replaced atomically; its folder is made where it is missing.
         input_shape: (C, H, W) or (N, C, H, W) of the images, in pixels.
 
@@ -106,8 +122,12 @@ def export_program(packed: PackedNetwork, path: str | os.PathLike[str], input_sh
         raise TypeError(f"packed: expected a PackedNetwork, got {type(packed).__name__}")
     target_file(path)
     shape = _image_shape(input_shape)
-    program, name = _program(packed, shape)
-    data = program.file([name], ["output"], _open_sizes(packed, program))
+    program = _program(packed, shape)
+    graph = cast(fx.GraphModule, packed.network_for((torch.zeros(1, *shape),))).graph
+    name = next(node.name for node in graph.nodes if node.op == "placeholder")
+    count = len(program.output_shapes)
+    outputs = ["output"] if count == 1 else [f"output{i}" for i in range(count)]
+    data = program.file([name], outputs, _open_sizes(packed, program))
     _compare(packed, data, shape)
     write_atomically(path, data)
 
@@ -125,4 +145,6 @@ def _compare(packed: PackedNetwork, data: bytes, shape: tuple[int, int, int]) ->
         for result, leaf in zip(results, expected, strict=True)
     )
     if not same:
-        raise RuntimeError("packed: the program's output is not the packed network's, bit by bit")
+        raise RuntimeError(
+            "packed: the program's outputs are not the packed network's, in order and bit by bit"
+        )

@@ -166,7 +166,8 @@ def tiny() -> list[Workload]:
 def candidates(best: Config, key: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The fields to vary, the weightiest first, with the values to try."""
     if isinstance(best, ChainLaunch):
-        yield from (("BLOCK_S", (32, 64, 128)), ("BLOCK_M", (32, 64, 128)))
+        yield from (("resident", (0, 1)), ("BLOCK_S", (32, 64, 128)), ("BLOCK_M", (32, 64, 128)))
+        yield "copy", (8, 16)
     else:
         small = "ieee" in key
         yield "BLOCK_M", (16, 32, 64) if key.startswith("grad_weight") else (64, 128, 256)
@@ -500,7 +501,7 @@ class Tuner:
             config = chain.config_of(
                 work.layouts, work.dtype, shared_memory=self.shared_memory, arch=self.arch
             )
-            return ChainLaunch(config.block_m, config.block_s, config.warps, config.stages)
+            return chain.launch_of(config)
         kernel = work.geometry[0]
         return room.choose_launch(work.op, work.precision, work.layouts[0], kernel, work.pixels, self.arch)
 

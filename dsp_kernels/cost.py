@@ -568,7 +568,7 @@ def chain_estimate(
 class FormTable:
     """Measured times of forms: architecture -> convolution (:meth:`Conv.key`) -> form -> microseconds.
 
-    Written by ``python -m bench.gpu``; the package ships ``forms.json`` where there are measurements.
+    Written by the device run (``make gpu``); the package ships ``forms.json`` where there are measurements.
     """
 
     def __init__(self, times: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import dsprune
+from bench import kernels
 from dsp_kernels import GroupLayout, backends, cost
-from dsp_kernels.conv import cuda, cuda_work, tiles
+from dsp_kernels.conv import chain, cuda, cuda_work, tiles
 from dsp_kernels.layout import gray_order, runs
 from dsprune import gpu
 from dsprune.models import cifar_resnet, resnet50
@@ -132,6 +134,9 @@ def test_no_form_beats_the_floor(seed: int, batch: int, form: str) -> None:
     conv = cost.Conv(
         layout, batch, (14, 14), (3, 3), padding=(1, 1), residual=bool(seed % 2), activation="relu"
     )
+    if form == "cuda" and backends.available_backends()["native"] is not None:
+        assert math.isinf(cost.estimate(conv, H200, HALF, form).seconds)
+        return
     for where in cost.devices().values():
         found = cost.estimate(conv, where, HALF, form)
         assert found.seconds > cost.floor(conv, where, HALF)
@@ -457,6 +462,34 @@ def test_dense_resnet50(dense50: torch.nn.Module) -> None:
     assert sum(row.bound == "cache" for row in found.rows) > 30
     stem = found.rows[0]
     assert stem.form == "torch" and "3 channels" in stem.reason
+
+
+def test_what_a_chain_copies_by_hand() -> None:
+    """Two groups of 20 filters over 27 of 40 channels, 56 x 56 pixels, a stream of 256 channels, 40 after."""
+    triple = kernels.Triple("stage 1, pruned", "bf16", 90)
+    kept = triple.config()
+    assert (kept.block_m, kept.tiles, kept.tile_n, kept.n3, kept.resident, kept.copy) == (
+        64,
+        2,
+        32,
+        64,
+        True,
+        8,
+    )
+    # The first group reads channels 0 to 26, one block of 32; the other one 13 to 39, from 8 on.
+    steps = 9 * 2
+    first, rest = steps * 32 * 32 / 64, (64 * 256 + 256 * 64) / 64
+    # Of the nine taps the first-level cache has all but the tile's pixels and the two rows beside it.
+    halo = 1 + 2 * 56 / 64
+    assert chain.copied(triple.convs(), kept) == pytest.approx(steps * 32 * halo / 9 + first)
+    streamed = replace(kept, resident=False, copy=16)
+    assert chain.copied(triple.convs(), streamed) == pytest.approx(steps * 32 + first + rest)
+    assert kept.shared_bytes(2) == 2 * (2 * 64 * 256 + 4 * (64 * 32 + 32 * 32) + 64 * 64) + 12288
+    # None where the weights would take registers, or more than there is.
+    older = kernels.Triple("stage 1, pruned", "bf16", 80).config()
+    wider = kernels.Triple("stage 2, pruned", "bf16", 90).config()
+    assert not older.resident and not wider.resident
+    assert not kernels.Triple("stage 1, pruned", "tf32", 90).config().resident
 
 
 def test_chains_lower_the_floor(dense50: torch.nn.Module) -> None:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.machine_code import kernel_of
 from dsp_kernels import GroupLayout, available_backends
 from dsp_kernels.backends import native_module
 
@@ -92,13 +93,6 @@ def listed() -> list[str]:
     return sorted(set(re.findall(r"\.sm_(\w+)\.cubin", cuobjdump("-lelf"))))
 
 
-def kernel_of(symbol: str) -> tuple[str, str]:
-    """Kernel and instance of a mangled name."""
-    found = re.match(r"_ZN3dsp4cuda(?:5lasso)?\d+([a-z]\w*?_kernel)I(?:NS1?_\d+(\w+?)E|(\w))EEv", symbol)
-    assert found is not None, symbol
-    return found[1], found[2] or found[3]
-
-
 @cache
 def resources() -> dict[str, dict[tuple[str, str], dict[str, int]]]:
     """Architecture -> kernel and instance -> resources."""
@@ -122,7 +116,7 @@ def instructions(architecture: str) -> dict[tuple[str, str], list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         cuobjdump("-xelf", f"sm_{architecture}.", folder=Path(folder))
         cubins = sorted(Path(folder).glob("*.cubin"))
-        # Without the analysis of branches: half the time (tests/sass.py).
+        # Without the analysis of branches: half the time (bench/machine_code.py).
         listing = "".join(tool("nvdisasm", "-c", "-ndf", cubin) for cubin in cubins)
     for line in listing.splitlines():
         if match := re.match(r"\s+\.section\s+\.text\.(\w+)", line):

@@ -4,16 +4,19 @@ code read: no stack, no local memory, matrix instructions, 16-byte copies, no na
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sass
+import torch
 
-from dsp_kernels import backends
+from bench import kernels
+from bench import machine_code as sass
+from bench.kernels import Job, conv_job
+from dsp_kernels import GroupLayout, backends
 from dsp_kernels.conv import launches
-from dsp_kernels.conv import triton as room
+from dsp_kernels.conv.launches import Launch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [
@@ -21,125 +24,10 @@ pytestmark = [
     pytest.mark.timeout(2400),
 ]
 
-CAPABILITIES = (80, 86, 89, 90, 100)
 # Shared memory that one block may have.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-_POINTERS = {
-    **{"items": "*i32", "entries": "*i32", "read": "*i16", "outputs": "*i32", "filter_chunks": "*i32"},
-    **{"index": "*i32", "position": "*i32", "sums": "*fp32"},
-    **dict.fromkeys(("x", "weight", "bias", "residual", "out", "grad", "packed", "tiles"), "{dtype}"),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A kernel by name, the data's type, the compile-time arguments, and how it is launched."""
-
-    kernel: str
-    dtype: str
-    constants: tuple[tuple[str, Any], ...]
-    capability: int
-    warps: int = 4
-    stages: int = 3
-
-
-def compiled(job: Job, capability: int, module: str = "dsp_kernels.conv.triton_kernels") -> Any:
-    import importlib
-
-    kernel = getattr(importlib.import_module(module), job.kernel)
-    types = {name: _POINTERS.get(name, "i32").format(dtype=f"*{job.dtype}") for name in kernel.arg_names}
-    return sass.compiled(kernel, types, dict(job.constants), capability, warps=job.warps, stages=job.stages)
-
-
-def compile_and_read(job: Job, module: str = "dsp_kernels.conv.triton_kernels") -> tuple[sass.Sass, Any]:
-    """The machine code, and what Triton built.
-
-    Triton writes the same PTX for sm_89 as for sm_86 (a test holds it to that): it is compiled once, by the
-    test before, whose result Triton keeps.
-    """
-    if job.capability == 89:
-        built = compiled(job, 86, module)
-        return sass.inspect(sass.assembled(built.asm["ptx"], 89)), built
-    built = compiled(job, job.capability, module)
-    return sass.inspect(built.asm["cubin"]), built
-
-
-def conv_job(
-    launch: room.Launch, precision: str, capability: int, dtype: str | None = None, **changes: Any
-) -> Job:
-    align = launch.copy // (2 if precision == "half" else 4)
-    constants: dict[str, Any] = {
-        "BLOCK_M": launch.BLOCK_M,
-        "BLOCK_N": launch.BLOCK_N,
-        "BLOCK_K": launch.BLOCK_K,
-        "SPLIT": 1,
-        "ALIGN": align,
-        "TAIL": False,
-        "POINTWISE": False,
-        "PARTIAL": True,
-        "ACTIVATION": 1,
-        "HAS_BIAS": True,
-        "HAS_RESIDUAL": True,
-        "OUT_ALIGN": 8,
-        "RESIDUAL_ALIGN": 8,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "WIDE": False,
-        "UPCAST": False,
-    } | changes
-    if constants["SPLIT"] == 1:
-        constants["sums"] = None
-    for name, flag in (("bias", "HAS_BIAS"), ("residual", "HAS_RESIDUAL")):
-        if not constants[flag]:
-            constants[name] = None
-    dtype = dtype or ("fp16" if precision == "half" else "fp32")
-    return Job("conv_kernel", dtype, tuple(constants.items()), capability, launch.warps, launch.stages)
-
-
-def grad_weight_job(launch: room.Launch, precision: str, capability: int) -> Job:
-    align = 8 if precision == "half" else 4
-    constants = {
-        "BLOCK_M": launch.BLOCK_M,
-        "BLOCK_N": launch.BLOCK_N,
-        "BLOCK_K": launch.BLOCK_K,
-        "ALIGN": align,
-        "TAIL": False,
-        "GRAD_ALIGN": align,
-        "GRAD_TAIL": False,
-        "POINTWISE": False,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "WIDE": False,
-        "UPCAST": False,
-    }
-    dtype = "fp16" if precision == "half" else "fp32"
-    return Job("grad_weight_kernel", dtype, tuple(constants.items()), capability, launch.warps, launch.stages)
-
-
-def shipped() -> dict[str, Job]:
-    """By name, every configuration of the launch table that a device of each capability may get. One
-    configuration's capabilities follow one another: what they share is compiled once.
-    """
-    jobs: dict[str, Job] = {}
-    table = launches.read(launches.SHIPPED)
-    wanted: dict[tuple[str, launches.Launch], list[int]] = {}
-    for capability in CAPABILITIES:
-        rows = table["default"] | table.get(f"sm_{capability}", {})
-        verified = {f"{key}+verified": row for key, row in table.get(f"sm_{capability}+verified", {}).items()}
-        assert all(row.warps == 4 for row in rows.values()), "eight warps are for verified devices"
-        for key, launch in (rows | verified).items():
-            if isinstance(launch, launches.Launch):  # chains: test_chain_compile.py
-                wanted.setdefault((key, launch), []).append(capability)
-    for (key, launch), capabilities in wanted.items():
-        for capability in capabilities:
-            op, precision = key.removesuffix("+verified").split("/")[:2]
-            make = grad_weight_job if op == "grad_weight" else conv_job
-            job = make(launch, precision, capability)
-            if job not in jobs.values():
-                jobs[f"sm_{capability}-{key}"] = job
-    return jobs
-
-
-NARROW = room.Launch(64, 64, 64, 4, 4, 0)
+NARROW = Launch(64, 64, 64, 4, 4, 0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "pointwise": {"POINTWISE": True},
     "without holes": {"PARTIAL": False},
@@ -153,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # How loads and stores are cut does not depend on what multiplies: not compiled for each architecture.
 MEMORY = ("scattered filters", "NCHW output", "pixels aligned to 4 channels", "pixels aligned to 2 channels")
-SHIPPED = shipped()
+SHIPPED = kernels.shipped()
 EXTRA = {
     f"sm_{capability}-{name}": conv_job(NARROW, "half", capability, **changes)
     for capability in (80, 90, 100)
@@ -161,7 +49,7 @@ EXTRA = {
     if capability < 100 or name not in MEMORY
 }
 HELPERS = {
-    f"sm_{capability}-{name}": Job(name, "fp16", tuple(constants.items()), capability)
+    f"sm_{capability}-{name}": kernels.make(name, "fp16", constants, capability)
     for capability in (80, 90, 100)
     for name, constants in {
         "conv_reduce_kernel": {
@@ -172,6 +60,7 @@ HELPERS = {
         "grad_weight_reduce_kernel": {"BLOCK": 1024, "ROUND": False},
     }.items()
 }  # fmt: skip
+FLOAT16 = ("x", "*fp16")
 
 
 def by_name(jobs: dict[str, Job]) -> list[Any]:
@@ -186,10 +75,11 @@ def by_name(jobs: dict[str, Job]) -> list[Any]:
 
 @pytest.mark.parametrize("job", by_name(SHIPPED))
 def test_shipped_configuration(job: Job) -> None:
-    code, built = compile_and_read(job)
+    code, built = job.read()
     constants = dict(job.constants)
-    exact = constants["PRECISION"] == "ieee" and job.dtype == "fp32"
-    through = constants["ALIGN"] * (2 if job.dtype == "fp16" else 4) < 16  # the first-level cache
+    half = FLOAT16 in job.types
+    exact = constants["PRECISION"] == "ieee" and not half
+    through = constants["ALIGN"] * (2 if half else 4) < 16  # the first-level cache
     assert sass.faults(code, matrix=not exact, wide=not through) == []
     # With holes, two loops: steps without holes, and steps with.
     loops = code.matrix_loops()
@@ -207,20 +97,21 @@ def test_sm_89_gets_the_ptx_of_sm_86() -> None:
     for name in ("conv/half/n32/small", "grad_weight/tf32"):
         job = SHIPPED[f"sm_89-{name}"]
         a, b = (
-            compiled(job, capability).asm["ptx"].replace(f"sm_{capability}", "") for capability in (86, 89)
+            dataclasses.replace(job, capability=c).compiled().asm["ptx"].replace(f"sm_{c}", "")
+            for c in (86, 89)
         )
         assert a == b
 
 
 @pytest.mark.parametrize("job", by_name(EXTRA))
 def test_variant(job: Job) -> None:
-    code, _ = compile_and_read(job)
+    code, _ = job.read()
     assert sass.faults(code, matrix=True, wide=dict(job.constants)["ALIGN"] == 8) == []
 
 
 @pytest.mark.parametrize("job", by_name(HELPERS))
 def test_helper_kernel(job: Job) -> None:
-    code, _ = compile_and_read(job)
+    code, _ = job.read()
     assert code.stack == 0 and code.count(sass.LOCAL) == 0
 
 
@@ -248,8 +139,8 @@ def test_the_gate_fails_for_an_index_list_in_the_k_loop(tmp_path: Path) -> None:
     try:
         spec.loader.exec_module(module)
         job = conv_job(NARROW, "half", 80, PARTIAL=False)
-        good, _ = compile_and_read(job)
-        bad, _ = compile_and_read(job, "listed_kernels")
+        good, _ = job.read()
+        bad, _ = dataclasses.replace(job, module="listed_kernels").read()
     finally:
         del sys.modules["listed_kernels"]
     assert sass.faults(good, matrix=True) == []
@@ -259,9 +150,73 @@ def test_the_gate_fails_for_an_index_list_in_the_k_loop(tmp_path: Path) -> None:
 
 def test_a_new_image_size_compiles_nothing() -> None:
     """No size is a compile-time constant or specialised on."""
+    from dsp_kernels.conv import chain_kernels, triton_kernels
+
+    named = [getattr(triton_kernels, name) for name in triton_kernels.__all__ if name.endswith("_kernel")]
+    for kernel in [*named, chain_kernels.chain_forward]:
+        runtime = [p for p in kernel.params if not p.is_constexpr and kernels.is_size(p.name)]
+        assert all(p.do_not_specialize for p in runtime), [p.name for p in runtime if not p.do_not_specialize]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A kernel of a module, launched on the CPU: what would be compiled is kept, nothing runs."""
+
+    kernel: Any
+    found: list[Any]
+
+    def __getitem__(self, grid: object) -> Any:
+        def launch(*arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+            source = sass.launched(self.kernel, arguments, constants, 90)
+            self.found.append((self.kernel.__name__, told(source), num_warps, num_stages))
+
+        return launch
+
+
+def told(source: Any) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """All that the compiler is told of a kernel's arguments: types, constants, alignment."""
+    return source.signature, source.constants, {k: v for k, v in source.attrs.items() if v}
+
+
+class Recorder:
+    """The Triton kernels, recorded."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.found = module, []  # type: Any, list[Any]
+
+    def __getattr__(self, name: str) -> Launched:
+        return Launched(getattr(self.module, name), self.found)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16], ids=["a size of one", "two", "sixteen"])
+@pytest.mark.parametrize("key", ["conv/half/n32/large", "conv/half/n64/large/taps", "conv/ieee/n16/large"])
+def test_what_a_launch_compiles_is_what_the_gates_read(
+    key: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Types, constants and what is known of pointers, whatever the sizes: multiples of 16 and ones too."""
+    from dsp_kernels.conv import triton as room
     from dsp_kernels.conv import triton_kernels
 
-    for name in triton_kernels.__all__:
-        kernel = getattr(triton_kernels, name)
-        runtime = [p for p in kernel.params if not p.is_constexpr and p.name not in _POINTERS]
-        assert all(p.do_not_specialize for p in runtime), [p.name for p in runtime if not p.do_not_specialize]
+    recorder = Recorder(triton_kernels)
+    monkeypatch.setattr(room, "_kernels", lambda: recorder)
+    gate = SHIPPED[f"sm_90-{key}"]
+    row = launches.rows_of("sm_90").get(key) or launches.rows_of("default")[key]
+    assert isinstance(row, Launch)
+    half = "half" in key
+    layout = GroupLayout(16, 16, [(range(10), range(8)), (range(3, 16), range(8, 16))])
+    x = torch.zeros(batch, 16, 8, 8, dtype=torch.float16 if half else torch.float32)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = x.new_zeros(layout.pairs * 9)
+    out = torch.empty_like(x)
+    with room.launching(row):
+        room.forward(
+            *(x, weight, layout.plan(), x.new_zeros(16), out, 16, (3, 3), (1, 1), (1, 1), (1, 1), "relu")
+        )
+        room.grad_weight(out, x, layout.plan(), weight.numel(), (3, 3), (1, 1), (1, 1), (1, 1))
+    by_kernel = {name: (digest, warps, stages) for name, digest, warps, stages in recorder.found}
+    assert set(by_kernel) == {
+        *("conv_kernel", "grad_weight_kernel", "grad_weight_reduce_kernel", "prepare_weight_kernel")
+    }
+    for job in (gate, kernels.grad_weight_job(row, "half" if half else "ieee", 90)):
+        source = sass.source(job.function(), dict(job.types), job.values())
+        assert by_kernel[job.kernel] == (told(source), row.warps, row.stages), job.kernel

@@ -40,6 +40,7 @@ __all__ = [
     "ChainConfig",
     "ChainTables",
     "config_of",
+    "constants",
     "copied",
     "launch_key",
     "padded_macs",
@@ -56,6 +57,10 @@ RESERVED = 12288  # bytes of shared memory beside the pipelined tiles: tables, b
 # spill registers, and so do wide parts that no matrix instruction takes (float32). On sm_90 and sm_100 TF32
 # takes 64 pixels by instructions whose operands are then copied word by word.
 _SIZES = {"half": (64, 64, 3), "tf32": (32, 32, 2), "ieee": (32, 16, 2)}
+# Where the 1x1s' weights stay in shared memory: the most channels of the stream, columns of the last
+# convolution, and of inner filters before sm_100 and from there on. More of them spill registers, or (by
+# Triton 3.6) take more tensor memory than there is.
+KEPT_STREAM, KEPT_NEXT, KEPT_INNER = 256, 64, (96, 64)
 REACH = 2**15  # rows or columns that a tap may be away
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -75,12 +80,18 @@ class ChainConfig:
     holes: bool
     warps: int = 4
     stages: int = 3
+    resident: bool = False
+    copy: int = 16
 
     def shared_bytes(self, size: int) -> int:
         """Bytes of shared memory that the pipelined loops take, ``size`` bytes an element: each stage holds a
-        tile of everything that its loop loads. (What the compiler says is compared with it in the tests.)
+        tile of everything that its loop loads; and the weights that stay. (What the compiler says is compared
+        with it in the tests.)
         """
         inner = self.block_m * self.block_k + self.block_k * self.tile_n
+        if self.resident:
+            kept = self.tiles * self.tile_n * self.stream + self.stream * self.n3
+            return size * (kept + self.stages * inner + self.block_m * self.block_s) + RESERVED
         outer = self.tiles * self.tile_n * self.block_s + self.block_s * self.n3 + self.block_m * self.block_s
         return size * self.stages * max(inner, outer) + RESERVED
 
@@ -89,8 +100,9 @@ class ChainConfig:
 class ChainTables:
     """What the first convolution reads. CPU tensors.
 
-    ``steps``: int32 (steps, 2): first channel / 8 << 8 | bits of the chunks that are read, rows << 16 |
-    columns from the output pixel's origin. ``valid``: int8 (steps, block_k), 1 where a channel is read.
+    ``steps``: int32 (steps + 1, 2): first channel / 8 << 8 | bits of the chunks that are read, rows << 16 |
+    columns from the output pixel's origin; one more than there are, which is loaded and not used. ``valid``:
+    int16 (steps, block_k), all ones where a channel is read.
     ``ranges``: int32 (tiles, 3): first step, first with holes, end. ``index``: int64 (steps, block_k,
     tile_n), positions in the packed weight, -1 for zero. ``filters``: int64 (tiles * tile_n,), the filter
     of each column, -1 for none.
@@ -173,8 +185,8 @@ def tables(layout: GroupLayout, kernel: Pair, dilation: Pair, *, tile_n: int, bl
         columns += row.tolist()
     flat = np.stack(index) if index else np.empty((0, block_k, tile_n), dtype=np.int64)
     return ChainTables(
-        torch.tensor(steps, dtype=torch.int32, device="cpu").reshape(-1, 2),
-        torch.tensor(valid, dtype=torch.int8, device="cpu").reshape(-1, block_k),
+        torch.tensor([*steps, (0, 0)], dtype=torch.int32, device="cpu"),
+        -torch.tensor(valid, dtype=torch.bool, device="cpu").to(torch.int16).reshape(-1, block_k),
         torch.tensor(ranges, dtype=torch.int32, device="cpu"),
         torch.from_numpy(flat),
         torch.tensor(columns, dtype=torch.int64, device="cpu"),
@@ -205,6 +217,15 @@ def with_launch(config: ChainConfig, launch: ChainLaunch) -> ChainConfig:
         block_s=launch.BLOCK_S,
         warps=launch.warps,
         stages=launch.stages,
+        resident=bool(launch.resident),
+        copy=launch.copy,
+    )
+
+
+def launch_of(config: ChainConfig) -> ChainLaunch:
+    """How a configuration is launched."""
+    return ChainLaunch(
+        config.block_m, config.block_s, config.warps, config.stages, int(config.resident), config.copy
     )
 
 
@@ -217,7 +238,8 @@ def config_of(
     arch: str | None = None,
 ) -> ChainConfig:
     """The configuration for three layouts: the table's for this architecture ("sm_90"), where it has one that
-    ``shared_memory`` bytes hold, or the usual one, with fewer stages where they hold no more.
+    ``shared_memory`` bytes hold, or the usual one: weights stay where they can, fewer stages where no more
+    are held.
 
     Raises ValueError where no tile of filters fits.
     """
@@ -251,9 +273,24 @@ def config_of(
             other = with_launch(config, tuned)
             if shared_memory is None or other.shared_bytes(size) <= shared_memory:
                 return other
+        if shared_memory is not None and _keeps(config, precision_of(dtype), arch):
+            # A stage more: a step of the k x k copies little, of which more has to be on its way.
+            other = replace(config, resident=True, copy=8, stages=4)
+            if other.shared_bytes(size) <= shared_memory:
+                return other
     if shared_memory is not None and config.shared_bytes(size) > shared_memory:
         config = replace(config, stages=2)
     return config
+
+
+def _keeps(config: ChainConfig, precision: str, arch: str) -> bool:
+    """Whether the kernel may keep the 1x1s' weights: from sm_90 on matrix instructions read them where they
+    are; before, each use would take registers.
+    """
+    number = int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0
+    most = KEPT_INNER[number >= 100]
+    narrow = config.stream <= KEPT_STREAM and config.tiles * config.tile_n <= most and config.n3 <= KEPT_NEXT
+    return narrow and precision == "half" and number >= 90
 
 
 def refuses(convs: Sequence[Conv], dtype: torch.dtype, shared_memory: int) -> str | None:
@@ -312,10 +349,39 @@ def copied(convs: Sequence[Conv], config: ChainConfig) -> float:
     """
     first = convs[0].layout
     jobs = _jobs(first, config.tile_n)
-    steps = sum(len(_blocks(c, first.in_channels, config.block_k)) for c, _ in jobs) * convs[0].taps
+    conv = convs[0]
+    steps = sum(len(_blocks(c, first.in_channels, config.block_k)) for c, _ in jobs) * conv.taps
     weights = steps * config.block_k * config.tile_n
-    weights += config.tiles * config.tile_n * config.stream + config.stream * config.n3
-    return steps * config.block_k + weights / config.block_m
+    if not config.resident:
+        weights += config.tiles * config.tile_n * config.stream + config.stream * config.n3
+    share = 1.0
+    if config.copy < 16 and conv.taps > 1:
+        # What other taps have read comes from the first-level cache: pixels once, and the rows beside them.
+        halo = conv.pixels_read / conv.pixels if conv.pixels else 1.0
+        halo += (conv.kernel[0] - 1) * conv.dilation[0] * conv.size[1] / config.block_m
+        share = min(1.0, halo / conv.taps)
+    return share * steps * config.block_k + weights / config.block_m
+
+
+def constants(config: ChainConfig, size: int, *, tf32: bool, upcast: bool = False) -> dict[str, Any]:
+    """The compile-time arguments of the kernel, launch options apart. ``size``: bytes of an element;
+    ``upcast``: operands to float32.
+    """
+    return {
+        "CS": config.stream,
+        "C3": config.following,
+        "T": config.tiles,
+        "HOLES": config.holes,
+        "TILE_N": config.tile_n,
+        "N3": config.n3,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "BLOCK_S": config.block_s,
+        "RESIDENT": config.resident,
+        "ALIGN": config.copy // size,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "UPCAST": upcast,
+    }
 
 
 class Chain:
@@ -424,24 +490,6 @@ class Chain:
             self._launch(x, residual, stream, following)
         return stream, following
 
-    def constants(self) -> dict[str, Any]:
-        """The compile-time arguments of the kernel, launch options apart."""
-        config = self.config
-        tf32 = precision_of(self.dtype) == "tf32"
-        return {
-            "CS": config.stream,
-            "C3": config.following,
-            "T": config.tiles,
-            "HOLES": config.holes,
-            "TILE_N": config.tile_n,
-            "N3": config.n3,
-            "BLOCK_M": config.block_m,
-            "BLOCK_K": config.block_k,
-            "BLOCK_S": config.block_s,
-            "PRECISION": "tf32" if tf32 else "ieee",
-            "UPCAST": self.dtype == torch.bfloat16 and interpreted(),
-        }
-
     def _launch(self, x: Tensor, residual: Tensor, stream: Tensor, following: Tensor) -> None:
         from .chain_kernels import chain_forward
 
@@ -449,14 +497,24 @@ class Chain:
         pixels = images * stream.shape[2] * stream.shape[3]
         if pixels >= 2**31:
             raise ValueError(f"x: {pixels} output pixels are more than 32 bits count")
-        grid = (math.ceil(pixels / self.config.block_m),)
+        tiles = math.ceil(pixels / self.config.block_m)
+        programs = tiles
+        if self.config.resident:
+            # Each works on a share of the tiles. Where but one fits a multiprocessor, others come after it.
+            programs = min(tiles, 2 * machine(self.device)[1])
+        options = constants(
+            self.config,
+            self.dtype.itemsize,
+            tf32=precision_of(self.dtype) == "tf32",
+            upcast=self.dtype == torch.bfloat16 and interpreted(),
+        )
         with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
-            chain_forward[grid](
+            chain_forward[(programs,)](
                 x, residual, stream, following, self.w1, self.w2, self.w3, self.b1, self.b2, self.b3,
                 self.steps, self.valid, self.ranges,
                 pixels, height, width, stream.shape[2], stream.shape[3], channels // CHUNK,
-                self.stride[0], self.stride[1], self.padding[0], self.padding[1],
-                **self.constants(), num_warps=self.config.warps, num_stages=self.config.stages,
+                self.stride[0], self.stride[1], self.padding[0], self.padding[1], tiles,
+                **options, num_warps=self.config.warps, num_stages=self.config.stages,
             )  # fmt: skip
 
     def layers(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

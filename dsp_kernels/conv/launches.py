@@ -86,13 +86,16 @@ class Launch:
 @dataclass(frozen=True)
 class ChainLaunch:
     """A configuration of the chain kernel: pixels of a tile, channels of the stream made at a time (powers of
-    two from 16), warps, stages.
+    two from 16), warps, stages, whether (1) or not (0) the 1x1s' weights stay in shared memory while a
+    program goes from tile to tile, and the bytes of a copy of the input, as in :class:`Launch`.
     """
 
     BLOCK_M: int
     BLOCK_S: int
     warps: int
     stages: int
+    resident: int = 0
+    copy: int = 16
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -105,7 +108,7 @@ def _row(key: str, value: Any) -> Launch | ChainLaunch:
     kind = ChainLaunch if key.startswith("chain/") else Launch
     row = kind(**value)
     for name, number in asdict(row).items():
-        if type(number) is not int or number < (0 if name == "split" else 1):
+        if type(number) is not int or number < (name not in ("split", "resident")):
             raise ValueError(f"{key}: {name} is {number!r}")
         if name.startswith("BLOCK") and (number < 16 or number & (number - 1)):
             raise ValueError(f"{key}: {name} is {number}, no power of two from 16")

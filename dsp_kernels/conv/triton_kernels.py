@@ -18,6 +18,7 @@ __all__ = [
     "conv_reduce_kernel",
     "grad_weight_kernel",
     "grad_weight_reduce_kernel",
+    "masked",
     "prepare_weight_kernel",
 ]
 
@@ -53,7 +54,7 @@ def _pixels(m, item, batch, out_h, out_w, out_step_h, out_step_w, in_step_h, in_
 
 
 @triton.jit
-def _masked(a, bits):
+def masked(a, bits):
     """``a`` where ``bits`` (int16) are all ones, 0 where they are none."""
     if a.dtype == tl.float32:
         out = a.to(tl.int32, bitcast=True) & bits.to(tl.int32)
@@ -130,7 +131,7 @@ def _accumulate(
         if HOLES:
             # In registers: as a mask of the load it would cut the load into single channels.
             bits = tl.load(read + step * BLOCK_K + k)
-            a = _masked(a, bits[None, :])
+            a = masked(a, bits[None, :])
         b = tl.load(tile + k[:, None] * BLOCK_N + n[None, :])
         tile += BLOCK_K * BLOCK_N
         if UPCAST:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dsp_kernels import GroupLayout, backends, cost
 from dsp_kernels.conv import chain
 from dsp_kernels.conv.chain import Chain
+from dsp_kernels.conv.launches import ChainLaunch
 
 LAST = torch.channels_last
 
@@ -101,6 +102,8 @@ def check(made: Chain, dense: list[Tensor], x: Tensor, residual: Tensor) -> tupl
          ((2, 2), (1, 1), (0, 0), (2, 1)), ((1, 1), (1, 1), (0, 0), (1, 1))]
     ),
     size=st.sampled_from([(3, 3), (5, 4), (4, 7)]),
+    resident=st.sampled_from([0, 1]),
+    copy=st.sampled_from([8, 16]),
 )  # fmt: skip
 @settings(max_examples=24)
 def test_chain(
@@ -113,6 +116,8 @@ def test_chain(
     following: int,
     geometry: tuple[tuple[int, int], ...],
     size: tuple[int, int],
+    resident: int,
+    copy: int,
 ) -> None:
     of = layouts(seed, channels, inner, stream, following, groups)
     kernel, stride, padding, dilation = geometry
@@ -122,9 +127,11 @@ def test_chain(
         with pytest.raises(ValueError, match=r"filters in \d+ groups .* more than 4 tiles"):
             Chain(of, packed, biases, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
         return
+    launch = ChainLaunch(16, 16, 4, 3, resident, copy)
     made = Chain(
-        of, packed, biases, kernel=kernel, stride=stride, padding=padding, dilation=dilation, block_m=16
+        of, packed, biases, kernel=kernel, stride=stride, padding=padding, dilation=dilation, launch=launch
     )
+    assert made.config.resident == bool(resident) and made.config.copy == copy
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, channels, *size, generator=generator).to(dtype)
     shape = torch.conv2d(x.double(), dense[0], None, stride, padding, dilation).shape

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for a GPU that is not there, and reads what came out."""
+"""Compiles kernels for a GPU that is not there, and reads the machine code that came out."""
 
 from __future__ import annotations
 
@@ -86,6 +86,42 @@ def buffers(ttgir: str) -> list[int]:
     return [int(n) for n in re.findall(r"ttg\.local_alloc[^\n]*memdesc<(\d+)x\d+x\d+x\w+,", ttgir)]
 
 
+def source(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> Any:
+    """``kernel`` as Triton compiles it, with all pointers aligned to 16 bytes and no size specialised on.
+
+    ``types``: Triton's names of the arguments' types ("*fp16", "i32"); ``constants``: the other arguments.
+    """
+    from triton.compiler import ASTSource
+
+    names = list(kernel.arg_names)
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    return ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"},
+    )
+
+
+def launched(kernel: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], capability: int) -> Any:
+    """The same of what a launch would compile: ``kernel[grid](*arguments, **keywords)`` on a device."""
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = _backend(capability)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*arguments, **keywords)
+    _, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _backend(capability: int) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    return make_backend(GPUTarget("cuda", capability, 32))
+
+
 def compiled(
     kernel: Any,
     types: Mapping[str, str],
@@ -95,34 +131,15 @@ def compiled(
     warps: int,
     stages: int,
 ) -> Any:
-    """``kernel`` compiled for compute capability ``capability`` (80: 8.0), with all pointers aligned to 16.
-
-    ``types``: Triton's names of the arguments' types ("*fp16", "i32"); ``constants``: the other arguments.
-    """
+    """``kernel``, as :func:`source` has it, compiled for compute capability ``capability`` (80: 8.0)."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = list(kernel.arg_names)
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"},
-    )
     return triton.compile(
-        source,
+        source(kernel, types, constants),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "num_stages": stages},
     )
-
-
-def cubin(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, **options: int
-) -> bytes:
-    """The binary of :func:`compiled`."""
-    return compiled(kernel, types, constants, capability, **options).asm["cubin"]
 
 
 def assembled(ptx: str, capability: int) -> bytes:
@@ -156,15 +173,44 @@ def _loops(blocks: list[list[int]], successors: list[set[int]]) -> list[list[int
 
 
 def inspect(binary: bytes) -> Sass:
-    """Disassembles a kernel with the tools that Triton brings along."""
+    """Disassembles a binary of one kernel with the tools that Triton brings along."""
+    (found,) = inspect_all(binary).values()
+    return found
+
+
+def inspect_all(binary: bytes) -> dict[str, Sass]:
+    """Disassembles each kernel of a binary, by its symbol."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         # The analysis left out is of branches by a stack of targets, which no architecture here has.
         listing = _run("nvdisasm", "-c", "-ndf", file.name)
-    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert resources is not None, usage
+    return parse(usage, listing)
+
+
+def parse(usage: str, listing: str) -> dict[str, Sass]:
+    """What ``cuobjdump --dump-resource-usage`` and ``nvdisasm -c`` write of a binary, kernel by kernel."""
+    resources = dict(re.findall(r"Function (\S+):\s+(.*)", usage))
+    out = {}
+    for part in re.split(r"(?m)^\s*\.section\s+(?=\.text\.)", listing)[1:]:
+        name = re.match(r"\.text\.([^\s,]+)", part)
+        assert name is not None and name[1] in resources, part[:200]
+        found = re.search(r"REG:(\d+) STACK:(\d+)", resources[name[1]])
+        assert found is not None, resources[name[1]]
+        out[name[1]] = Sass(int(found[1]), int(found[2]), *_flow(part))
+    return out
+
+
+def kernel_of(symbol: str) -> tuple[str, str]:
+    """Kernel and instance of the mangled name of one of our CUDA kernels."""
+    found = re.match(r"_ZN3dsp4cuda(?:5lasso)?\d+([a-z]\w*?_kernel)I(?:NS1?_\d+(\w+?)E|(\w))EEv", symbol)
+    assert found is not None, symbol
+    return found[1], found[2] or found[3]
+
+
+def _flow(listing: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """The instructions and loops of one kernel's listing."""
     instructions: list[str] = []
     blocks: list[list[int]] = [[]]
     labels: dict[str, int] = {}
@@ -194,4 +240,4 @@ def inspect(binary: bytes) -> Sass:
         if i in jumps and jumps[i] in labels:
             successors[i].add(labels[jumps[i]])
     loops = tuple(tuple(instructions[i] for i in loop) for loop in _loops(blocks, successors))
-    return Sass(int(resources[1]), int(resources[2]), tuple(instructions), loops)
+    return tuple(instructions), loops

@@ -302,6 +302,12 @@ def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list
     return sorted(found.values(), key=lambda r: int(r["architecture"].removeprefix("sm_")))
 
 
+def to_json(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The file of the rows, one a line."""
+    head = json.dumps({"versions": about, "latency_us": 1e6 * LATENCY})
+    return head[:-1] + ', "kernels": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
+
+
 def versions() -> dict[str, Any]:
     """Of the compilers."""
     import triton
@@ -338,8 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = Path(options.out, "kernels.json")
         if path.exists():
             rows = merged(json.loads(path.read_text(encoding="utf-8"))["kernels"], rows)
-        text = json.dumps({"versions": about, "latency_us": 1e6 * LATENCY, "kernels": rows}, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(to_json(rows, about), encoding="utf-8")
         Path(options.out, "kernels.md").write_text(markdown(rows, about), encoding="utf-8")
     print(markdown(rows, about))
     return 0

@@ -17,7 +17,7 @@ from conv_cases import CORNERS, Case, cases, check_forward, check_gradients
 from hypothesis import given, settings
 
 from dsp_kernels import GroupLayout, available_backends, permuted_grouped_conv2d
-from dsp_kernels.conv import conv2d_from_plan, cuda, op, triton
+from dsp_kernels.conv import conv2d_from_plan, cuda, op, prepared, triton
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -186,19 +186,19 @@ def test_what_is_kept_of_a_weight_has_a_limit(emulated: Emulated) -> None:
 
     triton.forget()
     cuda.forget()
-    for batch in range(1, 2 * triton._FORMS):
+    for batch in range(1, 2 * prepared.FORMS):
         assert run(batch) == ["prepare", "run"] and run(batch) == ["run"]
-    (kept,) = triton._weights._values.values()
-    assert len(kept) == triton._FORMS
-    assert run(triton._FORMS) == ["run"]  # the oldest that is kept, and the newest from now on
-    assert run(99) == ["prepare", "run"] and run(triton._FORMS) == ["run"]
+    (kept,) = prepared._weights._values.values()
+    assert len(kept) == prepared.FORMS
+    assert run(prepared.FORMS) == ["run"]  # the oldest that is kept, and the newest from now on
+    assert run(99) == ["prepare", "run"] and run(prepared.FORMS) == ["run"]
     tables = [weakref.ref(table.device) for table in cuda._tables._values.values()]
-    assert len(tables) == 2 * triton._FORMS
+    assert len(tables) == 2 * prepared.FORMS
     cuda.forget()
     gc.collect()
     assert [table() for table in tables] == [None] * len(tables)
     assert run(1) == ["prepare", "run"]
-    (kept,) = triton._weights._values.values()
+    (kept,) = prepared._weights._values.values()
     assert len(kept) == 1  # those laid out for tables that are gone went too
 
 
@@ -213,10 +213,10 @@ def test_what_a_call_reads_is_recorded(emulated: Emulated) -> None:
     cuda.forget()
     run(weight)
     run(other, 2)
-    with triton.recording() as held:
+    with prepared.recording() as held:
         run(weight)
     run(other)
-    table, kept = list(cuda._tables._values.values())[-1], list(triton._weights._values.values())
+    table, kept = list(cuda._tables._values.values())[-1], list(prepared._weights._values.values())
     assert [id(tensor) for tensor in held] == [id(table.device), id(kept[0][0].laid_out)]
 
 

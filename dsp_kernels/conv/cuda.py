@@ -7,7 +7,7 @@ How the work is cut is a table (``csrc/conv/cuda_table.h``), made on the host on
 precision and device, and kept, least recently used first out. A plan on a GPU is read once, at first use,
 which waits for the device; nothing waits afterwards, so that calls can be captured in a CUDA graph once they
 have run outside of it. The weight is laid out by a small kernel, and kept as the Triton kernels keep theirs
-(:mod:`dsp_kernels.conv.triton`).
+(:mod:`dsp_kernels.conv.prepared`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .. import activations
 from .._kept import Kept
 from ..backends import native_module
 from ..layout import GroupLayout
+from .prepared import capturing, layout_of, precision_of, prepared_weight, record
 from .shapes import Pair, is_channels_last, output_size
-from .triton import _capturing, _layout, _precision, prepared_weight, record
 
 __all__ = ["forget", "forward", "grad_input", "grad_weight"]
 
@@ -122,17 +122,17 @@ def _make(
 def _table(operation: int, x: Tensor, plan: Tensor, size: Sequence[int], kernel: Pair, *rest: Pair) -> _Table:
     """``size``: (batch, channels, height, width) of the convolution's input; ``rest``: stride, padding,
     dilation."""
-    layout = _layout(plan)
+    layout = layout_of(plan)
     device = x.device
     precision = _PRECISIONS.get(x.dtype)
     if precision is None:
-        precision = _TF32 if _precision(x) == "tf32" else _FLOAT32
+        precision = _TF32 if precision_of(x) == "tf32" else _FLOAT32
     geometry = (size[0], size[2], size[3], *kernel, *(value for pair in rest for value in pair))
     blocks = _BLOCKS * _processors(_stream(device)[0])
     key: tuple[Hashable, ...] = (operation, precision, layout, geometry, blocks, device)
     found: _Table | None = _tables.get(key)
     if found is None:
-        if _capturing(device):
+        if capturing(device):
             raise RuntimeError(
                 "the cuda convolution meets a layout or geometry for the first time inside a CUDA graph's "
                 "capture: call it once with the same shapes before capturing"

@@ -11,17 +11,12 @@ Tables (:mod:`dsp_kernels.conv.tiles`) are made once for each layout, geometry a
 recently used first out. A plan on a GPU is read once, at first use, which waits for the device; nothing waits
 afterwards, so that calls can be captured in a CUDA graph once they have run outside of it.
 
-The weight is laid out in tiles by a small kernel: at each call where its gradient is wanted, once for each of
-its versions where it is not (``requires_grad`` is off, or gradients are), and kept for the last few tables.
-An optimizer's step is seen, whether or not it counts as a version; what else writes past the version counter
-(``weight.data``) is not, until a call that wants the gradient comes between or
-:func:`dsp_kernels._written.written` is told.
+The weight is laid out in tiles by a small kernel and kept (:mod:`dsp_kernels.conv.prepared`).
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -32,13 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._kept import Kept
-from .._written import listen
-from ..layout import INT32_MAX, GroupLayout, decode
-from . import launches, tiles
+from ..layout import INT32_MAX, GroupLayout
+from . import launches, prepared, tiles
 from .launches import Launch
+from .prepared import layout_of, precision_of, prepared_weight, record, refuse_capture
 from .shapes import Pair, empty_output, output_size
 
 __all__ = ["Launch", "bucket", "choose_launch", "forget", "forward", "grad_input", "grad_weight", "launching"]
@@ -50,7 +44,6 @@ _SMALL = 8192
 _MOST_SLICES = 64
 _WORKSPACE = 2**26  # elements of float32 that slices of the weight's gradient may take
 _BLOCK = 1024
-_FORMS = 4  # laid out copies that are kept of one weight, each for a table of its own
 
 _forced: ContextVar[Launch | None] = ContextVar("dsp_kernels_launch", default=None)
 
@@ -67,62 +60,16 @@ def launching(launch: Launch | None) -> Iterator[None]:
 
 # ---- caches ----
 
-_layouts: Kept[Any, Any] = Kept(1024)
 _launches: Kept[Any, Any] = Kept(4096)
 _tables: Kept[Any, Any] = Kept(1024)
-_weights: Kept[Any, Any] = Kept(1024)
-
-
-def _written(storages: set[int]) -> None:
-    _weights.drop(lambda value: not storages.isdisjoint(p.storage.cdata for p in value))
-
-
-listen(_written)
 
 
 def forget() -> None:
     """Drops all tables and weights that are kept."""
-    for kept in (_layouts, _launches, _tables, _weights):
+    for kept in (_launches, _tables):
         kept.clear()
+    prepared.forget()
     launches.forget()
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...] | None:
-    """What tells a tensor's content from any other's while its storage lives; None for one without version.
-
-    The storage's own address stays taken for as long as a :class:`StorageWeakRef` to it is kept beside.
-    """
-    if tensor.is_inference():
-        return None
-    storage = tensor.untyped_storage()
-    return (storage._cdata, tensor.storage_offset(), tensor.numel(), tensor.stride(0), tensor._version)
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _refuse_capture(device: torch.device, what: str) -> None:
-    if _capturing(device):
-        raise RuntimeError(
-            f"the triton convolution meets {what} for the first time inside a CUDA graph's capture: call it "
-            "once with the same shapes before capturing"
-        )
-
-
-def _layout(plan: Tensor) -> GroupLayout:
-    """The layout of a plan; waits for the device once if the plan is on one."""
-    key = _identity(plan)
-    if key is None:
-        if plan.device.type == "cpu":
-            return decode(plan)
-        key = (plan.untyped_storage()._cdata, plan.storage_offset(), plan.numel(), plan.stride(0), -1)
-    found = _layouts.get(key)
-    if found is None or found[0].expired():
-        _refuse_capture(plan.device, "a plan")
-        _layouts.drop(lambda value: value[0].expired())
-        found = _layouts.put(key, (StorageWeakRef(plan.untyped_storage()), decode(plan)))
-    return found[1]
 
 
 # ---- configurations ----
@@ -140,14 +87,6 @@ def machine(device: torch.device) -> tuple[str, int]:
     if device.type != "cuda":
         return "interpreter", 1
     return _device(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _precision(x: Tensor) -> str:
-    """The launch table's word for how ``x`` is multiplied: "half", "tf32" or "ieee"."""
-    if x.dtype != torch.float32:
-        return "half"
-    allowed = x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
 
 
 def exact_key(op: str, precision: str, layout: GroupLayout, kernel: Pair, pixels: int) -> str:
@@ -223,7 +162,7 @@ def choose_launch(
 def _launch(op: str, x: Tensor, layout: GroupLayout, kernel: Pair, pixels: int) -> tuple[Launch, str, int]:
     """Configuration, precision, multiprocessors."""
     arch, processors = machine(x.device)
-    precision = _precision(x)
+    precision = precision_of(x)
     forced = _forced.get()
     if forced is not None:
         return forced, precision, processors
@@ -235,29 +174,6 @@ def _launch(op: str, x: Tensor, layout: GroupLayout, kernel: Pair, pixels: int) 
 
 
 # ---- tables and weights on the device ----
-
-
-_recorded: ContextVar[list[Tensor] | None] = ContextVar("dsp_kernels_recorded", default=None)
-
-
-@contextmanager
-def recording() -> Iterator[list[Tensor]]:
-    """The list of what calls inside, on this thread, read of the tables and weights that are kept. A CUDA
-    graph knows their addresses alone: they must outlive it, whatever is forgotten here.
-    """
-    held: list[Tensor] = []
-    token = _recorded.set(held)
-    try:
-        yield held
-    finally:
-        _recorded.reset(token)
-
-
-def record(*tensors: Tensor) -> None:
-    """Notes that a call reads these, which are kept beyond it."""
-    held = _recorded.get()
-    if held is not None:
-        held.extend(tensors)
 
 
 @dataclass(frozen=True)
@@ -272,7 +188,7 @@ def _on_device(key: tuple[Hashable, ...], device: torch.device, make: Callable[[
     key = (*key, device)
     found = _tables.get(key)
     if found is None:
-        _refuse_capture(device, "a layout or geometry")
+        refuse_capture(device, "a layout or geometry")
         tables = make()
         # From memory that is not pinned: the copies are done when this returns, for every stream.
         tensors = {
@@ -281,62 +197,6 @@ def _on_device(key: tuple[Hashable, ...], device: torch.device, make: Callable[[
         found = _tables.put(key, _OnDevice(tables, tensors))
     record(*found.tensors.values())
     return found
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A weight as the kernels read it, made for ``table`` at a version, and the stream that filled it. The
-    table is not held: a weight laid out for one that was dropped is dropped in turn.
-    """
-
-    storage: StorageWeakRef
-    version: int
-    table: weakref.ref[Tensor]
-    laid_out: Tensor
-    stream: int
-    event: Any
-
-
-def prepared_weight(weight: Tensor, table: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """``make()``, the contiguous ``weight`` laid out for ``table``; see the module's text for when it is
-    kept, which the last few are for each weight.
-    """
-    identity = _identity(weight)
-    if identity is None:
-        return make()
-    *where, version = identity
-    key = (*where, weight.dtype)
-    if weight.requires_grad:
-        # Training. An update through ``.data`` leaves the version as it is, so what evaluation kept goes.
-        _weights.pop(key, None)
-        return make()
-    device = weight.device
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    handle = 0 if stream is None else stream.cuda_stream
-    kept: tuple[_Prepared, ...] = _weights.get(key) or ()
-    kept = tuple(
-        p for p in kept if p.version == version and not p.storage.expired() and p.table() is not None
-    )
-    for found in kept:
-        if found.table() is table:
-            if found is not kept[-1]:
-                _weights.put(key, (*(p for p in kept if p is not found), found))
-            if stream is not None and found.stream != handle and not _capturing(device):
-                # A capture is preceded by a synchronisation, and may not wait for what lies outside of it.
-                stream.wait_event(found.event)
-                found.laid_out.record_stream(stream)
-            record(found.laid_out)
-            return found.laid_out
-    out = make()
-    if _capturing(device):
-        return out  # filled when the graph runs, not now
-    _weights.drop(lambda value: value[0].storage.expired())
-    event = None if stream is None else stream.record_event()
-    storage = StorageWeakRef(weight.untyped_storage())
-    made = _Prepared(storage, version, weakref.ref(table), out, handle, event)
-    _weights.put(key, (*kept[1 - _FORMS :], made))
-    record(out)
-    return out
 
 
 def _weight_tiles(kernels: ModuleType, weight: Tensor, index: Tensor) -> Tensor:
@@ -567,7 +427,7 @@ def forward(
     ValueError for sizes that do not agree with the plan or that the kernels do not take, and RuntimeError
     where a CUDA graph's capture comes before the first call.
     """
-    layout = _layout(plan)
+    layout = layout_of(plan)
     _check(x, layout, kernel, x.shape[1], out_channels, weight.numel())
     _check_tensor("weight", weight, x)
     shape = (x.shape[0], out_channels, *output_size(x.shape, kernel, stride, padding, dilation))
@@ -617,7 +477,7 @@ def grad_input(
     """See :func:`dsp_kernels.conv.reference.grad_input`. The forward's kernel over atoms of channels; a
     stride is cut into phases. Raises ValueError and RuntimeError as :func:`forward` does.
     """
-    layout = _layout(plan)
+    layout = layout_of(plan)
     _check(grad, layout, kernel, input_size[1], grad.shape[1], weight.numel())
     _check_tensor("weight", weight, grad)
     out = empty_output(grad, tuple(input_size))
@@ -658,7 +518,7 @@ def grad_weight(
     """See :func:`dsp_kernels.conv.reference.grad_weight`. Pixels are cut into slices with sums of their own,
     which a second kernel adds in order. Raises ValueError and RuntimeError as :func:`forward` does.
     """
-    layout = _layout(plan)
+    layout = layout_of(plan)
     _check(x, layout, kernel, x.shape[1], grad.shape[1], weight_numel)
     _check_tensor("grad", grad, x)
     out = x.new_empty(weight_numel)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dsp_kernels import GroupLayout, backends, cost
 from dsp_kernels._kept import Kept
 from dsp_kernels.conv import chain as chains
-from dsp_kernels.conv.triton import recording
+from dsp_kernels.conv.prepared import recording
 
 from .nn import PermutedGroupedConv2d
 from .operators import find

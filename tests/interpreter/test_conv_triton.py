@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsp_kernels import GroupLayout, backends, permuted_grouped_conv2d
-from dsp_kernels.conv import conv2d_from_plan, op, reference, tiles
+from dsp_kernels.conv import conv2d_from_plan, op, prepared, reference, tiles
 from dsp_kernels.conv import triton as room
 from dsprune import gpu, pack
 from dsprune.nn import PermutedGroupedConv2d
@@ -482,13 +482,13 @@ def test_inference_lays_a_trainable_weight_out_once(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         layer.weight.mul_(2.0)
     assert [laid_out(torch.no_grad()) for _ in range(2)] == [True, False]
-    assert [laid_out(nullcontext()) for _ in range(2)] == [True, True] and len(room._weights) == 0
+    assert [laid_out(nullcontext()) for _ in range(2)] == [True, True] and len(prepared._weights) == 0
     layer.weight.data.mul_(2.0)
     assert [laid_out(torch.no_grad()) for _ in range(2)] == [True, False]
     # Two sizes of tile side by side, and each version's own.
     with room.launching(LAUNCHES["many tiles"]):
         assert [laid_out(torch.no_grad()) for _ in range(2)] == [True, False]
-    assert not laid_out(torch.no_grad()) and len(room._weights) == 1
+    assert not laid_out(torch.no_grad()) and len(prepared._weights) == 1
 
 
 def test_what_is_kept_of_a_weight_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,14 +503,14 @@ def test_what_is_kept_of_a_weight_has_a_limit(monkeypatch: pytest.MonkeyPatch) -
         return launches.names
 
     room.forget()
-    for padding in range(room._FORMS + 2):
+    for padding in range(prepared.FORMS + 2):
         assert run(padding)[0] == "prepare_weight_kernel" and run(padding)[0] == "conv_kernel"
-    (kept,) = room._weights._values.values()
-    assert len(kept) == room._FORMS
+    (kept,) = prepared._weights._values.values()
+    assert len(kept) == prepared.FORMS
     run(0)
-    with room.recording() as held:
+    with prepared.recording() as held:
         run(0)
-    (kept,) = room._weights._values.values()
+    (kept,) = prepared._weights._values.values()
     table = list(room._tables._values.values())[-1]
     assert {id(tensor) for tensor in held} == {
         id(kept[-1].laid_out),
@@ -533,7 +533,7 @@ def test_memory_that_is_used_again_is_not_mistaken_for_what_it_held() -> None:
         )
         del layout, plan, weight
         gc.collect()
-    assert len(room._layouts) <= 2 and len(room._weights) <= 2
+    assert len(prepared._layouts) <= 2 and len(prepared._weights) <= 2
 
 
 def test_tables_are_dropped_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,6 +55,21 @@ def _same(grad: Tensor, kept: Tensor | None) -> Tensor:
     return grad
 
 
+def _gelu_slope(x: Tensor) -> Tensor:
+    return 0.5 * (1 + (x * 0.5**0.5).erf()) + x * (-0.5 * x * x).exp() * (2 * math.pi) ** -0.5
+
+
+def _gelu_tanh_slope(x: Tensor) -> Tensor:
+    factor = (2 / math.pi) ** 0.5
+    t = (factor * (x + 0.044715 * x**3)).tanh()
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * factor * (1 + 3 * 0.044715 * x * x)
+
+
+def _mish_slope(x: Tensor) -> Tensor:
+    t = F.softplus(x).tanh()
+    return t + x * x.sigmoid() * (1 - t * t)
+
+
 # As torch: no infinity times 0, and NaN lets the gradient through.
 ROWS = (
     Activation("none", 0, lambda x: x, _same, "nothing"),
@@ -65,6 +81,62 @@ ROWS = (
         lambda grad, y: grad.masked_fill((y <= 0) | (y >= 6), 0),
         "output",
     ),
+    Activation(
+        "clamp",
+        3,
+        lambda x, least, most: x.clamp(least, most),
+        lambda grad, x, least, most: grad.masked_fill((x < least) | (x > most), 0),
+        "input",
+        ("least", "most"),
+    ),
+    Activation(
+        "leaky_relu",
+        4,
+        lambda x, slope: F.leaky_relu(x, slope),
+        lambda grad, x, slope: torch.where(x > 0, grad, grad * slope),
+        "input",
+        ("slope",),
+    ),
+    Activation(
+        "hardsigmoid",
+        5,
+        lambda x: F.hardsigmoid(x),
+        lambda grad, x: torch.where((x > -3) & (x < 3), grad / 6, 0),
+        "input",
+    ),
+    Activation(
+        "hardswish",
+        6,
+        lambda x: F.hardswish(x),
+        lambda grad, x: torch.where(x < 3, torch.where(x > -3, grad * (x / 3 + 0.5), 0), grad),
+        "input",
+    ),
+    Activation("sigmoid", 7, lambda x: x.sigmoid(), lambda grad, y: grad * y * (1 - y), "output"),
+    Activation(
+        "silu",
+        8,
+        lambda x: F.silu(x),
+        lambda grad, x: grad * x.sigmoid() * (1 + x * (1 - x.sigmoid())),
+        "input",
+    ),
+    Activation("tanh", 9, lambda x: x.tanh(), lambda grad, y: grad * (1 - y * y), "output"),
+    Activation("gelu", 10, lambda x: F.gelu(x), lambda grad, x: grad * _gelu_slope(x), "input"),
+    Activation(
+        "gelu_tanh",
+        11,
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: grad * _gelu_tanh_slope(x),
+        "input",
+    ),
+    Activation(
+        "elu",
+        12,
+        lambda x, alpha, scale: F.elu(x, alpha / scale) * scale,
+        lambda grad, x, alpha, scale: grad * torch.where(x > 0, scale, alpha * x.clamp(max=0).exp()),
+        "input",
+        ("alpha", "scale"),
+    ),
+    Activation("mish", 13, lambda x: F.mish(x), lambda grad, x: grad * _mish_slope(x), "input"),
 )
 
 _found: dict[str | None, Activation] = {row.name: row for row in ROWS if not row.parameters}

@@ -133,6 +133,7 @@ class Backend:
 
     name = "reference"
     dtypes: tuple[torch.dtype, ...] | None = None  # None: all
+    activations: tuple[str, ...] | None = None  # that a convolution may end with; None: all
 
     def available(self) -> str | None:
         """Why it cannot be used on this machine, or None."""
@@ -170,6 +171,7 @@ class _Native(Backend):
 class _Triton(Backend):
     name = "triton"
     dtypes = _GPU_DTYPES
+    activations = ("none", "relu", "relu6")
 
     def available(self) -> str | None:
         reason = None if interpreted() else _device_reason()
@@ -185,6 +187,7 @@ class _Triton(Backend):
 class _Cuda(Backend):
     name = "cuda"
     dtypes = _GPU_DTYPES
+    activations = ("none", "relu", "relu6")
 
     def available(self) -> str | None:
         module, reason = _load_native()
@@ -226,6 +229,12 @@ def can_run(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """None if backend ``name`` runs a convolution of ``dtype`` on ``device_type``, else why not."""
     backend = _BY_NAME[name]
     return backend.available() or backend.takes(device_type, dtype)
+
+
+def fuses(name: str, activation: str) -> bool:
+    """Whether a convolution of backend ``name`` may end with an activation, named without parameters."""
+    known = _BY_NAME[name].activations
+    return known is None or activation in known
 
 
 def _log_once(name: str, reason: str, level: int) -> None:

@@ -7,7 +7,7 @@ allocated or dispatched between layers. float32 on the CPU only; what is not her
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,15 +52,32 @@ def _window(
     return fields
 
 
+def _read(fields: dict[str, tuple[str, list[int]]]) -> list[int]:
+    """The values that a step with these fields reads, by their numbers."""
+    single = [words[0] for what, words in fields.values() if what == "value"]
+    return single + [number for what, words in fields.values() if what == "values" for number in words[1:]]
+
+
+def _renumbered(given: tuple[str, list[int]], numbers: Sequence[int]) -> tuple[str, list[int]]:
+    what, words = given
+    if what == "value":
+        return what, [numbers[words[0]]]
+    if what == "values":
+        return what, [words[0], *(numbers[number] for number in words[1:])]
+    return given
+
+
 @dataclass(frozen=True, eq=False)
 class Value:
     """What a step of a program makes, or an input: (channels, height, width) of an image, or a vector of
-    features (``flat``). Steps of the same program take it; numbers and tensors are no values.
+    features (``flat``). Steps of the same program take it; numbers and tensors are no values. ``sizes``:
+    those of one image, where they are known, as they are for inputs.
     """
 
     program: Program
     number: int  # inputs come first, then what steps make
     flat: bool
+    sizes: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         return f"Value({self.number})"
@@ -76,8 +93,8 @@ class Program:
     Calls from several threads at once are fine, the result does not depend on the number of threads, and a
     program can be copied and pickled (it is then built again, from the tensors as they are at that time).
 
-    Each step takes sizes as an int or (vertical, horizontal), in pixels, and activations None, "relu" or
-    "relu6".
+    Each step takes sizes as an int or (vertical, horizontal), in pixels, and activations as names
+    (``dsp_kernels.activations``).
 
     Args:
         input_shapes: per input (channels, height, width) of one image, or (features,) of a vector, each at
@@ -116,7 +133,7 @@ class Program:
     @property
     def inputs(self) -> tuple[Value, ...]:
         """What the program is called with."""
-        return tuple(Value(self, i, len(shape) == 1) for i, shape in enumerate(self.input_shapes))
+        return tuple(Value(self, i, len(shape) == 1, shape) for i, shape in enumerate(self.input_shapes))
 
     def _value(self, name: str, value: Value) -> Value:
         """``value``, where it is one of this program's."""
@@ -379,8 +396,37 @@ class Program:
             raise ValueError("output must be the value of a step, got an input")
         if self._handle:
             raise RuntimeError("the program is built already")
-        self._create(outputs)
+        self._create(self._simplified(outputs))
         return self
+
+    def _simplified(self, outputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        """The outputs without steps that nobody reads, and with activations in the steps before them."""
+        first = len(self.input_shapes)
+        uses = [0] * (first + len(self._steps))
+        for output in outputs:
+            uses[output.number] += 1
+        for i in reversed(range(len(self._steps))):
+            if uses[first + i]:
+                for number in _read(self._steps[i][1]):
+                    uses[number] += 1
+        numbers = list(range(first))  # of values, by the number that they had
+        kept: list[tuple[str, dict[str, tuple[str, list[int]]]]] = []
+        for i, (name, fields) in enumerate(self._steps):
+            if not uses[first + i]:
+                numbers.append(-1)
+                continue
+            what = {key: _renumbered(given, numbers) for key, given in fields.items()}
+            x = fields["x"][1][0] if name == "activation" and "x" in fields else -1
+            if x >= first and uses[x] == 1 and fields["x"][0] == "value":
+                before = kept[numbers[x] - first][1]
+                if before.get("activation") == ("activation", [activations.find(None).code]):
+                    before["activation"] = what["activation"]
+                    numbers.append(numbers[x])
+                    continue
+            numbers.append(first + len(kept))
+            kept.append((name, what))
+        self._steps = kept
+        return tuple(replace(output, number=numbers[output.number]) for output in outputs)
 
     def _words(self, table: dict[str, Any], outputs: Sequence[Value]) -> list[int]:
         """The description, by the core's own table (``_native.program_format``)."""

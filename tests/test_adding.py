@@ -16,8 +16,8 @@ import pytest
 from test_build import build_in_place, clean_environment, copy_tree
 
 ROWS_OF_THE_CORE = """
-DSP_CURVE(THRESHOLD, threshold, 3, 2)
-DSP_CURVE(ERF, erf, 4, 0)
+DSP_CURVE(THRESHOLD, threshold, 14, 2)
+DSP_CURVE(ERF, erf, 15, 0)
 """
 
 CURVES = """
@@ -38,7 +38,7 @@ DSP_INLINE Vec curve_erf(Vec v, const float*) {
 ROWS_OF_PYTHON = """
     Activation(
         "threshold",
-        3,
+        14,
         lambda x, least, value: F.threshold(x, least, value),
         lambda grad, y, least, value: torch.where(y == value, 0, grad),
         "output",
@@ -46,7 +46,7 @@ ROWS_OF_PYTHON = """
     ),
     Activation(
         "erf",
-        4,
+        15,
         lambda x: x.erf(),
         lambda grad, x: grad * (-x * x).exp() * (2 / math.pi**0.5),
         "input",
@@ -67,7 +67,7 @@ OPERATORS = """
 
 FIELDS = """
 // Each pixel scale_h x scale_w times.
-DSP_STEP(REPEAT, repeat, 11)
+DSP_STEP(REPEAT, repeat, 18)
 DSP_VALUE(x)
 DSP_SIZE(scale_h)
 DSP_SIZE(scale_w)
@@ -211,7 +211,6 @@ def test_an_activation_a_step_and_an_operator(tmp_path: Path) -> None:
     insert(tree / "csrc/core/activations.def", "\n#undef DSP_CLAMP", ROWS_OF_THE_CORE)
     insert(tree / "csrc/core/activate.h", "\n// Out of line:", CURVES)
     insert(tree / "dsp_kernels/activations.py", ")\n\n_found", ROWS_OF_PYTHON)
-    insert(tree / "dsp_kernels/activations.py", "import torch.nn.functional", "import torch\n")
     insert(tree / "csrc/program/steps.def", "\n#undef DSP_STEP\n", FIELDS)
     (tree / "csrc/program/steps/repeat.cpp").write_text(STEP, encoding="utf-8")
     insert(tree / "python/dsprune/operators.py", ")\n\n_UNKNOWN", OPERATORS)

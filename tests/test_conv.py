@@ -568,9 +568,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dilation of zero": ({"dilation": 0}, ValueError, "dilation must be .*at least 1, got 0"),
     "dilation of bools": ({"dilation": True}, TypeError, "dilation must be .*got True"),
     "activation unknown": (
-        {"activation": "gelu"},
+        {"activation": "softsign"},
         ValueError,
-        "activation must be None, 'relu' or 'relu6', got 'gelu'",
+        "activation must be None, 'relu', 'relu6', .* or 'mish', got 'softsign'",
     ),
     "activation a function": ({"activation": torch.relu}, ValueError, "activation must be None"),
     "backend unknown": (

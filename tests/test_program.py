@@ -535,7 +535,7 @@ def test_refuses_other_inputs(x: object, error: type[Exception]) -> None:
 def test_refuses_bad_steps() -> None:
     program = Program((3, 8, 8))
     with pytest.raises(ValueError, match="activation must be"):
-        program.add(program.input, program.input, activation="gelu")
+        program.add(program.input, program.input, activation="softsign")
     with pytest.raises(ValueError, match="weight must be 1-D"):
         program.conv(program.input, torch.zeros(5), random_layout(3, 4, 1), kernel_size=3)
     with pytest.raises(ValueError, match="weight must be float32"):
@@ -695,3 +695,32 @@ def test_steps_that_the_core_does_not_have(name: str, fields: dict[str, object],
     y = program.step(name, **takes, **fields)
     with pytest.raises(TypeError, match=message):
         program.build(y)
+
+
+def test_activations_go_into_the_step_before_and_unread_steps_go() -> None:
+    torch.manual_seed(3)
+    x, weight, scale = torch.randn(2, 4, 6, 5), torch.randn(4, 1, 3, 3), torch.randn(4)
+    y = F.conv2d(x, weight, padding=1, groups=4)
+    cases = {
+        "one reader": (1, F.silu(y)),
+        "two readers": (3, y + F.silu(y)),
+        "read by the caller": (2, (F.silu(y), y)),
+        "one after another": (2, F.silu(y.relu())),
+        "behind a product": (3, F.silu(y * scale[:, None, None]) + y),
+    }
+    for name, (steps, expected) in cases.items():
+        program = Program((4, 6, 5))
+        made = program.conv2d(program.input, weight, padding=1, groups=4)
+        program.affine(made, scale, scale)  # nobody reads that
+        if name == "one after another":
+            made = program.relu(made)
+        before = made
+        if name == "behind a product":
+            made = program.affine(made, scale, torch.zeros(4))
+        acted = program.activation(made, "silu")
+        if name in ("two readers", "behind a product"):
+            acted = program.add(before, acted)
+        program.build(*((acted, before) if name == "read by the caller" else (acted,)))
+        assert len(program) == steps, name
+        torch.testing.assert_close(program(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(program))(x), program(x), rtol=0, atol=0)

@@ -99,6 +99,29 @@ OPERATORS: dict[str, Row] = {
     "relu in place": pointwise(lambda a: F.relu_(a.clone())),
     "hardswish": pointwise(F.hardswish),
     "sigmoid": pointwise(torch.sigmoid),
+    "silu": pointwise(F.silu),
+    "gelu": pointwise(F.gelu),
+    "gelu, tanh": pointwise(lambda a: F.gelu(a, approximate="tanh")),
+    "leaky relu": pointwise(lambda a: F.leaky_relu(a, 0.1)),
+    "elu": pointwise(F.elu),
+    "mish": pointwise(F.mish),
+    "prelu": layer(nn.PReLU),
+    "instance norm": layer(lambda c: nn.InstanceNorm2d(c, affine=True)),
+    "group norm": layer(lambda c: nn.GroupNorm(2, c)),
+    "layer norm": layer(nn.LayerNorm, lambda m, a, b: m(a.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+    "linear": layer(lambda c: nn.Linear(c, c), lambda m, a, b: m(a.movedim(1, 3)).movedim(3, 1)),
+    "transposed conv": layer(
+        lambda c: nn.ConvTranspose2d(c, c, 2, stride=2), lambda m, a, b: F.avg_pool2d(m(a), 2)
+    ),
+    "pixel shuffle": pointwise(
+        lambda a: F.pixel_unshuffle(F.pixel_shuffle(torch.cat([a, a], 1), 2), 2)[:, ::2]
+    ),
+    "bilinear": pointwise(
+        lambda a: F.interpolate(F.interpolate(a, scale_factor=2, mode="bilinear"), size=a.shape[2:])
+    ),
+    "stack": pointwise(lambda a: torch.stack([a, -a], 2).flatten(1, 2)[:, ::2]),
+    "softmax of planes": pointwise(lambda a: a.flatten(2).softmax(2).view(a.shape)),
+    "map": pointwise(lambda a: a * a.mean(1, keepdim=True).sigmoid()),
     "x + 1": pointwise(lambda a: a + 1),
     "1 - x": pointwise(lambda a: 1 - a),
     "x * 2": pointwise(lambda a: a * 2),
@@ -116,6 +139,7 @@ OPERATORS: dict[str, Row] = {
     ),
     "flip": pointwise(lambda a: a.flip(1)),
     "roll": pointwise(lambda a: a.roll(1, 1)),
+    "reflect": pointwise(lambda a: F.pad(a, (1, 1, 1, 1), mode="reflect")[:, :, 2:, :-2]),
     "pad": pointwise(lambda a: F.pad(a, (1, 1, 1, 1), value=0.5)[:, :, 1:-1, 1:-1]),
     "softmax": pointwise(lambda a: torch.softmax(a, 1)),
     # without rows, and without steps: in torch, between native segments
@@ -131,6 +155,7 @@ OPERATORS: dict[str, Row] = {
     "sub, alpha": binary(lambda a, b: torch.sub(a, b, alpha=2)),
     "mul": binary(lambda a, b: a * torch.tanh(b)),
     "maximum": binary(torch.maximum),
+    "div": binary(lambda a, b: a / (1 + b.relu())),
     "cat": binary(lambda a, b: torch.cat([a[:, : a.shape[1] // 2], b], 1)[:, : a.shape[1]]),
     "chunk": binary(lambda a, b: torch.cat([a.chunk(2, 1)[1], b.chunk(2, 1)[0]], 1)),
     "slice": binary(lambda a, b: torch.cat([a[:, 1:], b[:, :1]], 1)),

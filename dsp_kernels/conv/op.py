@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import activations
 from .._library import NAMESPACE, define, library, register_derivatives, transforming
-from ..backends import choose, implementation
+from ..backends import choose, fuses, implementation
 from ..geometry import pair
 from ..layout import GroupLayout
 from . import reference
@@ -308,8 +308,8 @@ def conv2d_from_plan(
     ``layout.pack(dense)``, 1-D. ``plan``: ``layout.plan()`` (or a clone of it), int32, 1-D, on the CPU or on
     the device of ``x``; ``out_channels``: that of the layout. ``bias``: (out_channels,) or None.
     ``residual``: the output's shape, or None. ``kernel_size``, ``stride``, ``padding``, ``dilation``: an int
-    or (vertical, horizontal), in pixels. ``activation``: None, "relu" or "relu6". ``backend``: a name of
-    :func:`dsp_kernels.available_backends`, or None (choose).
+    or (vertical, horizontal), in pixels. ``activation``: None or a name of ``dsp_kernels.activations``.
+    ``backend``: one of :func:`dsp_kernels.available_backends`, or None (choose).
 
     Returns (batch, out_channels, h, w) in the dtype and memory format of ``x``; the formula, dead filters,
     derivatives and autocast as in :func:`permuted_grouped_conv2d`.
@@ -368,8 +368,10 @@ def conv2d_from_plan(
     if weight.requires_grad and not torch.is_grad_enabled() and not transforming():
         # So that backends know that they may keep what they prepare: operators do not see the mode.
         weight = weight.detach()
-    # One whose derivative needs what it was given stands behind the convolution in training.
-    behind = act.keeps == "input" and torch.is_grad_enabled()
+    chosen = choose(backend, device_type, x.dtype)
+    # One whose derivative needs what it was given stands behind the convolution in training, and one that a
+    # backend does not have always.
+    behind = (act.keeps == "input" and torch.is_grad_enabled()) or not fuses(chosen, act.name)
     out = forward_op(
         x,
         weight,
@@ -382,7 +384,7 @@ def conv2d_from_plan(
         pads,
         spread,
         "none" if behind else str(act),
-        choose(backend, device_type, x.dtype),
+        chosen,
     )
     return act.apply(out) if behind else out
 
@@ -407,8 +409,8 @@ def permuted_grouped_conv2d(
     0. ``weight``: ``layout.pack(dense)``, 1-D of ``layout.weight_numel(kernel_size)`` elements. ``bias``:
     (layout.out_channels,). ``residual``: the output's shape. All of the dtype and device of ``x``.
     ``kernel_size``, ``stride``, ``padding``, ``dilation``: an int or (vertical, horizontal), in pixels.
-    ``activation``: None, "relu" or "relu6". ``backend``: None (choose), "reference", "native",
-    "triton" or "cuda".
+    ``activation``: None or a name of ``dsp_kernels.activations``. ``backend``: None (choose), "reference",
+    "native", "triton" or "cuda".
 
     Returns (batch, layout.out_channels, h, w) with h = (height + 2 padding - dilation (kernel - 1) - 1) //
     stride + 1, in the dtype and memory format of ``x``. A dead filter gives activation(bias + residual).

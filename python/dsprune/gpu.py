@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dsp_kernels import GroupLayout, backends, cost
+from dsp_kernels import GroupLayout, activations, backends, cost
 from dsp_kernels._kept import Kept
 from dsp_kernels.conv import chain as chains
 from dsp_kernels.conv.prepared import recording
@@ -445,9 +445,7 @@ class DenseConv2d(nn.Module):
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
         if residual is not None:
             y = y.add_(residual)
-        if self.activation == "relu":
-            return y.relu_()
-        return y.clamp_(0.0, 6.0) if self.activation == "relu6" else y
+        return activations.find(self.activation).apply(y)
 
 
 def _relayered(

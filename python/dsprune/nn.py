@@ -44,7 +44,7 @@ class PermutedGroupedConv2d(nn.Module):
         kernel_size, stride, padding, dilation, padding_mode: as in ``nn.Conv2d``, ``padding="same"``
             included.
         bias: whether there is one.
-        activation: None, ``"relu"`` or ``"relu6"``, applied after bias and residual.
+        activation: None, or a name of ``dsp_kernels.activations``, applied after bias and residual.
         backend: which implementation runs (``dsp_kernels.available_backends()``); None: chosen at each call.
 
     Raises:

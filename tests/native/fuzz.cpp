@@ -167,6 +167,13 @@ void check(bool good, const char* what) {
   if (!good) die(what);
 }
 
+// Of those activations that have some.
+dsp_activation with_parameters(int32_t activation) {
+  if (activation == DSP_ACT_CLAMP) return {activation, {-0.5f, 1.25f}};
+  if (activation == DSP_ACT_ELU) return {activation, {1.25f, 1.0625f}};
+  return {activation, {activation == DSP_ACT_LEAKY_RELU ? 0.125f : 0.0f, 0.0f}};
+}
+
 double act(double value, int32_t activation) {
   if (std::isnan(value)) return value;
   switch (activation) {
@@ -176,6 +183,29 @@ double act(double value, int32_t activation) {
       return std::max(value, 0.0);
     case DSP_ACT_RELU6:
       return std::min(std::max(value, 0.0), 6.0);
+    case DSP_ACT_CLAMP:
+      return std::min(std::max(value, -0.5), 1.25);
+    case DSP_ACT_LEAKY_RELU:
+      return value > 0 ? value : value * 0.125;
+    case DSP_ACT_HARDSIGMOID:
+      return std::min(std::max(value + 3, 0.0), 6.0) / 6;
+    case DSP_ACT_HARDSWISH:
+      return value * std::min(std::max(value + 3, 0.0), 6.0) / 6;
+    case DSP_ACT_SIGMOID:
+      return 1 / (1 + std::exp(-value));
+    case DSP_ACT_SILU:
+      return value / (1 + std::exp(-value));
+    case DSP_ACT_TANH:
+      return std::tanh(value);
+    case DSP_ACT_GELU:
+      return value * std::erfc(-value * std::sqrt(0.5)) / 2;
+    case DSP_ACT_GELU_TANH:
+      return value /
+             (1 + std::exp(-2 * std::sqrt(2 / std::acos(-1.0)) * (value + 0.044715 * value * value * value)));
+    case DSP_ACT_ELU:
+      return value > 0 ? value * 1.0625 : std::expm1(value) * 1.25;
+    case DSP_ACT_MISH:
+      return value * std::tanh(std::log1p(std::exp(value)));
     default:
       die("this activation has no definition here");
   }
@@ -244,7 +274,7 @@ void fuzz_conv() {
   const bool with_bias = chance(0.5);
   const bool with_residual = chance(0.5);
   const int32_t activation = static_cast<int32_t>(between(0, dsp_activation_count() - 1));
-  const dsp_activation given{activation, {0.0f, 0.0f}};
+  const dsp_activation given = with_parameters(activation);
   const float poison = std::numeric_limits<float>::quiet_NaN();
 
   std::vector<double> expected(static_cast<size_t>(out_numel)), size(expected.size(), 0.0);
@@ -334,7 +364,7 @@ void fuzz_lanes() {
   const bool with_bias = chance(0.5);
   const bool with_residual = chance(0.5);
   const int32_t activation = static_cast<int32_t>(between(0, dsp_activation_count() - 1));
-  const dsp_activation given{activation, {0.0f, 0.0f}};
+  const dsp_activation given = with_parameters(activation);
   const Exact residual(random_floats(s.out_numel()));
   const float poison = std::numeric_limits<float>::quiet_NaN();
   Exact planar(s.out_numel(), poison);
@@ -503,6 +533,18 @@ void add_step(Network* net, int64_t op, const std::vector<int64_t>& arguments) {
   net->words.insert(net->words.end(), arguments.begin(), arguments.end());
 }
 
+// The same with an activation: its code is arguments[place], where its parameters are comes behind it.
+void add_step(Network* net, int64_t op, std::vector<int64_t> arguments, size_t place) {
+  const int32_t kind = static_cast<int32_t>(arguments[place]);
+  const int32_t count = dsp_activation_at(kind)->parameters;
+  if (count > 0) {
+    const dsp_activation known = with_parameters(kind);
+    const int64_t at = store(net, std::vector<float>(known.parameters, known.parameters + count));
+    arguments.insert(arguments.begin() + static_cast<int64_t>(place) + 1, at);
+  }
+  add_step(net, op, arguments);
+}
+
 // A value with the given shape, or -1.
 int64_t find_value(const Network& net, int64_t channels, int64_t height, int64_t width) {
   for (size_t i = net.values.size(); i-- > 0;) {
@@ -537,7 +579,7 @@ Network random_network() {
     const Tensor x = net.values[static_cast<size_t>(id)];
     Tensor y{};
     const int32_t activation = static_cast<int32_t>(between(0, dsp_activation_count() - 1));
-    const int64_t kind = usual && chance(0.7) ? 0 : between(0, 9);
+    const int64_t kind = usual && chance(0.7) ? 0 : between(0, 13);
     if (kind <= 4) {
       dsp_conv2d_shape s{};
       do {
@@ -591,13 +633,13 @@ Network random_network() {
                                         static_cast<int64_t>(plan.size())};
       arguments[12] = with_bias ? store(&net, bias) : -1;
       arguments.insert(arguments.end(), plan.begin(), plan.end());
-      add_step(&net, DSP_OP_CONV, arguments);
+      add_step(&net, DSP_OP_CONV, arguments, 2);
     } else if (kind == 5) {
       y = x;
       const int64_t other = find_value(net, x.channels, x.height, x.width);
       for (size_t o = 0; o < y.data.size(); ++o)
         y.data[o] = act(y.data[o] + net.values[static_cast<size_t>(other)].data[o], activation);
-      add_step(&net, DSP_OP_ADD, {id, other, activation});
+      add_step(&net, DSP_OP_ADD, {id, other, activation}, 2);
     } else if (kind == 6 && x.height >= 2 && x.width >= 2) {
       const int64_t k = between(2, std::min<int64_t>(3, std::min(x.height, x.width)));
       const int64_t stride = between(1, 3);
@@ -636,6 +678,59 @@ Network random_network() {
         }
       }
       add_step(&net, DSP_OP_ADAPTIVE_AVG_POOL, {id, y.height, y.width});
+    } else if (kind == 10) {
+      y = {between(1, x.channels + 2), between(1, x.height + 2), between(1, x.width + 2), {}};
+      std::vector<int64_t> numbers[3];
+      const int64_t sizes[3] = {x.channels, x.height, x.width}, counts[3] = {y.channels, y.height, y.width};
+      for (int d = 0; d < 3; ++d) {
+        for (int64_t n = 1; n <= counts[d]; ++n)
+          numbers[d].push_back(chance(0.7) ? std::min(n, sizes[d]) : between(0, sizes[d]));
+      }
+      for (const int64_t c : numbers[0]) {
+        for (const int64_t row : numbers[1]) {
+          for (const int64_t column : numbers[2])
+            y.data.push_back(c && row && column ? at(x, c - 1, row - 1, column - 1) : -0.75);
+        }
+      }
+      std::vector<int64_t> arguments = {id, store(&net, {-0.75f})};
+      for (const auto& list : numbers) {
+        arguments.push_back(static_cast<int64_t>(list.size()));
+        arguments.insert(arguments.end(), list.begin(), list.end());
+      }
+      add_step(&net, DSP_OP_GATHER, arguments);
+    } else if (kind == 11) {
+      y = {between(1, 6), between(1, 9), between(1, 9), {}};
+      std::vector<int64_t> arguments = {id, y.channels, y.height, y.width, y.channels * y.height * y.width};
+      const int64_t numel = static_cast<int64_t>(x.data.size());
+      for (int64_t n = 0; n < y.channels * y.height * y.width; ++n) {
+        arguments.push_back(chance(0.5) ? n % numel : between(0, numel - 1));
+        y.data.push_back(x.data[static_cast<size_t>(arguments.back())]);
+      }
+      add_step(&net, DSP_OP_REORDER, arguments);
+    } else if (kind == 12) {
+      // Of a value and a constant, which broadcast.
+      Tensor more{chance(0.5) ? 1 : x.channels, chance(0.5) ? 1 : x.height, chance(0.5) ? 1 : x.width, {}};
+      const std::vector<float> content = random_floats(more.channels * more.height * more.width);
+      for (const float value : content) more.data.push_back(static_cast<double>(value));
+      add_step(&net, DSP_OP_CONSTANT, {more.channels, more.height, more.width, store(&net, content)});
+      net.values.push_back(more);
+      const bool swapped = chance(0.5);
+      const int64_t op = between(0, 6) == 3 ? 2 : between(0, 2);  // no division: it has no bound
+      y = {x.channels, x.height, x.width, {}};
+      for (int64_t c = 0; c < y.channels; ++c) {
+        for (int64_t row = 0; row < y.height; ++row) {
+          for (int64_t column = 0; column < y.width; ++column) {
+            double a = at(x, c, row, column);
+            double b = at(more, std::min(c, more.channels - 1), std::min(row, more.height - 1),
+                          std::min(column, more.width - 1));
+            if (swapped) std::swap(a, b);
+            y.data.push_back(act(op == 0 ? a + b : (op == 1 ? a - b : a * b), activation));
+          }
+        }
+      }
+      const int64_t constant = static_cast<int64_t>(net.values.size()) - 1;
+      add_step(&net, DSP_OP_ELEMENTWISE, {swapped ? constant : id, swapped ? id : constant, op, activation},
+               3);
     } else if (kind == 8) {
       y = x;
       const int64_t other = find_value(net, x.channels, x.height, x.width);
@@ -659,7 +754,8 @@ Network random_network() {
           z.data.push_back(act(sum, activation));
         }
         add_step(&net, DSP_OP_LINEAR,
-                 {static_cast<int64_t>(net.values.size()) - 1, activation, z.channels, store(&net, w), -1});
+                 {static_cast<int64_t>(net.values.size()) - 1, activation, z.channels, store(&net, w), -1},
+                 1);
         y = z;
       }
     }

@@ -110,6 +110,11 @@ using AddFn = void (*)(float* dst, const float* a, const float* b, int64_t count
 // dst = act(a * scale + shift)
 using AffineFn = void (*)(float* dst, const float* a, float scale, float shift, int64_t count,
                           const Activation& activation);
+// What a step of programs does with two values, element by element; PRELU: a, times b where a is negative.
+enum Elementwise : int64_t { kAdd, kSubtract, kMultiply, kDivide, kMaximum, kMinimum, kPrelu, kElementwise };
+// dst = act(a op b); from one element of a and b to the next are 1 or 0 floats
+using ElementwiseFn = void (*)(int64_t op, float* dst, const float* a, const float* b, int64_t count,
+                               int64_t a_step, int64_t b_step, const Activation& activation);
 // out[o] = act(sum of w[o, i] x[i] + bias[o]) for o in [0, outputs); bias may be null
 using LinearFn = void (*)(float* out, const float* x, const float* w, const float* bias, int64_t inputs,
                           int64_t outputs, const Activation& activation);
@@ -137,6 +142,7 @@ struct KernelTable {
   FillFn fill;
   AddFn add;
   AffineFn affine;
+  ElementwiseFn elementwise;
   LinearFn linear;
   SumFn sum;
   PeakFn peak;

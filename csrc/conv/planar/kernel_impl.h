@@ -506,6 +506,44 @@ inline void affine(float* dst, const float* a, float scale, float shift, int64_t
   }
 }
 
+template <int64_t OP>
+DSP_INLINE Vec combine(Vec a, Vec b) {
+  const Vec minus = set1(-1.0f);
+  if (OP == kAdd) return add(a, b);
+  if (OP == kSubtract) return fma(b, minus, a);
+  if (OP == kMultiply) return mul(a, b);
+  if (OP == kDivide) return div(a, b);
+  if (OP == kMaximum) return max_nan(a, b);
+  if (OP == kMinimum) return mul(minus, max_nan(mul(minus, a), mul(minus, b)));
+  return fma(b, min(zero(), a), max(zero(), a));
+}
+
+template <int64_t OP>
+void elementwise_row(float* dst, const float* a, const float* b, int64_t count, int64_t a_step,
+                     int64_t b_step, const Activation& activation) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int some = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    const Vec u = a_step == 0 ? set1(*a) : (some == kLanes ? load(a + i) : load_lanes(a + i, some));
+    const Vec v = b_step == 0 ? set1(*b) : (some == kLanes ? load(b + i) : load_lanes(b + i, some));
+    const Vec made = activate(combine<OP>(u, v), activation);
+    if (some == kLanes) {
+      store(dst + i, made);
+    } else {
+      store_lanes(dst + i, made, some);
+    }
+  }
+}
+
+inline void elementwise(int64_t op, float* dst, const float* a, const float* b, int64_t count, int64_t a_step,
+                        int64_t b_step, const Activation& activation) {
+  constexpr decltype(&elementwise_row<kAdd>) rows[kElementwise] = {
+      &elementwise_row<kAdd>,    &elementwise_row<kSubtract>, &elementwise_row<kMultiply>,
+      &elementwise_row<kDivide>, &elementwise_row<kMaximum>,  &elementwise_row<kMinimum>,
+      &elementwise_row<kPrelu>,
+  };
+  rows[op](dst, a, b, count, a_step, b_step, activation);
+}
+
 inline float sum(const float* x, int64_t count) {
   Vec acc[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
@@ -632,6 +670,7 @@ inline KernelTable make_table() {
   table.fill = &fill;
   table.add = &add_planes;
   table.affine = &affine;
+  table.elementwise = &elementwise;
   table.linear = &linear;
   table.sum = &sum;
   table.peak = &peak;

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
-from dsp_kernels.program import Program
+from dsp_kernels.program import Program, Value
 
 from ..nn import PermutedGroupedConv2d
 from ..operators import find
-from ..steps import Refused, value
+from ..steps import Refused, linear, value
 
 __all__ = ["Builder"]
 
 
 class Builder(fx.Interpreter):
     """Adds the step of a node to a program; ``env`` has values of the program in the place of tensors, and
-    sizes as numbers.
+    sizes as numbers. ``images``: of each node the sizes of one image, where it is one.
     """
 
-    def __init__(self, network: fx.GraphModule, program: Program) -> None:
+    def __init__(
+        self, network: fx.GraphModule, program: Program, images: Mapping[fx.Node, tuple[int, ...] | None]
+    ) -> None:
         super().__init__(network, garbage_collect_values=False)
-        self.program = program
+        self.program, self.images = program, images
 
     def step(self, node: fx.Node) -> Any:
         """The value that the node's step makes, or several. Raises Refused where it has none, and whatever
@@ -30,16 +34,22 @@ class Builder(fx.Interpreter):
         """
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         if node.op == "call_module":
-            return self.call_module(node.target, args, kwargs)
-        if node.op == "call_function":
-            return self.call_function(node.target, args, kwargs)
-        raise Refused(f"operator {node.target} is a {node.op}")
+            made = self.call_module(node.target, args, kwargs)
+        elif node.op == "call_function":
+            made = self.call_function(node.target, args, kwargs)
+        else:
+            raise Refused(f"operator {node.target} is a {node.op}")
+        image = self.images.get(node)
+        return replace(made, sizes=image) if isinstance(made, Value) and image is not None else made
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
         program = self.program
         try:
-            x = value(args[0])
+            if isinstance(layer, nn.Linear):
+                return linear(program, args[0], layer.weight, layer.bias)
+            x = value(program, args[0])
+            residual = value(program, args[1]) if len(args) > 1 else None
         except Refused as reason:
             raise Refused(f"{target} {reason}") from None
         if isinstance(layer, PermutedGroupedConv2d) and layer._outer_padding is None:
@@ -52,7 +62,7 @@ class Builder(fx.Interpreter):
                 stride=layer.stride,
                 padding=layer._inner_padding,
                 dilation=layer.dilation,
-                residual=args[1] if len(args) > 1 else None,
+                residual=residual,
                 activation=layer.activation,
             )
         if (
@@ -69,10 +79,6 @@ class Builder(fx.Interpreter):
                 dilation=layer.dilation,
                 groups=layer.groups,
             )
-        if isinstance(layer, nn.Linear):
-            if not x.flat:
-                raise Refused(f"{target} is a linear layer on more than a vector")
-            return program.linear(x, layer.weight, layer.bias)
         raise Refused(f"{target} is a {type(layer).__name__}")
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 from dsp_kernels.program import Program, Value
 
 from ..operators import find
-from ..steps import Refused
+from ..steps import Moved, Refused, settled
 from .builder import Builder
 from .shape_inference import Shapes, batch_of, image_of
 
@@ -130,7 +130,9 @@ class _Planner:
         self.arguments = self._first_sizes()
         self.reasons: dict[fx.Node, str] = {}  # why a node is no step; others are
         self.programs: dict[Any, Program] = {}
+        self.constants: dict[fx.Node, torch.Tensor] = {}  # copies of parameters, as these
         self._ask()
+        self.nodes = [n for n in self.nodes if n not in self.constants]
 
     # which operators are steps ------------------------------------------------------------------------------
 
@@ -161,7 +163,8 @@ class _Planner:
 
     def is_given(self, node: fx.Node) -> bool:
         """Whether a node is a size that is known, or the first one of an argument."""
-        return self.is_size(node) and (self.number(node) is not None or node in self.arguments)
+        size = self.is_size(node) and (self.number(node) is not None or node in self.arguments)
+        return size or node in self.constants
 
     def _ask(self) -> None:
         """Asks each operator by itself; a first program gets a step for each, and is not built."""
@@ -170,7 +173,7 @@ class _Planner:
             self.reasons = {n: "no value is an image" for n in self.nodes}
             return
         program = Program(*(cast(tuple[int, ...], self.images[n]) for n in places))
-        builder = Builder(self.network, program)
+        builder = Builder(self.network, program, self.images)
         for node, value in zip(places, program.inputs, strict=True):
             builder.env[node] = value
         self._give_constants(builder)
@@ -182,13 +185,16 @@ class _Planner:
             reason, result = self._tried(builder, node)
             if reason is not None:
                 self.reasons[node] = reason
-            elif self.images[node] is None:
+            elif isinstance(result, torch.Tensor):
+                builder.env[node] = self.constants[node] = result
+            elif self.images[node] is None or isinstance(result, Moved):
                 builder.env[node] = result
 
     def _give_constants(self, builder: Builder) -> None:
         for node, known in self.values.items():
             if node.op == "get_attr" or self.is_size(node):
                 builder.env[node] = known
+        builder.env.update(self.constants)
 
     def _tried(self, builder: Builder, node: fx.Node) -> tuple[str | None, Any]:
         name = f"operator {_name(self.network, node)}"
@@ -198,11 +204,13 @@ class _Planner:
             return str(refused).partition("\n")[0], None
         except Exception as error:  # whatever a step finds wrong is that operator's alone
             return f"{name}: {_line(error)}", None
+        if isinstance(result, torch.Tensor):
+            return None, result
         value = self.values[node]
         image = self.images[node]
         if image is None:  # parts of one, or what only the next step makes an image of
             return (None, result) if not isinstance(result, Value) else (f"{name} gives no image", None)
-        if not isinstance(result, Value) or result.flat != (len(image) == 1):
+        if not isinstance(result, (Value, Moved)) or len(result.sizes) != len(image):
             return f"{name} gives what no program has", None
         inputs = [n for n in node.all_input_nodes if self.images.get(n) is not None]
         if any(batch_of(self.values[n]) != batch_of(value) for n in inputs):
@@ -309,7 +317,11 @@ class _Planner:
     def _ends(self, part: _Part) -> None:
         """What a part takes and gives. Sizes of its values are known without it."""
         own = set(part.nodes)
-        part.inputs = [n for n in part.inputs if self.images.get(n) is not None and n.op != "get_attr"]
+        part.inputs = [
+            n
+            for n in part.inputs
+            if self.images.get(n) is not None and n.op != "get_attr" and n not in self.constants
+        ]
         part.outputs = [
             node
             for node in part.nodes
@@ -323,15 +335,16 @@ class _Planner:
     ) -> Program:
         """Raises ValueError, TypeError or RuntimeError where that is no program."""
         program = Program(*(cast(tuple[int, ...], self.images[n]) for n in inputs))
-        builder = Builder(self.network, program)
+        builder = Builder(self.network, program, self.images)
         self._give_constants(builder)
         builder.env.update(zip(inputs, program.inputs, strict=True))
         for node in nodes:
             builder.env[node] = builder.step(node)
-        given = [node for node in outputs if builder.env[node].number < len(inputs)]
+        results = [settled(program, builder.env[node]) for node in outputs]
+        given = [node for node, made in zip(outputs, results, strict=True) if made.number < len(inputs)]
         if given:
             raise _NoStep(given)
-        program.build(*(builder.env[node] for node in outputs))
+        program.build(*results)
         for node, shape in zip(outputs, program.output_shapes, strict=True):
             if shape != self.images[node]:
                 raise ValueError(f"the step gives {shape}, the operator {self.images[node]}")
@@ -395,6 +408,9 @@ class _Planner:
             elif node in self.arguments and node not in env:
                 source = env[self.arguments[node]]
                 env[node] = graph.call_function(cast(Callable[..., Any], node.target), (source, 0))
+            elif node in self.constants and node not in env:
+                args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+                env[node] = graph.create_node(node.op, node.target, args, kwargs)
             return env[node]
 
         for item in order:

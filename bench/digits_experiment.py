@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from dsp_kernels.assignment import LassoTable
 from dsp_kernels.assignment.reference import harden
 from dsprune import GroupLearner, find_structure, summary
+from dsprune.checkpoint import read_json, write_json
 from dsprune.recipes import stages, training
-from dsprune.recipes.checkpoint import read_json, write_json
-from dsprune.recipes.data import ImageData, batches, load_data
+from dsprune.recipes.data import ImageData, batches
+from dsprune.recipes.datasets import load_data
 from dsprune.recipes.runs import Config, Run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -40,8 +40,8 @@ from torch.optim.swa_utils import update_bn
 
 import dsprune
 from dsprune import models
+from dsprune.checkpoint import read_checkpoint, read_json, write_checkpoint, write_json
 from dsprune.recipes import training
-from dsprune.recipes.checkpoint import read_checkpoint, read_json, write_checkpoint, write_json
 from dsprune.recipes.data import ImageData, stratified_split
 from dsprune.recipes.folders import ByteSplit, fashion_mnist
 

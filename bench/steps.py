@@ -15,10 +15,9 @@ from torch import fx
 
 import dsprune
 from bench.cases import Case, cases
-from bench.environment import environment, peak_gflops
-from bench.timing import pinned
+from bench.environment import environment, peak_gflops, pinned
 from dsprune.io import write_atomically
-from dsprune.program import to_program
+from dsprune.run.native import to_program
 
 
 def run_case(case: Case, rounds: int) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dsprune
-from dsprune import cli
-from dsprune.recipes import checkpoint, runs, stages, training
-from dsprune.recipes.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from dsprune.recipes.data import ImageData, Split, batch_count, batches, digits, load_data, shifted
+from dsprune import checkpoint, cli
+from dsprune.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from dsprune.recipes import runs, stages, training
+from dsprune.recipes.data import ImageData, Split, batch_count, batches, digits, shifted
+from dsprune.recipes.datasets import load_data
 from dsprune.recipes.oneshot import read_data
 
 ROOT = Path(__file__).resolve().parent.parent

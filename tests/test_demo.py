@@ -11,8 +11,8 @@ import torch
 
 import dsprune
 from dsprune import cli
+from dsprune.checkpoint import CheckpointError
 from dsprune.recipes import demo, runs, stages, training
-from dsprune.recipes.checkpoint import CheckpointError
 
 TINY = ["--size", "8", "--batch", "256", "--pretrain-epochs", "1", "--learn-epochs", "1", "--groups", "2"]
 TINY += ["--finetune-epochs", "1", "--cycles", "1", "--flops", "0.6", "--seconds", "0.01", "--threads", "1"]

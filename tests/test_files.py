@@ -20,9 +20,9 @@ from torch import nn
 
 import dsprune
 from dsprune import clock
+from dsprune.checkpoint import CheckpointError, read_checkpoint, read_json, restore, write_checkpoint
 from dsprune.files import parse_json, tensors_to_bytes
 from dsprune.recipes import folders, training
-from dsprune.recipes.checkpoint import CheckpointError, read_checkpoint, read_json, restore, write_checkpoint
 from dsprune.recipes.demo import Timing
 from dsprune.recipes.runs import Config, Run
 from dsprune.resume import load_training, save_training

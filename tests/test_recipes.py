@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 import dsprune
 from dsprune import cli
 from dsprune.recipes import demo, folders, recipe, runs, stages, training
-from dsprune.recipes.data import load_data
+from dsprune.recipes.datasets import load_data
 from dsprune.recipes.folders import DataError, cifar10, imagenet
 
 pytestmark = pytest.mark.timeout(3600)

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dsprune
 from dsp_kernels import GroupLayout
-from dsprune.recipes.checkpoint import read_checkpoint, write_checkpoint
+from dsprune.checkpoint import read_checkpoint, write_checkpoint
 from dsprune.resume import CheckpointError
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)

@@ -453,7 +453,7 @@ def _source(
     run: Path | None, file: Path | None, stage: str | None, arch: Arch | None, depth: int, size: int
 ) -> _Source:
     """Find what the user means: a stage of a run folder, or a file of weights or of a packed network."""
-    from dsprune.recipes.checkpoint import CheckpointError
+    from dsprune.checkpoint import CheckpointError
     from dsprune.recipes.runs import STAGES, Run
 
     if (run is None) == (file is None):
@@ -682,7 +682,7 @@ def demo(
     ] = None,
 ) -> None:
     """ResNet-20 on real handwritten digits: train, learn groups, prune, finetune, pack, reload, time."""
-    from dsprune.recipes.checkpoint import write_json
+    from dsprune.checkpoint import write_json
     from dsprune.recipes.demo import Timing, mean_report, run_demo
     from dsprune.recipes.runs import Config
 

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .graph import unwrap
-from .recipes.checkpoint import (
+from .checkpoint import (
     CheckpointError,
     explained,
     join_state,
@@ -27,6 +26,7 @@ from .recipes.checkpoint import (
     split_state,
     write_checkpoint,
 )
+from .graph import unwrap
 
 __all__ = ["CheckpointError", "load_training", "save_training"]
 

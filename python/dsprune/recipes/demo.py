@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from dsprune import picture
+from dsprune.checkpoint import CheckpointError, write_json
 from dsprune.clock import check_seconds
 from dsprune.recipes import stages, training
-from dsprune.recipes.checkpoint import CheckpointError, write_json
 from dsprune.recipes.data import ImageData
 from dsprune.recipes.runs import Config, Run
 from dsprune.recipes.timing import best_dense, compare, random_images

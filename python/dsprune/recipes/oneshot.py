@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import dsprune
-from dsprune.recipes.data import ImageData, Part, load_data
+from dsprune.recipes.data import ImageData, Part
+from dsprune.recipes.datasets import load_data
 from dsprune.recipes.folders import DataError
 
 BATCH = 64

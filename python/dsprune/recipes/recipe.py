@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from dsprune import picture
+from dsprune.checkpoint import read_json, write_bytes, write_json
 from dsprune.recipes import stages, training
-from dsprune.recipes.checkpoint import read_json, write_bytes, write_json
 from dsprune.recipes.data import ImageData
 from dsprune.recipes.demo import TOLERANCE, DemoError, Timing, open_or_create
 from dsprune.recipes.runs import Config, Run

@@ -25,15 +25,16 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from dsprune import models
-from dsprune.recipes import training
-from dsprune.recipes.checkpoint import (
+from dsprune.checkpoint import (
     CheckpointError,
     read_checkpoint,
     read_json,
     write_checkpoint,
     write_json,
 )
-from dsprune.recipes.data import DATASETS, ImageData, load_data
+from dsprune.recipes import training
+from dsprune.recipes.data import ImageData
+from dsprune.recipes.datasets import DATASETS, load_data
 
 ARCHITECTURES = ("cifar_resnet", "resnet18", "resnet50")
 STAGES = ("dense", "learned", "pruned", "finetuned", "packed")

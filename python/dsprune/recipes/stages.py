@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsprune.checkpoint import CheckpointError, read_checkpoint
 from dsprune.recipes import training
-from dsprune.recipes.checkpoint import CheckpointError, read_checkpoint
 from dsprune.recipes.data import ImageData
 from dsprune.recipes.runs import Run, build_network
 from dsprune.recipes.training import EVALUATED, Progress

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsprune.learn import MOST_GROUPS
-from dsprune.recipes.checkpoint import (
+from dsprune.checkpoint import (
     CheckpointError,
     explained,
     flatten_optimizer,
@@ -31,6 +30,7 @@ from dsprune.recipes.checkpoint import (
     split_state,
     write_checkpoint,
 )
+from dsprune.learn import MOST_GROUPS
 from dsprune.recipes.data import ImageData, Part, batch_count
 
 CHECKPOINT_STEPS = 500

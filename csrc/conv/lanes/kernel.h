@@ -10,15 +10,6 @@ namespace dsp {
 constexpr int kMaxLaneVectors = 4;  // vectors of filters in one block, at most
 constexpr int kMaxLanePixels = 12;  // pixels of one tile, at most
 
-// Terms of a sum that are added one after the other. Sums of more go by equal parts: their error then grows
-// with a part's length, not with the whole. Whole columns of three, as the planar engine has them: both give
-// the same bits.
-constexpr int64_t kPartTerms = 240;
-constexpr int64_t part_terms(int64_t terms) {
-  const int64_t parts = (terms + kPartTerms - 1) / kPartTerms;
-  return parts <= 1 ? terms : ((terms + parts - 1) / parts + 2) / 3 * 3;
-}
-
 // Where results go that are not neighbours. As runs: neighbouring lanes of one vector go to neighbouring
 // channels. As windows: neighbouring results of a block, on their way through another vector, go to channels
 // within one vector's length.

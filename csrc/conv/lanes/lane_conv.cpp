@@ -4,6 +4,7 @@
 #include <limits>
 #include <numeric>
 
+#include "conv/parts.h"
 #include "core/scratch.h"
 #include "core/status.h"
 #include "core/thread_pool.h"

@@ -2,14 +2,13 @@
 // function of it, built with wide instructions, could be the copy that the linker keeps for everybody.
 #pragma once
 
+#include "conv/parts.h"
 #include "conv/planar/kernel.h"
 #include "core/activate.h"
 #include "core/simd.h"
 
 namespace dsp {
 namespace DSP_ISA {
-
-constexpr int64_t kPart = 240;  // terms of a sum that are added one after the other: whole columns of three
 
 // What a block does rarely is out of line: a layer takes turns between several blocks, and the code of all of
 // them should stay in the instruction cache.
@@ -47,11 +46,7 @@ void block(const BlockArgs& a) {
   constexpr int kLastRow = KIND == kColumnBottom ? kRows - 2 : kRows - 1;
   const int64_t in_step = a.in_step;
   const int64_t in_hi = a.in_hi;
-  // Sums of many terms go by equal parts: their error then grows with a part's length, not with the whole. No
-  // part ends within a column, so that steps of taps and of columns give the same bits.
-  const int64_t parts = (a.steps * KH + kPart - 1) / kPart;
-  const int64_t equal = parts > 1 ? (a.steps + parts - 1) / parts : a.steps;
-  const int64_t length = KH == 1 && parts > 1 ? (equal + 2) / 3 * 3 : equal;
+  const int64_t length = part_terms(a.steps * KH) / KH;
   for (int64_t t = 0; t < a.n_tiles; ++t) {
     const Tile& tile = a.tiles[t];
     Vec acc[MF][NR];

@@ -146,6 +146,41 @@ def test_masks_survive_files(tmp_path, train: bool) -> None:
             assert not weights(again)[name.removesuffix("_mask")][mask == 0].any(), name
 
 
+class Named(Tied):
+    """A layer by two names, whose weight another one has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = self.a
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(F.relu(super().forward(x)))
+
+
+@ignore_unused
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", ["layers", "finetuned", "named", "tied"])
+def test_a_loaded_network_is_saved_as_the_same_bytes(tmp_path, kind: str, train: bool) -> None:
+    make, x = (Net, X) if kind in ("layers", "finetuned") else (Named, Y)
+    model = masked_net() if make is Net else make().eval()
+    if kind == "tied":
+        prune.ln_structured(model.a, "weight", 0.5, 2, 1)
+        prune.ln_structured(model.b, "weight", 0.25, 2, 0)
+    elif kind == "named":
+        with torch.no_grad():
+            model.a.weight[:, ::2] *= -0.0
+    packed = dsprune.pack(model, x, train=train or kind == "finetuned")
+    if kind == "finetuned":
+        packed = trained(packed, x)
+    dsprune.save(packed, tmp_path / "0")
+    for i in range(2):
+        again = dsprune.load(tmp_path / str(i), make(), train=train)
+        dsprune.save(dsprune.load(tmp_path / str(i), make()), tmp_path / str(i + 1))
+        with torch.no_grad():
+            torch.testing.assert_close(again.eval()(x), packed.eval()(x), rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
 @ignore_unused
 def test_masks_survive_packing_twice_and_copies() -> None:
     model = masked_net()

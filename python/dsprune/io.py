@@ -213,7 +213,7 @@ def load(
     inner = unwrap(model)
     header, tensors = _read(path)
     try:
-        layouts = _layouts(header, dict(inner.named_modules()))
+        layouts = _layouts(header, dict(inner.named_modules(remove_duplicate=False)))
         weights = next((p for p in inner.parameters()), None)
         inputs = _examples(header, weights.device if weights is not None else torch.device("cpu"))
         saved_for_training = header["train"]

@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .state import tensors_in
 
 __all__ = [
+    "applied",
     "bare",
     "copies_of_results",
     "hold",
@@ -82,7 +83,7 @@ def renew_results(model: nn.Module) -> None:
         for _, tensor in _hooks(module):
             original, mask = module._parameters[f"{tensor}_orig"], module._buffers[f"{tensor}_mask"]
             assert original is not None and mask is not None
-            setattr(module, tensor, original.detach() * mask.to(original.dtype))
+            setattr(module, tensor, applied(original, mask))
 
 
 def masked(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -124,7 +125,14 @@ def hold(module: nn.Module, tensor: str, mask: torch.Tensor) -> None:
             known.copy_(mask)
             original = module._parameters[f"{tensor}_orig"]
             assert original is not None
-            setattr(module, tensor, original.detach() * known.to(original.dtype))
+            setattr(module, tensor, applied(original, known))
+
+
+def applied(original: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What a mask leaves. No zero has a sign: it would tell of the value that was there, and files of the
+    same network would differ.
+    """
+    return (original.detach() * mask.to(original.dtype)).add_(0.0)
 
 
 def _take_off(module: nn.Module, key: int, tensor: str) -> tuple[nn.Parameter, torch.Tensor]:
@@ -134,7 +142,7 @@ def _take_off(module: nn.Module, key: int, tensor: str) -> tuple[nn.Parameter, t
     assert original is not None and mask is not None
     del module._forward_pre_hooks[key]
     module.__dict__.pop(tensor, None)
-    return original, (original.detach() * mask.to(original.dtype))
+    return original, applied(original, mask)
 
 
 def bare(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:

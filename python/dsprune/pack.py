@@ -34,7 +34,7 @@ from .graph import (
 )
 from .inputs import Signature, describe, form_of, noise_like, own_tensors, tensors_of
 from .lower import iterate_layers, lower
-from .masks import bare, copies_of_results, hold, masked, masks_of, renew_results, without_results
+from .masks import applied, bare, copies_of_results, hold, masked, masks_of, renew_results, without_results
 from .nn import PackedBatchNorm2d, PackedConv2d, PermutedGroupedConv2d
 from .run import Runner
 from .run.native import NativeRunner
@@ -77,11 +77,15 @@ class PackedState:
         values, extra = _split(model)
         tensors = {name: value.detach() for name, value in values.items()}
         layouts: dict[str, GroupLayout] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d) and (layout := prunable_layout(module)) is not None:
-                layouts[name] = layout
-                key = f"{name}.weight" if name else "weight"
-                tensors[key] = layout.pack(module.weight.detach())
+        known: dict[nn.Module, tuple[GroupLayout, torch.Tensor] | None] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if not isinstance(module, nn.Conv2d):
+                continue
+            if module not in known:
+                layout = prunable_layout(module)
+                known[module] = None if layout is None else (layout, layout.pack(module.weight.detach()))
+            if (found := known[module]) is not None:
+                layouts[name], tensors[f"{name}.weight" if name else "weight"] = found
         return cls(tensors, layouts, dict(masks), copy.deepcopy(extra))
 
     def dense(self, kernel_sizes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -386,7 +390,7 @@ class PackedNetwork(nn.Module):
         for name, (module, tensor) in masked(self.network).items():
             mask = tensors.pop(f"{name}_mask")
             original = tensors.pop(f"{name}_orig")
-            tensors[name] = original * mask.to(original.dtype)
+            tensors[name] = applied(original, mask)
             kept = mask.ne(0).cpu()
             if isinstance(module, PermutedGroupedConv2d) and tensor == "weight":
                 kept = module.layout.unpack(kept, module.kernel_size)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nets
 import pytest
@@ -226,3 +227,56 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+class Batches(nn.Module):
+    """Takes one number of images alone where that is given."""
+
+    def __init__(self, only: int | None = None) -> None:
+        super().__init__()
+        self.only = only
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        with torch.no_grad():
+            self.b.weight[:, ::2] = 0
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        if self.only is not None and x.shape[0] != self.only:
+            raise ValueError(f"{self.only} images")
+        return self.b(self.a(x) + shift) * scale
+
+
+@pytest.mark.parametrize("only", [None, 40])
+def test_few_images_are_made_to_load_a_file(tmp_path: Path, monkeypatch, only: int | None) -> None:
+    """A file of few bytes names any number of them."""
+    monkeypatch.setattr(dsprune.io, "FEW_ELEMENTS", 3 * 8 * 8 * 5)
+    inputs = torch.randn(40, 3, 8, 8), torch.randn(40, 1, 1, 1), 3
+    packed = dsprune.pack(Batches(only).eval(), inputs)
+    dsprune.save(packed, tmp_path / "a")
+    model = Batches(only).eval()
+    seen: set[int] = set()
+    pack = dsprune.io.pack
+
+    def watched(dense: nn.Module, example: Any, **options: Any) -> Any:
+        seen.add(int(example[0].shape[0]))
+        return pack(dense, example, **options)
+
+    monkeypatch.setattr(dsprune.io, "pack", watched)
+    loaded = dsprune.load(tmp_path / "a", model)
+    assert seen == ({5} if only is None else {5, 40})
+    assert loaded.example_shapes == packed.example_shapes
+    dsprune.save(loaded, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(*inputs), packed(*inputs), rtol=0, atol=0)
+
+
+def test_an_input_that_is_too_large_is_not_saved(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(dsprune.io, "FEW_ELEMENTS", 100)
+    monkeypatch.setattr(dsprune.io, "MOST_ELEMENTS", 2 * 3 * 8 * 8)
+    for size, good in ((8, True), (9, False)):
+        packed = dsprune.pack(nn.Conv2d(3, 4, 3), torch.randn(4, 3, size, size))
+        if good:
+            dsprune.save(packed, tmp_path / "a")
+        else:
+            with pytest.raises(ValueError, match="packed for an input of the shape"):
+                dsprune.save(packed, tmp_path / "a")

@@ -17,6 +17,7 @@ from dsp_kernels import GroupLayout
 
 from .files import parse_json, read_tensors, tensors_to_bytes
 from .graph import clean_copy, unwrap
+from .inputs import tensors_of
 from .masks import settle_parametrizations
 from .pack import PackedNetwork, PackedState, fill, pack
 
@@ -25,7 +26,10 @@ __all__ = ["load", "save", "write_atomically"]
 FORMAT = "dsprune-packed"
 VERSION = 2
 UNSIGNED = 1  # the version before, without a SHA-256: still read
-MOST_ELEMENTS = 1 << 27  # of an example input, which is made again to load a file
+# Example inputs are made again to load a file: of large ones fewer images, as a network takes any number.
+ALL_ELEMENTS = 1 << 27  # of an input that a file names
+MOST_ELEMENTS = 1 << 23  # of one that is made
+FEW_ELEMENTS = 1 << 20  # with fewer elements than that all images are made
 MASK = "mask of "  # begins the names of the tensors that are prune masks
 
 
@@ -94,10 +98,10 @@ def save(packed: PackedNetwork, path: str | os.PathLike[str]) -> None:
     inputs: list[dict[str, Any]] = []
     for shape, dtype in zip(packed.example_shapes, packed.example_dtypes, strict=True):
         if dtype is not None:
-            if math.prod(shape) > MOST_ELEMENTS:
+            if math.prod(shape) > ALL_ELEMENTS or math.prod(_fewer([list(shape)])[0]) > MOST_ELEMENTS:
                 raise ValueError(
-                    f"packed: was packed for an input of the shape {tuple(shape)}, more than {MOST_ELEMENTS} "
-                    "elements; pack for a smaller one, it takes larger ones too"
+                    f"packed: was packed for an input of the shape {tuple(shape)}, more than {ALL_ELEMENTS} "
+                    f"elements, or {MOST_ELEMENTS} in two images; pack for smaller ones, others run too"
                 )
             inputs.append({"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")})
         elif shape is None or (isinstance(shape, (bool, int, float, str)) and _is_json(shape)):
@@ -163,21 +167,39 @@ def _layouts(header: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dic
     return layouts
 
 
-def _examples(header: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
+def _fewer(shapes: list[list[int]]) -> list[list[int]]:
+    """Shapes of example inputs with fewer images where they have many elements; two at least."""
+    largest = max(shapes, key=math.prod, default=[])
+    if not largest or largest[0] <= 2 or math.prod(largest) <= FEW_ELEMENTS:
+        return shapes
+    images = max(2, FEW_ELEMENTS // math.prod(largest[1:]))
+    return [[images, *shape[1:]] if shape[:1] == largest[:1] else shape for shape in shapes]
+
+
+def _examples(inputs: Any, device: torch.device, *, whole: bool) -> tuple[Any, ...]:
+    """The example inputs that a file's header names; ``whole``: with all their images."""
     generator = torch.Generator().manual_seed(0)
     out: list[Any] = []
-    for entry in header["inputs"]:
+    shapes = []
+    for entry in inputs:
         if not isinstance(entry, Mapping):
             raise ValueError(f"an input that is no entry: {entry!r}")
+        if "shape" in entry:
+            shape = entry["shape"]
+            if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError(f"an input of the shape {shape!r}")
+            if math.prod(shape) > ALL_ELEMENTS:
+                raise ValueError(f"an input of the shape {shape!r}, more than {ALL_ELEMENTS} elements")
+            shapes.append(shape)
+    chosen = iter(shapes if whole else _fewer(shapes))
+    for entry in inputs:
         if "shape" not in entry:
             out.append(entry["value"])
             continue
         dtype = getattr(torch, str(entry["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"an input of the unknown dtype {entry['dtype']!r}")
-        shape = entry["shape"]
-        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"an input of the shape {shape!r}")
+        shape = next(chosen)
         if math.prod(shape) > MOST_ELEMENTS:
             raise ValueError(f"an input of the shape {shape!r}, more than {MOST_ELEMENTS} elements")
         if dtype.is_floating_point:
@@ -215,10 +237,13 @@ def load(
     try:
         layouts = _layouts(header, dict(inner.named_modules(remove_duplicate=False)))
         weights = next((p for p in inner.parameters()), None)
-        inputs = _examples(header, weights.device if weights is not None else torch.device("cpu"))
-        saved_for_training = header["train"]
+        device = weights.device if weights is not None else torch.device("cpu")
+        inputs = _examples(header["inputs"], device, whole=False)
+        saved_for_training, extra = header["train"], header.get("extra", {})
         if not isinstance(saved_for_training, bool):
             raise ValueError(f"train is {saved_for_training!r}")
+        if not isinstance(extra, dict):
+            raise ValueError(f"extra is a {type(extra).__name__}")
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"path: {os.fspath(path)!r} has an incomplete header ({error!r})") from error
     except ValueError as error:
@@ -226,7 +251,7 @@ def load(
     except LookupError as error:
         raise ValueError(f"{error}, which {os.fspath(path)!r} has") from None
     masks = {name.removeprefix(MASK): tensors.pop(name) for name in list(tensors) if name.startswith(MASK)}
-    state = PackedState(tensors, layouts, masks, dict(header.get("extra", {})))
+    state = PackedState(tensors, layouts, masks, extra)
     # The trial copy is packed first: where that fails, the caller's model has not been touched.
     trial = clean_copy(inner)
     try:
@@ -234,14 +259,23 @@ def load(
     except ValueError as error:
         raise ValueError(f"{error} (path: {os.fspath(path)!r})") from error
     trial.train(inner.training)
+    training = saved_for_training if train is None else train
     try:
-        packed = pack(trial, inputs, train=saved_for_training if train is None else train, backend=backend)
+        try:
+            packed = pack(trial, inputs, train=training, backend=backend)
+        except ValueError:  # its batch may be a constant
+            all_images = _examples(header["inputs"], device, whole=True)
+            if [v.shape for v in tensors_of(all_images)] == [v.shape for v in tensors_of(inputs)]:
+                raise
+            packed = pack(trial, all_images, train=training, backend=backend)
     except (TypeError, ValueError) as error:
-        if not str(error).startswith("example_input:"):
+        if not str(error).startswith(("example_input:", "an input of")):
             raise
         raise ValueError(
             f"path: {os.fspath(path)!r} names inputs that the model does not take ({error})"
         ) from error
+    given = [tuple(entry["shape"]) if "shape" in entry else entry["value"] for entry in header["inputs"]]
+    packed.example_shapes = given[: len(packed.example_dtypes)]
     settle_parametrizations(inner)
     fill(inner, state)
     return packed

@@ -128,13 +128,6 @@ class NativeRunner:
             self._returns_tensor = not as_list or self._graph.process_outputs(result) is result[0]
         return self._returns_tensor
 
-    def program(self, shape: tuple[int, ...]) -> tuple[Program | None, str | None]:
-        """The one native program that the network is for images of ``shape`` (C, H, W), or None and why it is
-        none.
-        """
-        unfit = self._unfit()
-        return to_program(self.network, shape) if unfit is None else (None, unfit)
-
     def _make(self, leaves: Sequence[Any]) -> tuple[Plan | None, str | None]:
         unfit = self._unfit()
         if unfit is not None:

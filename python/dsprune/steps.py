@@ -511,13 +511,14 @@ def conv_transpose(
     per = weight.shape[1]
     kernel = weight.shape[2:]
     reach = [spread[d] * (kernel[d] - 1) // steps[d] for d in (0, 1)]
-    phases = weight.new_zeros(channels, steps[0], steps[1], per, reach[0] + 1, reach[1] + 1)
+    inputs = channels // groups
+    filters = weight.new_zeros(groups, *steps, per, inputs, reach[0] + 1, reach[1] + 1)
     for ky in range(kernel[0]):
         for kx in range(kernel[1]):
             (oy, ry), (ox, rx) = divmod(ky * spread[0], steps[0]), divmod(kx * spread[1], steps[1])
-            phases[:, ry, rx, :, reach[0] - oy, reach[1] - ox] = weight[:, :, ky, kx].detach()
-    filters = phases.reshape(groups, channels // groups, -1, reach[0] + 1, reach[1] + 1).transpose(1, 2)
-    filters = filters.reshape(-1, channels // groups, reach[0] + 1, reach[1] + 1).contiguous()
+            taps = weight[:, :, ky, kx].detach().reshape(groups, inputs, per)
+            filters[:, ry, rx, :, :, reach[0] - oy, reach[1] - ox] = taps.transpose(1, 2)
+    filters = filters.view(-1, inputs, reach[0] + 1, reach[1] + 1)
     repeated = None
     if bias is not None:
         repeated = bias.detach().reshape(groups, 1, per).expand(-1, steps[0] * steps[1], -1).reshape(-1)

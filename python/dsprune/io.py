@@ -28,7 +28,7 @@ VERSION = 2
 UNSIGNED = 1  # the version before, without a SHA-256: still read
 # Example inputs are made again to load a file: of large ones fewer images, as a network takes any number.
 ALL_ELEMENTS = 1 << 27  # of an input that a file names
-MOST_ELEMENTS = 1 << 23  # of one that is made
+MOST_ELEMENTS = 1 << 24  # of one that is made
 FEW_ELEMENTS = 1 << 20  # with fewer elements than that all images are made
 MASK = "mask of "  # begins the names of the tensors that are prune masks
 

@@ -357,8 +357,11 @@ class _Budget(TorchFunctionMode):
 
 def _export(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.export.ExportedProgram, Limits]:
-    """The exported program and its limits: sizes as free as the model allows, in three attempts."""
+) -> tuple[torch.export.ExportedProgram, Limits, bool]:
+    """The exported program, its limits, and whether it is left to ``make_functional``.
+
+    Sizes are as free as the model allows, in three attempts.
+    """
     signature = Signature(model.forward)
     wide = widen_batch((inputs, kwargs))
     attempts = [(wide, True), (wide, False), ((inputs, kwargs), None)]
@@ -381,12 +384,13 @@ def _export(
                 if shapes is not None and not (all(free) or (any(free) and limits.admit(own))):
                     error = "the batch size became a constant"
                     continue
-                if not is_simple(program.graph):
+                simple = is_simple(program.graph)
+                if not simple:
                     program = program.run_decompositions({})
                 written = _written(program)
                 if written is not None:
                     raise _Stateful(f"forward changes {written!r}, which a graph would not")
-                return program, limits
+                return program, limits, simple
         except _Stateful:
             raise
         except Exception as failure:  # any failure of the tracer means: try a plainer export
@@ -480,7 +484,7 @@ def trace(model: nn.Module, example_input: Any, keywords: Mapping[str, Any] | No
     inputs = tuple(example_input) if tensors_of(kwargs) else as_inputs(example_input)
     with evaluating(model):
         try:
-            program, limits = _export(model, inputs, kwargs)
+            program, limits, simple = _export(model, inputs, kwargs)
         except ExportError:
             check_takes(model, inputs, kwargs)
             raise
@@ -490,7 +494,7 @@ def trace(model: nn.Module, example_input: Any, keywords: Mapping[str, Any] | No
     for node in list(module.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             module.graph.erase_node(node)  # the limits say the same
-    if is_simple(module.graph):  # else it was traced again; what is written in place then are arguments
+    if simple:  # else it was traced again; what is written in place then are arguments
         make_functional(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
